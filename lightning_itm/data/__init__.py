@@ -1,0 +1,1 @@
+"""What a batch is, and which pairs come together."""

@@ -1,0 +1,133 @@
+"""What a batch is before and after the encoders."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
+
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from lightning_itm.distributed import gather, gather_with_gradient
+
+
+class ImageTextBatch(TypedDict):
+    """The keys that every batch has. A plain dict with these keys will do.
+
+    Ids are dense, from 0. Pairs that share an ``image_id`` are never each other's negatives.
+    """
+
+    image: Any
+    """What ``encode_image`` takes, usually a tensor `(pairs, channels, height, width)`."""
+    text: Any
+    """What ``encode_text`` takes, usually token ids `(pairs, context_length)`."""
+    image_id: Tensor
+    """int64 `(pairs,)`."""
+    text_id: Tensor
+    """int64 `(pairs,)`."""
+
+
+BATCH_KEYS = tuple(ImageTextBatch.__annotations__)
+
+
+@dataclass(frozen=True)
+class EmbeddingPairs:
+    """The embeddings of a batch, row by row a matching pair.
+
+    Args:
+        image: `(pairs, dim)`, unit-norm, float32 (or float64).
+        text: `(pairs, dim)`, unit-norm, float32 (or float64).
+        image_id: int64 `(pairs,)`; the image each row belongs to.
+        text_id: int64 `(pairs,)`.
+
+    Raises:
+        ValueError: The four do not have the same number of rows, or the embeddings not the same width.
+        TypeError: The ids are no integers.
+
+    Example:
+        >>> import torch
+        >>> ids = torch.arange(2)
+        >>> len(EmbeddingPairs(torch.eye(2), torch.eye(2), ids, ids))
+        2
+    """
+
+    image: Tensor
+    text: Tensor
+    image_id: Tensor
+    text_id: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("image", "text"):
+            if getattr(self, name).ndim != 2:
+                raise ValueError(
+                    f"Expected the {name} embeddings to have the shape (pairs, dim), got {tuple(getattr(self, name).shape)}. "
+                    f"Return one vector a pair from `encode_{name}`."
+                )
+        for name in ("image_id", "text_id"):
+            ids = getattr(self, name)
+            if ids.ndim != 1 or ids.is_floating_point():
+                raise TypeError(
+                    f"Expected `{name}` to be an int64 tensor of shape (pairs,), got {ids.dtype} {tuple(ids.shape)}."
+                )
+        rows = {field.name: getattr(self, field.name).shape[0] for field in fields(self)}
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"Expected one row a pair in all of {list(rows)}, got {rows} rows.")
+        if self.image.shape[1] != self.text.shape[1]:
+            raise ValueError(
+                "Expected image and text embeddings of one width, got "
+                f"{self.image.shape[1]} (image) and {self.text.shape[1]} (text). Project both towers to the same width."
+            )
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def gather(self) -> "EmbeddingPairs":
+        """Concatenate the pairs of all ranks, embeddings with gradient. Every rank must hold as many pairs."""
+        return EmbeddingPairs(
+            gather_with_gradient(self.image),
+            gather_with_gradient(self.text),
+            gather(self.image_id),
+            gather(self.text_id),
+        )
+
+
+def check_batch(batch: Any) -> None:
+    """Say what is missing in a batch.
+
+    Raises:
+        TypeError: The batch is no mapping.
+        ValueError: A key of :class:`ImageTextBatch` is missing.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"Expected the batch to be a dict with the keys {list(BATCH_KEYS)}, got {type(batch).__name__}. "
+            "Let the dataset return such dicts, or override `embed`."
+        )
+    missing = [key for key in BATCH_KEYS if key not in batch]
+    if missing:
+        raise ValueError(
+            f"Expected the batch to have the keys {list(BATCH_KEYS)}; {missing} missing, got {list(batch)}. "
+            "Number the images and texts from 0: pairs that share an `image_id` are never each other's negatives."
+        )
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stack samples into a batch.
+
+    Args:
+        samples: One dict a pair, as :class:`~lightning_itm.ImageTextPairs` returns them.
+
+    Returns:
+        A batch: numbers and tensors stacked, strings in a list.
+
+    Raises:
+        ValueError: Images or texts of several shapes, which no batch can hold.
+    """
+    for key in ("image", "text"):
+        shapes = {tuple(value.shape) for sample in samples if isinstance(value := sample.get(key), Tensor)}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"Expected every {key} of a batch to have one shape, got {sorted(shapes)}. "
+                + ("Give `ImageTextPairs` a `transform` and an `eval_transform` that resize." if key == "image" else "")
+                + ("Give `ImageTextPairs` a `tokenizer` that pads to a fixed length." if key == "text" else "")
+            )
+    return default_collate(list(samples))  # type: ignore[no-any-return]

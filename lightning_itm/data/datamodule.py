@@ -1,0 +1,143 @@
+"""A datamodule that knows where it is, so that a run can stop anywhere and go on."""
+
+import os
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_itm.data.batch import collate
+from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.sampler import EpochSampler, ResumableLoader
+
+
+class ImageTextDataModule(L.LightningDataModule):
+    """Batches of image-text pairs for training and evaluation, resumable at any batch.
+
+    Order and augmentation are functions of (seed, epoch, pair), and the position is part of the checkpoint: a run that is
+    stopped at the end of an epoch, in its middle or by ``kill -9``, and resumed with ``ckpt_path``, sees the batches that
+    the uninterrupted run would have seen.
+
+    Args:
+        train_dataset: What is trained on; may be wrapped later (by a callback, in ``setup``).
+        val_dataset: What is validated on; an :class:`~lightning_itm.ImageTextPairs` is read through its ``evaluation()``.
+        test_dataset: What is tested on, likewise.
+        batch_size: Pairs a batch on each rank.
+        eval_batch_size: The same in evaluation; default ``batch_size``.
+        num_workers: Worker processes a loader; default: the usable cores, at most 8.
+        persistent_workers: Keep the workers from one epoch to the next.
+        drop_last: Leave out the pairs that do not fill a batch. They are others in each epoch.
+        seed: The order of an epoch is a function of it.
+
+    Raises:
+        ValueError: ``batch_size`` is not positive.
+        MisconfigurationException: A dataset that the Trainer asks for is missing, or too small for one batch.
+    """
+
+    def __init__(
+        self,
+        train_dataset: Dataset[Any] | None = None,
+        val_dataset: Dataset[Any] | None = None,
+        test_dataset: Dataset[Any] | None = None,
+        *,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        persistent_workers: bool = True,
+        drop_last: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"Expected `{name}` to be a positive integer, got {size}.")
+        self.train_dataset, self.val_dataset, self.test_dataset = train_dataset, val_dataset, test_dataset
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers = _default_num_workers() if num_workers is None else num_workers
+        self.persistent_workers = persistent_workers
+        self.drop_last = drop_last
+        self.seed = seed
+        self._restored: tuple[int, int] | None = None
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of this rank's share of each epoch."""
+        dataset = _given(self.train_dataset, "train_dataset")
+        trainer = self.trainer
+        sampler = EpochSampler(
+            dataset,
+            self.batch_size,
+            self._position,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            seed=self.seed,
+        )
+        if self.drop_last and len(sampler) < self.batch_size:
+            raise MisconfigurationException(
+                f"Expected at least one batch of {self.batch_size} pairs a rank, got {len(sampler)} pairs. "
+                "Lower `batch_size`, or set `drop_last=False`."
+            )
+        return ResumableLoader(
+            dataset,
+            self.batch_size,
+            sampler=sampler,
+            drop_last=self.drop_last,
+            # Its own generator: the seed of the workers is drawn from it, and not from the stream that dropout draws from.
+            generator=torch.Generator().manual_seed(self.seed),
+            **self._loader_options(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Return the loader of ``val_dataset``, in order, with evaluation transforms; without one, nothing is validated."""
+        return [] if self.val_dataset is None else self._evaluation_loader(self.val_dataset)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of ``test_dataset``, in order, with evaluation transforms."""
+        return self._evaluation_loader(_given(self.test_dataset, "test_dataset"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, and how many of its batches are done, if training stopped now."""
+        trainer = _given(self.trainer, "trainer")
+        epoch: Any = trainer.fit_loop.epoch_progress.current
+        num_done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if epoch.started == epoch.processed:  # between two epochs
+            return {"epoch": epoch.processed, "batch": 0}
+        if num_done >= trainer.num_training_batches:  # after the last batch, before the end of the epoch
+            return {"epoch": epoch.processed + 1, "batch": 0}
+        return {"epoch": epoch.processed, "batch": num_done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Start the next iterator where the checkpoint was written."""
+        self._restored = int(state_dict["epoch"]), int(state_dict["batch"])
+
+    def _position(self) -> tuple[int, int]:
+        """Return the epoch of the iterator that is about to be made, and how many of its batches are done."""
+        if self._restored is not None:
+            position, self._restored = self._restored, None
+            return position
+        fit_loop: Any = self.trainer.fit_loop if self.trainer else None
+        return (fit_loop.epoch_progress.current.processed if fit_loop else 0), 0
+
+    def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        view = dataset.evaluation() if isinstance(dataset, ImageTextPairs) else dataset
+        return DataLoader(view, self.eval_batch_size, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.persistent_workers and self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": collate,
+        }
+
+
+def _default_num_workers() -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, usable)
+
+
+def _given(value: Any, name: str) -> Any:
+    if value is None:
+        raise MisconfigurationException(f"Expected `{name}` to be given to ImageTextDataModule, got None.")
+    return value

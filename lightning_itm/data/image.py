@@ -1,0 +1,74 @@
+"""An image in whatever form it comes, opened as RGB."""
+
+import io
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+ImageSource = str | PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any]
+"""A path, the bytes of an image file, a PIL image, or a uint8 array `(height, width[, channels])`."""
+
+
+class UnreadableImageError(RuntimeError):
+    """An image that does not open."""
+
+
+def open_rgb(source: ImageSource) -> Image.Image:
+    """Open an image; transparent pixels become white, as a browser shows them.
+
+    Raises:
+        UnreadableImageError: The file is missing, is no image or breaks off.
+
+    Example:
+        >>> open_rgb(np.zeros((2, 3, 4), dtype=np.uint8)).getpixel((0, 0))
+        (255, 255, 255)
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source)
+        if isinstance(source, np.ndarray):
+            return _to_rgb(Image.fromarray(source.squeeze(2) if source.ndim == 3 and source.shape[2] == 1 else source))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return _to_rgb(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: how PIL names a broken PNG
+        name = source if isinstance(source, str | PathLike) else type(source).__name__
+        raise UnreadableImageError(f"{name} does not open: {error}") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Turn an RGB image into a float tensor `(3, height, width)` in [0, 1]."""
+    return pil_to_tensor(image).float() / 255  # type: ignore[no-any-return]
+
+
+def check_sources(images: Iterable[Any]) -> None:
+    """Say which entry can't be an image, before training starts.
+
+    Raises:
+        TypeError: An entry is none of the kinds in ``ImageSource``, or an array of another dtype or shape.
+    """
+    for image_id, image in enumerate(images):
+        if not isinstance(image, str | PathLike | bytes | Image.Image | np.ndarray):
+            raise TypeError(
+                f"Expected images to be paths, bytes, PIL images or arrays, got {type(image).__name__} for image {image_id}."
+            )
+        if isinstance(image, np.ndarray) and not _is_picture(image):
+            raise TypeError(
+                "Expected an array to be uint8 (height, width) or (height, width, 1, 3 or 4 channels), got "
+                f"{image.dtype} {image.shape} for image {image_id}."
+            )
+
+
+def _is_picture(array: np.ndarray[Any, Any]) -> bool:
+    return array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4)))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

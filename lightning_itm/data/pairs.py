@@ -1,0 +1,268 @@
+"""Image-text pairs by number: many texts an image, images in whatever form they come."""
+
+import copy
+import csv
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_itm.data.image import ImageSource, UnreadableImageError, check_sources, open_rgb, to_tensor
+from lightning_itm.data.sampler import seeded
+
+
+class ImageTextPairs(Dataset[dict[str, Any]]):
+    """Image-text pairs with random access. One item is one *text* with its image.
+
+    Args:
+        images: One entry an image: a path, the bytes of an image file, a PIL image, or a uint8 array `(height, width)`
+            or `(height, width, channels)`. Transparent pixels become white, as a browser shows them.
+        texts: One text an image, or one list of texts an image, or, with ``text_image_id``, one text an entry.
+        text_image_id: The image that each text belongs to, where ``texts`` is flat.
+        transform: Turns a PIL image into what the image tower takes, in training. Default: a float tensor
+            `(3, height, width)` in [0, 1]. What it draws at random depends on ``seed``, the epoch and the pair alone.
+        eval_transform: The same without augmentation, for validation, test and mining. Default: ``transform``.
+        tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
+        seed: Of the augmentation.
+
+    Raises:
+        ValueError: No images; an image without text; texts and images that do not match in number; ids that are not
+            dense.
+        TypeError: An image of a kind that can't be read.
+
+    Example:
+        >>> red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+        >>> pairs = ImageTextPairs([red, blue], [["red", "a red square"], ["blue"]])
+        >>> len(pairs), pairs[1]["text"], pairs[1]["image_id"], pairs[2]["image_id"]
+        (3, 'a red square', 0, 1)
+    """
+
+    def __init__(
+        self,
+        images: Sequence[ImageSource],
+        texts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        text_image_id: Sequence[int] | None = None,
+        transform: Callable[[Image.Image], Any] | None = None,
+        eval_transform: Callable[[Image.Image], Any] | None = None,
+        tokenizer: Callable[[list[str]], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.images = images
+        self.texts, self.text_image_id = _flatten(texts, text_image_id, len(images))
+        self.transform = transform or to_tensor
+        self.eval_transform = eval_transform or self.transform
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.is_evaluation = False
+        # In shared memory: workers that are already running see a new epoch, and the main process sees their count.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.num_replaced = torch.zeros((), dtype=torch.int64).share_memory_()
+        check_sources(images)
+
+    @classmethod
+    def from_karpathy(
+        cls,
+        path: str | PathLike[str],
+        image_root: str | PathLike[str],
+        split: str | Sequence[str] = "train",
+        **kwargs: Any,
+    ) -> "ImageTextPairs":
+        """Read a Karpathy split (``dataset_flickr8k.json``, ``dataset_flickr30k.json``, ``dataset_coco.json``).
+
+        Args:
+            path: The JSON file.
+            image_root: The folder of the images; COCO's ``filepath`` is looked up below it.
+            split: ``"train"`` takes ``restval`` in, as published results on COCO do; ``["train"]`` does not.
+            **kwargs: As for the class: ``transform``, ``eval_transform``, ``tokenizer``, ``seed``.
+
+        Raises:
+            ValueError: No image has that split.
+            FileNotFoundError: The first image is not there.
+
+        References:
+            Karpathy and Fei-Fei, *Deep Visual-Semantic Alignments for Generating Image Descriptions*, CVPR 2015.
+        """
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
+        wanted = {"train", "restval"} if split == "train" else {split} if isinstance(split, str) else set(split)
+        chosen = [entry for entry in entries if entry["split"] in wanted]
+        if not chosen:
+            there = sorted({entry["split"] for entry in entries})
+            raise ValueError(f"Expected `split` to be one of {there}, the splits of {path}, got {split!r}.")
+        images = [Path(image_root, entry.get("filepath", ""), entry["filename"]) for entry in chosen]
+        _check_first(images, image_root)
+        return cls(images, [[sentence["raw"] for sentence in entry["sentences"]] for entry in chosen], **kwargs)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | PathLike[str],
+        image_root: str | PathLike[str] = ".",
+        *,
+        image_column: str = "image",
+        text_column: str = "text",
+        delimiter: str = ",",
+        **kwargs: Any,
+    ) -> "ImageTextPairs":
+        r"""Read a table with a header, one pair a row; rows with the same image share it.
+
+        Args:
+            path: The file.
+            image_root: The folder that image paths start from.
+            image_column: The column of image paths.
+            text_column: The column of texts.
+            delimiter: ``"\t"`` for the TSV files that open_clip trains on (with its columns ``filepath`` and ``title``).
+            **kwargs: As for the class.
+
+        Raises:
+            ValueError: A column is missing, or the table is empty.
+            FileNotFoundError: The first image is not there.
+        """
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, delimiter=delimiter))
+        return cls._from_rows(rows, path, image_root, image_column, text_column, **kwargs)
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        path: str | PathLike[str],
+        image_root: str | PathLike[str] = ".",
+        *,
+        image_column: str = "image",
+        text_column: str = "text",
+        **kwargs: Any,
+    ) -> "ImageTextPairs":
+        """Read one JSON object a line; its text is a string or a list of strings. Else as :meth:`from_csv`."""
+        with open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+        return cls._from_rows(rows, path, image_root, image_column, text_column, **kwargs)
+
+    @classmethod
+    def _from_rows(
+        cls,
+        rows: list[dict[str, Any]],
+        path: str | PathLike[str],
+        image_root: str | PathLike[str],
+        image_column: str,
+        text_column: str,
+        **kwargs: Any,
+    ) -> "ImageTextPairs":
+        texts_of_image: dict[str, list[str]] = {}
+        for number, row in enumerate(rows, 1):
+            if row.get(image_column) is None or row.get(text_column) is None:
+                raise ValueError(
+                    f"Expected row {number} of {path} to have {image_column!r} and {text_column!r}, got the columns "
+                    f"{list(row)}. Name yours with `image_column` and `text_column`."
+                )
+            texts = row[text_column]
+            texts_of_image.setdefault(row[image_column], []).extend([texts] if isinstance(texts, str) else texts)
+        images = [Path(image_root, image) for image in texts_of_image]
+        _check_first(images, image_root)
+        return cls(images, list(texts_of_image.values()), **kwargs)
+
+    def evaluation(self) -> "ImageTextPairs":
+        """Return a view of the same pairs with ``eval_transform``; what can't be read is an error there."""
+        view = copy.copy(self)
+        view.is_evaluation = True
+        return view
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Expected an index below {len(self)}, the number of pairs, got {index}.")
+        if self.is_evaluation:
+            return self._load_or_raise(index % len(self))
+        for text_id in range(index, index + len(self)):
+            try:
+                with seeded(self.seed, int(self.epoch), index):
+                    return self._load(text_id % len(self))
+            except _UnreadableError as error:
+                self._report(error)
+        raise RuntimeError(f"None of the {len(self)} pairs can be read. See the warning above for the first of them.")
+
+    def _load(self, text_id: int) -> dict[str, Any]:
+        image_id, text = int(self.text_image_id[text_id]), self.texts[text_id]
+        if not text.strip():
+            raise _UnreadableError(f"Text {text_id}, of image {image_id}, is empty")
+        try:
+            image = open_rgb(self.images[image_id])
+        except UnreadableImageError as error:
+            raise _UnreadableError(f"Image {image_id}: {error}") from error
+        return {
+            "image": (self.eval_transform if self.is_evaluation else self.transform)(image),
+            "text": self.tokenizer([text])[0] if self.tokenizer else text,
+            "image_id": image_id,
+            "text_id": text_id,
+        }
+
+    def _load_or_raise(self, text_id: int) -> dict[str, Any]:
+        try:
+            return self._load(text_id)
+        except _UnreadableError as error:
+            raise RuntimeError(
+                f"{error}. In evaluation nothing is replaced, because the result would be of another set. Repair the pair, "
+                "or leave the image and its texts out."
+            ) from error
+
+    def _report(self, error: Exception) -> None:
+        self.num_replaced += 1
+        if int(self.num_replaced) == 1:
+            warnings.warn(
+                f"{error}. The next readable pair takes its place; further ones are counted in "
+                "`ImageTextPairs.num_replaced` and not reported.",
+                stacklevel=3,
+            )
+
+
+class _UnreadableError(RuntimeError):
+    """A pair that can't be used."""
+
+
+def _flatten(
+    texts: Sequence[str] | Sequence[Sequence[str]], text_image_id: Sequence[int] | None, num_images: int
+) -> tuple[list[str], Tensor]:
+    if num_images == 0:
+        raise ValueError("Expected at least one image, got none.")
+    if text_image_id is None:
+        if len(texts) != num_images:
+            raise ValueError(
+                f"Expected one text, or one list of texts, for each of the {num_images} images, got {len(texts)}. "
+                "Give `text_image_id` if the texts are a flat list."
+            )
+        lists = [[entry] if isinstance(entry, str) else list(entry) for entry in texts]
+        empty = [image_id for image_id, entry in enumerate(lists) if not entry]
+        if empty:
+            raise ValueError(
+                f"Expected every image to have a text, got an empty list for image {empty[0]} "
+                f"({len(empty)} of {num_images}). Leave out images without a text."
+            )
+        flat = [text for entry in lists for text in entry]
+        return flat, torch.repeat_interleave(torch.tensor([len(entry) for entry in lists]))
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("Expected `texts` to be a flat list of strings, since `text_image_id` is given.")
+    ids = torch.as_tensor(text_image_id, dtype=torch.int64)
+    if len(ids) != len(texts):
+        raise ValueError(f"Expected one `text_image_id` for each of the {len(texts)} texts, got {len(ids)}.")
+    if not torch.equal(ids.unique(), torch.arange(num_images)):
+        raise ValueError(
+            f"Expected `text_image_id` to be dense: every number from 0 to {num_images - 1}, the last image, at least "
+            f"once, and no other. Got {ids.unique().numel()} numbers from {int(ids.min())} to {int(ids.max())}. "
+            "Leave out images without a text, and number the rest from 0."
+        )
+    return [str(text) for text in texts], ids
+
+
+def _check_first(images: list[Path], image_root: str | PathLike[str]) -> None:
+    if images and not images[0].is_file():
+        raise FileNotFoundError(
+            f"Expected the first image at {images[0]}, found none. Is `image_root` {image_root} right?"
+        )

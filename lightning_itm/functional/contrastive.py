@@ -1,0 +1,58 @@
+"""InfoNCE and the pairwise sigmoid, per anchor, with candidates of the anchor's own image masked."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from lightning_itm.functional.similarity import DirectionScores
+
+
+def info_nce_cost(scores: DirectionScores, *, logit_scale: Float[Tensor, ""]) -> Float[Tensor, " anchors"]:
+    r"""Ask each anchor to pick its positive out of its negatives.
+
+    .. math:: -\log \frac{e^{\gamma s^+_i}}{e^{\gamma s^+_i} + \sum_{j \in N_i} e^{\gamma s_{ij}}}
+
+    Args:
+        scores: The scores of one direction.
+        logit_scale: γ, the factor itself and not its logarithm.
+
+    Returns:
+        One cost an anchor; 0 for an anchor without any negative.
+
+    Example:
+        >>> orthogonal = DirectionScores(torch.eye(2), torch.ones(2), ~torch.eye(2).bool())
+        >>> info_nce_cost(orthogonal, logit_scale=torch.tensor(1.0))
+        tensor([0.3133, 0.3133])
+
+    References:
+        Radford et al., *Learning Transferable Visual Models From Natural Language Supervision*, 2021, fig. 3. There
+        every other pair of the batch is a negative; here ``negative_mask`` leaves out pairs of the same image.
+    """
+    positive = logit_scale * scores.positive
+    negative = (logit_scale * scores.similarity).masked_fill(~scores.negative_mask, -torch.inf)
+    return torch.cat([positive[:, None], negative], dim=1).logsumexp(dim=1) - positive
+
+
+def sigmoid_cost(
+    scores: DirectionScores, *, logit_scale: Float[Tensor, ""], logit_bias: Float[Tensor, ""]
+) -> Float[Tensor, " anchors"]:
+    r"""Ask of each pair by itself whether it matches (SigLIP).
+
+    .. math:: -\log \sigma(\gamma s^+_i + b) - \sum_{j \in N_i} \log \sigma(-\gamma s_{ij} - b)
+
+    Args:
+        scores: The scores of one direction.
+        logit_scale: γ, the factor itself and not its logarithm.
+        logit_bias: b.
+
+    Returns:
+        One cost an anchor, summed over its candidates as published.
+
+    References:
+        Zhai et al., *Sigmoid Loss for Language Image Pre-Training*, ICCV 2023, algorithm 1. Pairs of the same image
+        count there as negatives; here they count not at all.
+    """
+    positive = softplus(-(logit_scale * scores.positive + logit_bias))
+    negative = softplus(logit_scale * scores.similarity + logit_bias)
+    return positive + negative.masked_fill(~scores.negative_mask, 0).sum(dim=1)

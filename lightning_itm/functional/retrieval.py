@@ -1,0 +1,68 @@
+"""Ranks and recall at K, without a sort and without the whole similarity matrix."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def retrieval_rank(
+    query: Float[Tensor, "queries dim"],
+    key: Float[Tensor, "keys dim"],
+    *,
+    query_id: Int[Tensor, " queries"],
+    key_id: Int[Tensor, " keys"],
+    chunk_elements: int = 1 << 22,
+) -> Int[Tensor, " queries"]:
+    """Count the wrong keys that score at least as high as each query's best right key.
+
+    Two images and four texts, the texts of image 0 first. Image 0 finds a text of its own on top (rank 0; its other text
+    is no error), image 1 has one wrong text that ties with its best, and a tie counts against the model (rank 1)::
+
+        similarity   0.9  0.2 | 0.5  0.1        rank 0
+                     0.1  0.6 | 0.6  0.3        rank 1
+
+    Scores are float64 where the device has it, because float32 products of equal rows can differ by their place in the
+    matrix, and a collapsed model would win by rounding. A score that is not a number counts against the model.
+
+    Args:
+        query: Embeddings of the queries, unit-norm for cosine similarity.
+        key: Embeddings of what is searched.
+        query_id: The image each query belongs to.
+        key_id: The image each key belongs to. A key is right if it belongs to the query's image.
+        chunk_elements: How many scores may exist at once.
+
+    Returns:
+        Ranks from 0; a query without any right key has as many as there are keys.
+
+    Example:
+        >>> eye, ids = torch.eye(3), torch.arange(3)
+        >>> retrieval_rank(eye, eye, query_id=ids, key_id=ids)
+        tensor([0, 0, 0])
+    """
+    dtype = torch.float32 if query.device.type == "mps" else torch.float64
+    key, rows = key.to(dtype), max(1, chunk_elements // max(1, len(key)))
+    ranks = [
+        _rank_of_rows(rows_of_query.to(dtype) @ key.T, rows_of_id[:, None] == key_id)
+        for rows_of_query, rows_of_id in zip(query.split(rows), query_id.split(rows), strict=True)
+    ]
+    return torch.cat(ranks)
+
+
+def recall_at_k(rank: Int[Tensor, " queries"], k: int) -> Float[Tensor, ""]:
+    """Compute the share of queries whose best right key is among the first ``k``, in percent.
+
+    Example:
+        >>> recall_at_k(torch.tensor([0, 0, 3, 12]), 5)
+        tensor(75.)
+    """
+    return 100 * (rank < k).float().mean()
+
+
+def _rank_of_rows(similarity: Tensor, right: Tensor) -> Tensor:
+    best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    # Products of float32 values are exact in float64, their sums are not: equal rows can still differ by 1e-16.
+    beaten = similarity < best - _ROUNDING
+    return (~beaten & ~right).sum(dim=1)
+
+
+_ROUNDING = 1e-12

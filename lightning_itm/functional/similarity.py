@@ -1,0 +1,87 @@
+"""The scores of one direction: similarity, positive, and which candidates are negatives."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class DirectionScores(NamedTuple):
+    """What a loss needs to know of one direction (image to text, or text to image)."""
+
+    similarity: Float[Tensor, "anchors candidates"]
+    """Cosine of every anchor and every candidate."""
+    positive: Float[Tensor, " anchors"]
+    """Cosine of every anchor and its own positive."""
+    negative_mask: Bool[Tensor, "anchors candidates"]
+    """True where the candidate belongs to another image than the anchor."""
+
+
+def unit_norm(embeddings: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+    """Scale every row to length one, in float32 whatever the autocast dtype (float64 stays float64).
+
+    Args:
+        embeddings: One embedding a row, any length, any floating dtype.
+
+    Returns:
+        The same directions with L2 norm 1. A row of zeros stays zero.
+
+    Example:
+        >>> unit_norm(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
+    """
+    return torch.nn.functional.normalize(_full_precision(embeddings), dim=-1)
+
+
+def direction_scores(
+    anchor: Float[Tensor, "anchors dim"],
+    positive: Float[Tensor, "anchors dim"],
+    candidate: Float[Tensor, "candidates dim"],
+    *,
+    anchor_id: Int[Tensor, " anchors"],
+    candidate_id: Int[Tensor, " candidates"],
+) -> DirectionScores:
+    r"""Compare every anchor with its positive and with all candidates of the other modality.
+
+    .. math:: s_{ij} = a_i \cdot c_j, \qquad s^+_i = a_i \cdot p_i
+
+    Args:
+        anchor: Unit-norm embeddings of the queries.
+        positive: Unit-norm embedding of each query's own match, row by row.
+        candidate: Unit-norm embeddings of everything a query may be compared with, the positives among them or not.
+        anchor_id: The image each anchor belongs to.
+        candidate_id: The image each candidate belongs to. A candidate of the anchor's own image is no negative.
+
+    Returns:
+        The scores, in float32 with autocast off (float64 inputs stay float64).
+
+    Example:
+        >>> eye, ids = torch.eye(2), torch.tensor([7, 8])
+        >>> direction_scores(eye, eye, eye, anchor_id=ids, candidate_id=ids).negative_mask
+        tensor([[False,  True],
+                [ True, False]])
+    """
+    with torch.autocast(anchor.device.type, enabled=False):
+        anchor, positive, candidate = map(_full_precision, (anchor, positive, candidate))
+        return DirectionScores(
+            similarity=anchor @ candidate.T,
+            positive=(anchor * positive).sum(dim=-1),
+            negative_mask=anchor_id[:, None] != candidate_id[None, :],
+        )
+
+
+def hardest_negative(scores: DirectionScores) -> Float[Tensor, " anchors"]:
+    """Find the highest similarity among each anchor's negatives.
+
+    Args:
+        scores: The scores of one direction.
+
+    Returns:
+        One similarity an anchor; −inf for an anchor without any negative.
+    """
+    return scores.similarity.masked_fill(~scores.negative_mask, -torch.inf).max(dim=1).values
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,1 @@
+"""State: losses, metric, LightningModules."""

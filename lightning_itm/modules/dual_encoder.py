@@ -1,0 +1,200 @@
+"""The LightningModule that users subclass."""
+
+import math
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lightning_itm.data.batch import EmbeddingPairs, check_batch
+from lightning_itm.functional.similarity import unit_norm
+from lightning_itm.modules.losses import InfoNCELoss
+from lightning_itm.modules.retrieval import ImageTextRetrieval
+
+LOSS_INPUTS = ("selective",)
+"""What callbacks may put into a batch for the loss, beside the pairs."""
+
+
+class DualEncoder(L.LightningModule):
+    """Train two encoders so that matching images and texts are close. Subclass it and override the two ``encode_`` methods.
+
+    Validation and test report recall at K of both directions over the whole set (``val/i2t_r1`` … ``val/t2i_r10``,
+    ``val/rsum``) and ranks; training logs the loss and its diagnostics (``train/loss``, ...).
+
+    A checkpoint holds the state of the random streams, so that a resumed run draws what the uninterrupted one would have.
+
+    Args:
+        loss: Called as ``loss(pairs, candidates)``; returns a dict with ``"loss"``. Default: :class:`InfoNCELoss`.
+        learning_rate: Of AdamW, after the warm-up. The default is for fine-tuning; from scratch, try 5e-4.
+        weight_decay: Of AdamW. Norms, biases and ``logit_scale`` are exempt.
+        warmup_steps: Optimizer steps over which the learning rate rises; a cosine takes it to zero from there.
+
+    Raises:
+        ValueError: A negative argument.
+        TypeError: The loss is no module.
+
+    Example:
+        >>> class Linear(DualEncoder):
+        ...     def __init__(self, **kwargs):
+        ...         super().__init__(**kwargs)
+        ...         self.image_encoder, self.text_encoder = nn.Linear(8, 4), nn.Linear(6, 4)
+        ...     def encode_image(self, image): return self.image_encoder(image)
+        ...     def encode_text(self, text): return self.text_encoder(text)
+        >>> ids = torch.arange(3)
+        >>> batch = {"image": torch.ones(3, 8), "text": torch.ones(3, 6), "image_id": ids, "text_id": ids}
+        >>> Linear().training_step(batch, 0)  # all alike: one of three
+        tensor(1.0986, grad_fn=<DivBackward0>)
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module | None = None,
+        *,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 100,
+    ) -> None:
+        super().__init__()
+        settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+        for name, value in settings.items():
+            if value < 0:
+                raise ValueError(f"Expected `{name}` not to be negative, got {value}.")
+        if loss is not None and not isinstance(loss, nn.Module):
+            raise TypeError(f"Expected `loss` to be a torch.nn.Module, got {type(loss).__name__}.")
+        self.save_hyperparameters(*settings)  # by name: modules among a subclass's arguments stay out
+        self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
+        self.loss = InfoNCELoss() if loss is None else loss
+        self._metrics: dict[tuple[str, int], ImageTextRetrieval] = {}
+        self._restored_rng: dict[str, Any] | None = None
+
+    def encode_image(self, image: Any) -> Tensor:
+        """Return one vector an image, `(pairs, dim)`, of any length. Override."""
+        raise NotImplementedError(
+            f"Override `encode_image` in {type(self).__name__}: one vector (pairs, dim) an image."
+        )
+
+    def encode_text(self, text: Any) -> Tensor:
+        """Return one vector a text, `(pairs, dim)`, of any length. Override."""
+        raise NotImplementedError(f"Override `encode_text` in {type(self).__name__}: one vector (pairs, dim) a text.")
+
+    def embed(self, batch: Any) -> EmbeddingPairs:
+        """Encode a batch; unit-norm, in float32 whatever the autocast dtype.
+
+        Raises:
+            TypeError: The batch is no dict.
+            ValueError: A key is missing, or the two encoders do not return vectors of one width.
+        """
+        check_batch(batch)
+        image, text = self.encode_image(batch["image"]), self.encode_text(batch["text"])
+        for name, vectors in (("image", image), ("text", text)):
+            if vectors.ndim != 2:
+                raise ValueError(f"Expected `encode_{name}` to return (pairs, dim), got {tuple(vectors.shape)}.")
+        return EmbeddingPairs(unit_norm(image), unit_norm(text), batch["image_id"], batch["text_id"])
+
+    def forward(self, batch: Any) -> EmbeddingPairs:
+        """Encode a batch; what ``predict`` returns."""
+        return self.embed(batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Compute the loss of a batch, against the candidates of all ranks."""
+        pairs = self.embed(batch)
+        inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
+        outputs: dict[str, Tensor] = self.loss(pairs, pairs.gather(), **inputs)
+        if self._trainer is not None:  # a test may hand in a batch without a Trainer
+            # Nothing on the progress bar: it would wait for the device at every step.
+            self.log_dict({f"train/{name}": value.detach() for name, value in outputs.items()}, batch_size=len(pairs))
+        return outputs["loss"]
+
+    def configure_retrieval(self, stage: str) -> ImageTextRetrieval:
+        """Return the metric of ``stage`` (``"val"`` or ``"test"``). Override for other K, or folds."""
+        return ImageTextRetrieval()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take a batch into the metric of its loader."""
+        self._metric("val", dataloader_idx).update(self.embed(batch))
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take a batch into the metric of its loader."""
+        self._metric("test", dataloader_idx).update(self.embed(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log retrieval over the whole validation set."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log retrieval over the whole test set."""
+        self._log_metrics("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW with warm-up and cosine; no decay on norms, biases and ``logit_scale``."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in trained if parameter.ndim >= 2]},
+            {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+        total, warmup = self.trainer.estimated_stepping_batches, self.warmup_steps
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            if math.isinf(total):  # no end is known
+                return 1.0
+            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the random streams: Lightning does not."""
+        version, words, gauss = random.getstate()
+        name, keys, *rest = np.random.get_state(legacy=True)
+        checkpoint["rng"] = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            "python": [version, list(words), gauss],
+            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random streams until training starts: the sanity check would use them up."""
+        self._restored_rng = checkpoint.get("rng")
+
+    def on_train_start(self) -> None:
+        """Go on with the random streams of the checkpoint."""
+        if self._restored_rng is not None:
+            _restore_rng(self._restored_rng, rank=self.global_rank)
+            self._restored_rng = None
+
+    def _metric(self, stage: str, dataloader_idx: int) -> ImageTextRetrieval:
+        key = stage, dataloader_idx
+        if key not in self._metrics:
+            self._metrics[key] = self.configure_retrieval(stage).to(self.device)
+        return self._metrics[key]
+
+    def _log_metrics(self, stage: str) -> None:
+        for (of_stage, index), metric in self._metrics.items():
+            if of_stage == stage:
+                prefix = stage if index == 0 else f"{stage}_{index}"
+                # Equal on all ranks already; sync_dist says so to Lightning.
+                self.log_dict({f"{prefix}/{name}": value for name, value in metric.compute().items()}, sync_dist=True)
+                metric.reset()
+
+
+def _restore_rng(state: dict[str, Any], *, rank: int) -> None:
+    version, words, gauss = state["python"]
+    name, keys, *rest = state["numpy"]
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if rank > 0:  # the checkpoint has the streams of rank 0; the others must not draw the same
+        seed = int(torch.randint(2**31, ())) + rank
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)

@@ -1,0 +1,97 @@
+"""Any open_clip model as a DualEncoder."""
+
+from os import PathLike, fspath
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from lightning_itm.modules.dual_encoder import DualEncoder
+
+
+class OpenCLIPDualEncoder(DualEncoder):
+    """Fine-tune an open_clip model.
+
+    The loss owns ``logit_scale`` (and ``logit_bias``); the model's own are copied into it if pretrained weights are loaded
+    and the loss was not told otherwise, and are frozen, because an unused parameter stops DDP.
+
+    Args:
+        model_name: A name of ``open_clip.list_models()``, ``hf-hub:...`` or ``local-dir:...``.
+        pretrained: A tag of ``open_clip.list_pretrained_tags_by_model(model_name)``, the path of a checkpoint, or ``None``.
+        loss: As in :class:`DualEncoder`.
+        lock_image: Freeze the image tower (LiT), batch statistics included.
+        lock_text: Freeze the text tower.
+        gradient_checkpointing: Compute activations twice to keep fewer of them.
+        augmentation: Arguments of ``open_clip.AugmentationCfg`` for the training transform, such as ``{"scale": (0.5, 1)}``.
+        **kwargs: As in :class:`DualEncoder`.
+
+    Attributes:
+        model: The open_clip model.
+        transforms: ``transform``, ``eval_transform`` and ``tokenizer``, by these names, for
+            ``ImageTextPairs(..., **model.transforms)``.
+
+    Raises:
+        ValueError: open_clip has no model, or no weights, of that name.
+
+    References:
+        LiT: Zhai et al., *Zero-Shot Transfer with Locked-image text Tuning*, CVPR 2022.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        pretrained: str | PathLike[str] | None = None,
+        loss: nn.Module | None = None,
+        *,
+        lock_image: bool = False,
+        lock_text: bool = False,
+        gradient_checkpointing: bool = False,
+        augmentation: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(loss, **kwargs)
+        pretrained = None if pretrained is None else fspath(pretrained)
+        self.save_hyperparameters(
+            {"model_name": model_name, "pretrained": pretrained, "lock_image": lock_image, "lock_text": lock_text}
+            | {"gradient_checkpointing": gradient_checkpointing, "augmentation": augmentation}
+        )
+        if ":" not in model_name and model_name not in open_clip.list_models():
+            raise ValueError(
+                f"Expected `model_name` to be one of open_clip.list_models() or to start with 'hf-hub:' or 'local-dir:', "
+                f"got {model_name!r}."
+            )
+        self.model, transform, eval_transform = open_clip.create_model_and_transforms(
+            model_name, pretrained=pretrained, aug_cfg=augmentation
+        )
+        tokenizer = open_clip.get_tokenizer(model_name)
+        self.transforms = {"transform": transform, "eval_transform": eval_transform, "tokenizer": tokenizer}
+        if pretrained is not None or ":" in model_name:
+            self._hand_over_scale()
+        if lock_image:
+            self.model.lock_image_tower(freeze_bn_stats=True)
+        if lock_text:
+            self.model.lock_text_tower()
+        if gradient_checkpointing:
+            self.model.set_grad_checkpointing()
+        for name in ("logit_scale", "logit_bias"):
+            if isinstance(parameter := getattr(self.model, name, None), nn.Parameter):
+                parameter.requires_grad_(False)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Encode images `(pairs, 3, height, width)` as the model's ``transforms`` give them."""
+        return self.model.encode_image(image)  # type: ignore[no-any-return]
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Encode token ids `(pairs, context_length)`."""
+        return self.model.encode_text(text)  # type: ignore[no-any-return]
+
+    def _hand_over_scale(self) -> None:
+        if not getattr(self.loss, "takes_pretrained_scale", False):
+            return
+        names = [name for name in ("logit_scale", "logit_bias") if hasattr(self.loss, name)]
+        theirs = [parameter for name in names if (parameter := getattr(self.model, name, None)) is not None]
+        if len(theirs) == len(names):  # a scale without its bias would be of another loss
+            with torch.no_grad():
+                for name, parameter in zip(names, theirs, strict=True):
+                    getattr(self.loss, name).copy_(parameter.reshape(()))
