@@ -83,8 +83,6 @@ class ImageTextDataModule(L.LightningDataModule):
             self.batch_size,
             sampler=sampler,
             drop_last=self.drop_last,
-            # Its own generator: the seed of the workers is drawn from it, and not from the stream that dropout draws from.
-            generator=torch.Generator().manual_seed(self.seed),
             **self._loader_options(),
         )
 
@@ -129,6 +127,8 @@ class ImageTextDataModule(L.LightningDataModule):
             "persistent_workers": self.persistent_workers and self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "collate_fn": collate,
+            # Of its own: the workers' seed is drawn from it, and not from the stream that dropout draws from.
+            "generator": torch.Generator().manual_seed(self.seed),
         }
 
 

@@ -1,0 +1,31 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a fork after OpenMP has started its threads hangs
+
+import logging
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+# The same cases at every run, and no verdict by the clock: the machines that run this are shared.
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

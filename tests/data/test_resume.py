@@ -1,0 +1,120 @@
+"""A run that stops anywhere and is resumed ends bit for bit like the uninterrupted one."""
+
+import os
+import random
+import signal
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from tests.tiny import SILENT, Tiny, tiny_data
+
+STEPS = 12  # 46 pairs in batches of four, the last of two
+EPOCHS = 3
+
+# Each run goes on in the folder it was stopped in.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+class PlainOptimizer(Tiny):
+    """Without `trainer.estimated_stepping_batches`, which makes the train loader earlier than it would be."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Watch(Callback):
+    """Record the pairs that reach each step, and kill the process at one of them."""
+
+    def __init__(self, kill_at=None):
+        self.kill_at, self.seen = kill_at, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.seen.append((trainer.current_epoch, batch_idx, batch["text_id"].tolist(), batch["image"].sum().item()))
+
+
+def fit(model_class, loader, folder=".", *, save=None, kill_at=None, resume_from=None, seed=0, **trainer_options):
+    L.seed_everything(seed, verbose=False)
+    watch, checkpoint = Watch(kill_at), ModelCheckpoint(folder, "{step}", save_top_k=-1, **(save or {}))
+    options = {**SILENT, "max_epochs": EPOCHS, "enable_checkpointing": True, **trainer_options}
+    model = model_class()
+    trainer = L.Trainer(callbacks=[watch, checkpoint], **options)
+    trainer.fit(model, datamodule=tiny_data(**loader), ckpt_path=resume_from, weights_only=True)
+    return model.state_dict(), watch.seen
+
+
+def run_and_be_killed(*arguments, **options):
+    child = os.fork()
+    if child == 0:
+        try:
+            fit(*arguments, **options)
+        finally:
+            os._exit(1)  # not killed
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+LOADERS = {
+    "no workers": {"num_workers": 0},
+    "workers": {"num_workers": 2, "persistent_workers": False},
+    "persistent workers": {"num_workers": 2, "persistent_workers": True},
+}
+STOPS = {
+    "end of an epoch": ({"every_n_epochs": 1}, STEPS, {}),
+    "end of validation": ({"save_on_train_epoch_end": False}, STEPS, {}),
+    "middle of an epoch": ({"every_n_train_steps": 5}, 15, {}),
+    "last batch of an epoch": ({"every_n_train_steps": STEPS}, STEPS, {}),
+    "kill -9": ({"every_n_train_steps": 5}, None, {"kill_at": 17}),
+    "limit_train_batches": ({"every_n_train_steps": 7}, 14, {"limit_train_batches": 7}),
+    "accumulated gradients, killed": ({"every_n_train_steps": 4}, None, {"kill_at": 9, "accumulate_grad_batches": 2}),
+    "bf16": ({"every_n_train_steps": 5}, 15, {"precision": "bf16-mixed"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("model_class", [Tiny, PlainOptimizer])
+def test_resumed_equals_uninterrupted(model_class, loader, stop, tmp_path):
+    loader, (save, step, options) = LOADERS[loader], STOPS[stop]
+    kill_at, options = options.get("kill_at"), {name: value for name, value in options.items() if name != "kill_at"}
+    expected, seen = fit(model_class, loader, tmp_path / "whole", save=save, **options)
+    folder = tmp_path / "whole"
+    if kill_at:
+        folder = tmp_path / "killed"
+        run_and_be_killed(model_class, loader, folder, save=save, kill_at=kill_at, **options)
+        step = max(int(path.stem.split("=")[1]) for path in folder.iterdir())
+        assert 0 < step < kill_at
+    checkpoint = folder / f"step={step}.ckpt"
+    resumed, seen_again = fit(model_class, loader, folder, save=save, resume_from=checkpoint, seed=99, **options)
+    assert 0 < len(seen_again) < len(seen)
+    assert seen_again == seen[-len(seen_again) :]
+    for name, value in expected.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_every_epoch_has_another_order_and_every_pair_once():
+    _, seen = fit(Tiny, {})
+    orders = [[pair for epoch, _, pairs, _ in seen if epoch == number for pair in pairs] for number in range(EPOCHS)]
+    assert all(sorted(order) == list(range(46)) for order in orders)
+    assert len({tuple(order) for order in orders}) == EPOCHS
+
+
+def test_workers_change_nothing():
+    results = [fit(Tiny, loader, name) for name, loader in LOADERS.items()]
+    assert results[0][1] == results[1][1] == results[2][1]
+    assert all(torch.equal(value, results[1][0][name]) for name, value in results[0][0].items())
+
+
+def test_loading_pairs_does_not_touch_the_random_streams():
+    """Else dropout would draw other masks with workers than without."""
+    pairs = tiny_data().train_dataset
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    pairs[3]
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert (before[2] == np.random.get_state()[1]).all()

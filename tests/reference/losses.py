@@ -1,0 +1,48 @@
+"""The formulas, one pair at a time, for tests to compare with."""
+
+import math
+
+
+def direction(similarity, ids, other_ids, positive, anchor_cost):
+    """Apply `anchor_cost(positive, negatives)` to every row of nested lists."""
+    costs = []
+    for i, row in enumerate(similarity):
+        negatives = [score for j, score in enumerate(row) if other_ids[j] != ids[i]]
+        costs.append(anchor_cost(positive[i], negatives))
+    return costs
+
+
+def hardest(positive, negatives, margin):
+    return max([max(0.0, margin - positive + negative) for negative in negatives], default=0.0)
+
+
+def mean(positive, negatives, margin):
+    return sum(max(0.0, margin - positive + negative) for negative in negatives) / max(1, len(negatives))
+
+
+def selective(positive, negatives, margin, epsilon):
+    if negatives and abs(positive - max(negatives)) < epsilon:
+        return mean(positive, negatives, margin)
+    return hardest(positive, negatives, margin)
+
+
+def info_nce(positive, negatives, scale):
+    return -math.log(math.exp(scale * positive) / sum(math.exp(scale * score) for score in [positive, *negatives]))
+
+
+def sigmoid(positive, negatives, scale, bias):
+    def log_sigmoid(x):
+        return -math.log1p(math.exp(-x))
+
+    return -log_sigmoid(scale * positive + bias) - sum(log_sigmoid(-scale * score - bias) for score in negatives)
+
+
+def loss(image, text, image_id, anchor_cost):
+    """The mean over the anchors and the two directions."""
+    ids = image_id.tolist()
+    similarity = (image @ text.T).tolist()
+    transposed = [list(column) for column in zip(*similarity, strict=True)]
+    positive = [similarity[i][i] for i in range(len(ids))]
+    i2t = direction(similarity, ids, ids, positive, anchor_cost)
+    t2i = direction(transposed, ids, ids, positive, anchor_cost)
+    return (sum(i2t) + sum(t2i)) / (2 * len(ids))
