@@ -29,7 +29,7 @@ class ImageTextBatch(TypedDict):
 BATCH_KEYS = tuple(ImageTextBatch.__annotations__)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning moves what it holds to other devices
 class EmbeddingPairs:
     """The embeddings of a batch, row by row a matching pair.
 

@@ -178,7 +178,7 @@ class DualEncoder(L.LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         for (of_stage, index), metric in self._metrics.items():
-            if of_stage == stage:
+            if of_stage == stage and metric.update_called:
                 prefix = stage if index == 0 else f"{stage}_{index}"
                 # Equal on all ranks already; sync_dist says so to Lightning.
                 self.log_dict({f"{prefix}/{name}": value for name, value in metric.compute().items()}, sync_dist=True)

@@ -64,7 +64,7 @@ class ImageTextRetrieval(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``i2t_r1`` … ``t2i_r10``, ``rsum``, and ``median_rank`` and ``mean_rank`` of either direction."""
-        if not self.image:
+        if len(self.image) == 0:  # a list of batches, or after a gather one tensor
             raise ValueError("Expected at least one batch before `compute`, got none. Call `update` first.")
         rows_id, text_id = dim_zero_cat(self.image_id), dim_zero_cat(self.text_id)
         image, image_id, _ = _first_of_each("image_id", dim_zero_cat(self.image), rows_id)
