@@ -1,6 +1,5 @@
 """Two gloo processes on one global batch give the gradients of one process."""
 
-
 import lightning as L
 import pytest
 import torch

@@ -257,7 +257,7 @@ class TestBadInput:
 
     def test_a_set_smaller_than_a_batch(self):
         data = ImageTextDataModule(tiny_pairs(), batch_size=64, num_workers=0)
-        with pytest.raises(Exception, match="at least one batch of 64 pairs a rank, got 46 pairs. Lower `batch_size`"):
+        with pytest.raises(Exception, match=r"at least one batch of 64 pairs a rank, got 46 pairs. Lower `batch_size`"):
             trainer().fit(Tiny(), datamodule=data)
 
     def test_a_set_that_was_not_given(self):

@@ -1,0 +1,179 @@
+import json
+import math
+
+import lightning as L
+import open_clip
+import pytest
+import torch
+
+from lightning_itm import (
+    ImageTextDataModule,
+    ImageTextPairs,
+    InfoNCELoss,
+    OpenCLIPDualEncoder,
+    SigmoidLoss,
+    TripletLoss,
+)
+from tests.pictures import captions, cut_outs
+from tests.tiny import SILENT
+
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+CONFIGS = {
+    "tiny-vit": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 16, "head_width": 16},
+        "text_cfg": TEXT,
+    },
+    "tiny-rn": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+        "text_cfg": TEXT,
+    },
+    "tiny-bias": {
+        "embed_dim": 24,
+        "init_logit_scale": math.log(20),
+        "init_logit_bias": -7.0,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 16, "head_width": 16},
+        "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True},
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("configs")
+    for name, config in CONFIGS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder / f"{name}.json")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Weights of a model that somebody else has trained."""
+
+    def save(name):
+        torch.manual_seed(4)
+        model = open_clip.create_model(name)
+        with torch.no_grad():
+            model.logit_scale.fill_(3.5)
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
+        return model, tmp_path / "weights.pt"
+
+    return save
+
+
+def data_for(model, **kwargs):
+    pairs = ImageTextPairs(cut_outs(16, 40), captions(16), **model.transforms)
+    return ImageTextDataModule(pairs, pairs, pairs, **{"batch_size": 8, "num_workers": 0, **kwargs})
+
+
+def trainer(**options):
+    return L.Trainer(**{**SILENT, "max_epochs": 1, **options})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_trains_with_its_own_transforms_and_tokenizer(name, gradient_checkpointing):
+    model = OpenCLIPDualEncoder(
+        name, loss=TripletLoss(negatives="selective"), gradient_checkpointing=gradient_checkpointing, learning_rate=1e-3
+    )
+    data = data_for(model)
+    sample = data.train_dataset[0]
+    assert sample["image"].shape == (3, 32, 32)
+    assert sample["text"].shape == (16,)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer().fit(model, datamodule=data)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any(name.startswith("model.visual") for name in moved)
+    assert any("text" in name or "transformer.resblocks" in name for name in moved)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_encodes_as_open_clip_does(name, weights):
+    theirs, path = weights(name)
+    model = OpenCLIPDualEncoder(name, pretrained=path).eval()
+    batch = next(iter(data_for(model).val_dataloader()))
+    pairs = model.embed(batch)
+    torch.testing.assert_close(pairs.image, theirs.eval().encode_image(batch["image"], normalize=True))
+    torch.testing.assert_close(pairs.text, theirs.encode_text(batch["text"], normalize=True))
+
+
+class TestScale:
+    def test_comes_with_pretrained_weights(self, weights):
+        _, path = weights("tiny-vit")
+        model = OpenCLIPDualEncoder("tiny-vit", pretrained=path)
+        assert model.loss.logit_scale.item() == 3.5
+        assert not model.model.logit_scale.requires_grad
+
+    def test_is_the_users_if_given(self, weights):
+        _, path = weights("tiny-vit")
+        assert OpenCLIPDualEncoder("tiny-vit", path, InfoNCELoss(2.0)).loss.logit_scale.item() == 2.0
+
+    def test_is_the_losss_own_without_weights(self):
+        assert OpenCLIPDualEncoder("tiny-vit").loss.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+    def test_comes_with_its_bias_or_not_at_all(self, weights):
+        _, path = weights("tiny-bias")
+        loss = OpenCLIPDualEncoder("tiny-bias", path, SigmoidLoss()).loss
+        assert (loss.logit_scale.item(), loss.logit_bias.item()) == (3.5, -7.0)
+        _, path = weights("tiny-vit")  # a model without a bias
+        loss = OpenCLIPDualEncoder("tiny-vit", path, SigmoidLoss()).loss
+        assert (loss.logit_scale.item(), loss.logit_bias.item()) == (pytest.approx(math.log(10)), -10.0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_locked_tower_stays_as_it_is(name, tower):
+    model = OpenCLIPDualEncoder(name, learning_rate=1e-2, **{f"lock_{tower}": True})
+    batch = next(iter(data_for(model).val_dataloader()))
+    before = model.eval().embed(batch)
+    trainer(limit_val_batches=0).fit(model.train(), datamodule=data_for(model))
+    after = model.eval().embed(batch)
+    other = {"image": "text", "text": "image"}[tower]
+    assert torch.equal(getattr(before, tower), getattr(after, tower)), "batch statistics included"
+    assert not torch.equal(getattr(before, other), getattr(after, other))
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    """Or DDP would stop."""
+    model = OpenCLIPDualEncoder("tiny-vit")
+    model.training_step(next(iter(data_for(model).val_dataloader())), 0).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_checkpoint_loads_by_itself(tmp_path):
+    model = OpenCLIPDualEncoder("tiny-vit", lock_image=True, augmentation={"scale": (0.5, 1.0)}, learning_rate=1e-3)
+    fitter = trainer(enable_checkpointing=True, default_root_dir=tmp_path)
+    fitter.fit(model, datamodule=data_for(model))
+    fitter.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = OpenCLIPDualEncoder.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert loaded.hparams == model.hparams
+    assert "loss" not in loaded.hparams
+
+
+def test_fine_tuned_weights_go_back_to_open_clip(tmp_path):
+    model = OpenCLIPDualEncoder("tiny-vit")
+    torch.save(model.model.state_dict(), tmp_path / "tuned.pt")
+    theirs = open_clip.create_model("tiny-vit", pretrained=str(tmp_path / "tuned.pt"))
+    assert torch.equal(theirs.visual.proj, model.model.visual.proj)
+
+
+def test_augmentation_is_of_training_only():
+    model = OpenCLIPDualEncoder("tiny-vit", augmentation={"scale": (0.1, 0.2)})
+    pairs = ImageTextPairs(cut_outs(2, 40), ["a", "b"], **model.transforms)
+    first = pairs[0]["image"]
+    pairs.epoch.fill_(1)
+    assert not torch.equal(first, pairs[0]["image"])
+    assert torch.equal(pairs.evaluation()[0]["image"], model.transforms["eval_transform"](cut_outs(2, 40)[0]))
+
+
+def test_unknown_model():
+    with pytest.raises(ValueError, match=r"one of open_clip.list_models\(\) .* got 'ViT-Z-1'"):
+        OpenCLIPDualEncoder("ViT-Z-1")
+
+
+def test_unknown_weights():
+    with pytest.raises(Exception, match="no_such_tag"):
+        OpenCLIPDualEncoder("ViT-B-32", pretrained="no_such_tag")
