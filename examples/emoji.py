@@ -201,6 +201,8 @@ def plot(rows: list[Row], path: Path) -> None:
     )
     axes[1].set(xlabel="epoch", ylabel="validation rsum", title="from scratch", ylim=(0, 600))
     axes[2].set(xlabel="epoch", ylabel="validation rsum", title="fine-tuned from InfoNCE")
+    for ax in axes[1:]:
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes:
         ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
