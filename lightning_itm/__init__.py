@@ -1,22 +1,27 @@
 """Better negatives for fine-tuning CLIP and other dual encoders, as a PyTorch Lightning plugin."""
 
-from lightning_itm.data.batch import EmbeddingPairs, ImageTextBatch, collate
+from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, ImageTextBatch, collate
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.modules.contrastive_losses import InfoNCELoss, SigmoidLoss
 from lightning_itm.modules.dual_encoder import DualEncoder
-from lightning_itm.modules.losses import InfoNCELoss, SigmoidLoss, TripletLoss
+from lightning_itm.modules.hinge_losses import QuintupletLoss, TripletLoss
 from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
+from lightning_itm.modules.pair_loss import PairLoss
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 
 __all__ = [
     "DualEncoder",
     "EmbeddingPairs",
+    "HardNegatives",
     "ImageTextBatch",
     "ImageTextDataModule",
     "ImageTextPairs",
     "ImageTextRetrieval",
     "InfoNCELoss",
     "OpenCLIPDualEncoder",
+    "PairLoss",
+    "QuintupletLoss",
     "SigmoidLoss",
     "TripletLoss",
     "collate",

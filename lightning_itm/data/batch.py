@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -80,6 +81,10 @@ class EmbeddingPairs:
     def __len__(self) -> int:
         return len(self.image)
 
+    def __add__(self, other: "EmbeddingPairs") -> "EmbeddingPairs":
+        """Concatenate two sets of pairs."""
+        return EmbeddingPairs(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in _FIELDS))
+
     def gather(self) -> "EmbeddingPairs":
         """Concatenate the pairs of all ranks, embeddings with gradient. Every rank must hold as many pairs."""
         return EmbeddingPairs(
@@ -87,6 +92,43 @@ class EmbeddingPairs:
             gather_with_gradient(self.text),
             gather(self.image_id),
             gather(self.text_id),
+        )
+
+
+_FIELDS = tuple(field.name for field in fields(EmbeddingPairs))
+
+
+@dataclass
+class HardNegatives:
+    """Negatives mined over the whole training set, row by row for the pairs of a batch.
+
+    For a pair (I1, T1): T3, a hard text of I1, with the image I4 it belongs to; and I3, a hard image of T1, with a text T4 of
+    it. (I4, T3) and (I3, T4) match.
+
+    Args:
+        text: T3, `(pairs, dim)`, unit-norm.
+        text_image: I4, `(pairs, dim)`, unit-norm.
+        text_image_id: The id of I4, int64 `(pairs,)`; −1 where no text was mined.
+        image: I3, `(pairs, dim)`, unit-norm.
+        image_text: T4, `(pairs, dim)`, unit-norm.
+        image_id: The id of I3, int64 `(pairs,)`; −1 where no image was mined.
+    """
+
+    text: Tensor
+    text_image: Tensor
+    text_image_id: Tensor
+    image: Tensor
+    image_text: Tensor
+    image_id: Tensor
+
+    def as_pairs(self) -> EmbeddingPairs:
+        """Return the mined pairs (I4, T3) and (I3, T4), which are candidates like any other. Their text ids are −1."""
+        image_id = torch.cat([self.text_image_id, self.image_id])
+        return EmbeddingPairs(
+            torch.cat([self.text_image, self.image]),
+            torch.cat([self.text, self.image_text]),
+            image_id,
+            torch.full_like(image_id, -1),
         )
 
 

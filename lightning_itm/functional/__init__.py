@@ -1,17 +1,20 @@
 """The mathematics: tensors in, tensors out; PyTorch only."""
 
 from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
+from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
 from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank
 from lightning_itm.functional.similarity import DirectionScores, direction_scores, hardest_negative, unit_norm
 from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
 
 __all__ = [
     "DirectionScores",
+    "OfflineScores",
     "direction_scores",
     "hardest_cost",
     "hardest_negative",
     "info_nce_cost",
     "mean_cost",
+    "quintuplet_cost",
     "recall_at_k",
     "retrieval_rank",
     "selective_cost",

@@ -15,7 +15,7 @@ class DirectionScores(NamedTuple):
     positive: Float[Tensor, " anchors"]
     """Cosine of every anchor and its own positive."""
     negative_mask: Bool[Tensor, "anchors candidates"]
-    """True where the candidate belongs to another image than the anchor."""
+    """True where the candidate belongs to another image than the anchor, and to one at all."""
 
 
 def unit_norm(embeddings: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
@@ -51,7 +51,8 @@ def direction_scores(
         positive: Unit-norm embedding of each query's own match, row by row.
         candidate: Unit-norm embeddings of everything a query may be compared with, the positives among them or not.
         anchor_id: The image each anchor belongs to.
-        candidate_id: The image each candidate belongs to. A candidate of the anchor's own image is no negative.
+        candidate_id: The image each candidate belongs to. A candidate of the anchor's own image is no negative, nor is
+            one with the id −1, which stands for nothing.
 
     Returns:
         The scores, in float32 with autocast off (float64 inputs stay float64).
@@ -67,7 +68,7 @@ def direction_scores(
         return DirectionScores(
             similarity=anchor @ candidate.T,
             positive=(anchor * positive).sum(dim=-1),
-            negative_mask=anchor_id[:, None] != candidate_id[None, :],
+            negative_mask=(anchor_id[:, None] != candidate_id[None, :]) & (candidate_id >= 0),
         )
 
 

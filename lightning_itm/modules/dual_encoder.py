@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_itm.data.batch import EmbeddingPairs, check_batch
 from lightning_itm.functional.similarity import unit_norm
-from lightning_itm.modules.losses import InfoNCELoss
+from lightning_itm.modules.contrastive_losses import InfoNCELoss
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 
 LOSS_INPUTS = ("selective",)

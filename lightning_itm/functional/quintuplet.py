@@ -1,0 +1,76 @@
+r"""Adaptive weights of the online hinge, and the hinges of offline negatives (AOQ).
+
+A pair :math:`(I_1, T_1)` comes with negatives mined over the whole training set: a hard text :math:`T_3` of :math:`I_1` and
+the image :math:`I_4` it belongs to, a hard image :math:`I_3` of :math:`T_1` and a text :math:`T_4` of it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lightning_itm.functional.similarity import DirectionScores, hardest_negative
+
+
+class OfflineScores(NamedTuple):
+    """What one direction of the quintuplet loss needs to know of the mined negatives."""
+
+    anchored: Float[Tensor, " anchors"]
+    """Cosine of each anchor and its own mined negative: (I1, T3), or (T1, I3)."""
+    unanchored: Float[Tensor, " anchors"]
+    """Cosine of two mined negatives: (I3, T3), or (I4, T4)."""
+    mined: Bool[Tensor, " anchors"]
+    """False where nothing was mined: no offline term, and the online cost as it is."""
+    matched: Bool[Tensor, " anchors"]
+    """True where the two mined negatives belong to one image: they are a true pair."""
+
+
+def quintuplet_cost(
+    online_cost: Float[Tensor, " anchors"],
+    scores: DirectionScores,
+    offline: OfflineScores,
+    *,
+    offline_margin: float = 0.0,
+    alpha: float = 0.3,
+    beta: float = 1.5,
+    detach_weights: bool = False,
+    clamp_weights: bool = False,
+    mask_matched: bool = True,
+) -> Float[Tensor, " anchors"]:
+    r"""Weigh the online cost by how much harder the mined negative is, and punish the mined ones too.
+
+    .. math:: w\,\ell_i + [m' + s_{13} - s^+]_+ + [m' + s_{33} - s^+]_+, \qquad
+              w = \beta - \frac{s_{13} - \max_{j \in N_i} s_{ij}}{\alpha}
+
+    where :math:`s_{13}` is the anchor's own mined negative and :math:`s_{33}` the pair of mined negatives.
+
+    Args:
+        online_cost: The cost of the in-batch negatives, such as :func:`~lightning_itm.functional.hardest_cost`.
+        scores: The anchors against the batch.
+        offline: The anchors and their mined negatives.
+        offline_margin: m', in units of cosine similarity.
+        alpha: How much harder the mined negative must be for the weight to fall by one.
+        beta: The weight where both are equally hard.
+        detach_weights: Let no gradient flow through w. The published code lets it (ours if True).
+        clamp_weights: Keep w from falling below 0, where it would reward a violation (ours if True).
+        mask_matched: Skip the unanchored term where it is a true pair (ours; the published code has no such case).
+
+    Returns:
+        One cost an anchor.
+
+    References:
+        *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669.
+    """
+    hardest = hardest_negative(scores)
+    comparable = offline.mined & hardest.isfinite()
+    weight = beta - torch.where(comparable, offline.anchored - hardest, 0) / alpha
+    if clamp_weights:
+        weight = weight.clamp_min(0)
+    if detach_weights:
+        weight = weight.detach()
+    anchored = (offline_margin + offline.anchored - scores.positive).clamp_min(0)
+    unanchored = (offline_margin + offline.unanchored - scores.positive).clamp_min(0)
+    if mask_matched:
+        unanchored = unanchored.masked_fill(offline.matched, 0)
+    return torch.where(offline.mined, weight * online_cost + anchored + unanchored, online_cost)

@@ -1,0 +1,107 @@
+"""The base of the losses over pairs of embeddings: it prepares the scores, a subclass is the formula."""
+
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_itm.data.batch import EmbeddingPairs, HardNegatives
+from lightning_itm.functional.similarity import DirectionScores, direction_scores
+
+
+class DirectionCost(NamedTuple):
+    """The costs of one direction, and what is worth watching of them."""
+
+    cost: Tensor
+    """`(anchors,)`."""
+    diagnostics: dict[str, Tensor]
+    """`(anchors,)` each; the mean over anchors and directions is logged."""
+
+
+class PairLoss(nn.Module, ABC):
+    """Base of the losses. A subclass implements :meth:`direction_cost`.
+
+    Anchors are the pairs of this rank, candidates those of all ranks. A candidate of the anchor's own image is never a
+    negative. Scores are float32 whatever the autocast dtype.
+
+    Args:
+        reduction: ``"mean"`` over the anchors and the two directions, or ``"sum"``, which is the mean times twice the
+            number of anchors of the global batch, as VSE++ and its successors publish it.
+
+    Raises:
+        ValueError: An unknown reduction.
+    """
+
+    def __init__(self, *, reduction: Literal["mean", "sum"] = "mean") -> None:
+        super().__init__()
+        check_choice("reduction", reduction, ("mean", "sum"))
+        self.reduction = reduction
+
+    @abstractmethod
+    def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
+        """Compute the cost of each anchor of one direction.
+
+        Args:
+            scores: The anchors against the candidates.
+            selective: bool `(anchors,)`, or None; see :meth:`forward`.
+        """
+
+    def forward(
+        self,
+        pairs: EmbeddingPairs,
+        candidates: EmbeddingPairs | None = None,
+        *,
+        hard: HardNegatives | None = None,
+        selective: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the loss of a batch.
+
+        Args:
+            pairs: The anchors, each with its positive.
+            candidates: The pairs of all ranks, ``pairs`` among them (:meth:`EmbeddingPairs.gather`). ``None``: the pairs.
+            hard: Negatives mined for ``pairs``. Those of all ranks become candidates too (ours).
+            selective: bool `(pairs,)`: where the selective rule applies, in place of what the constructor says.
+
+        Returns:
+            ``"loss"``, the scalar to minimise, and detached diagnostics.
+
+        Raises:
+            ValueError: ``selective`` is given to a loss that has no such rule.
+        """
+        candidates = pairs if candidates is None else candidates
+        extended = candidates if hard is None else candidates + hard.as_pairs().gather()
+        i2t, t2i = (self.direction_cost(scores, selective) for scores in both_directions(pairs, extended))
+        return self.reduce(i2t, t2i, num_anchors=len(candidates))
+
+    def reduce(self, i2t: DirectionCost, t2i: DirectionCost, *, num_anchors: int) -> dict[str, Tensor]:
+        """Average, or sum, the costs of both directions.
+
+        Args:
+            i2t: The costs of the images of this rank.
+            t2i: The costs of its texts.
+            num_anchors: The number of pairs on all ranks.
+        """
+        loss = (i2t.cost.mean() + t2i.cost.mean()) / 2
+        if self.reduction == "sum":
+            loss = loss * (2 * num_anchors)
+        diagnostics = {
+            name: torch.cat([values, t2i.diagnostics[name]]).detach().float().mean()
+            for name, values in i2t.diagnostics.items()
+        }
+        return {"loss": loss, **diagnostics}
+
+
+def both_directions(pairs: EmbeddingPairs, candidates: EmbeddingPairs) -> tuple[DirectionScores, DirectionScores]:
+    """Compare images with texts, and texts with images."""
+    ids = {"anchor_id": pairs.image_id, "candidate_id": candidates.image_id}
+    return (
+        direction_scores(pairs.image, pairs.text, candidates.text, **ids),
+        direction_scores(pairs.text, pairs.image, candidates.image, **ids),
+    )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that lists the choices if the value is none of them."""
+    if value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}.")
