@@ -182,6 +182,16 @@ def print_table(rows: list[Row]) -> None:
         print(f"{row.stage:13}{row.loss:10}{recalls}{rsum:8.1f}{row.final_loss:10.3f}{row.seconds:9.0f}")
 
 
+def write_table(rows: list[Row], path: Path) -> None:
+    """Write the table for other programs."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["stage", "loss", *RECALLS, "rsum", "training_loss", "seconds"])
+        for row in rows:
+            recalls = [row.metrics[f"test/{key}"] for key in (*RECALLS, "rsum")]
+            writer.writerow([row.stage, row.loss, *recalls, row.final_loss, row.seconds])
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Draw the loss from scratch against the margin, and recall over epochs."""
     mpl.use("Agg")
@@ -246,8 +256,11 @@ def main() -> None:
         print(f"[{number}/{len(plan)}] {stage}, {loss}", flush=True)
         rows.append(train_row(args, stage, loss, rows[0].checkpoint if stage == "fine-tuned" else None))
     print_table(rows)
+    write_table(rows, args.out / "table.csv")
     plot(rows, args.out / "curves.png")
-    print(f"\ncurves:      {args.out / 'curves.png'}\ncheckpoints: {args.out}/*.ckpt, one a row")
+    print(
+        f"\ncurves:      {args.out / 'curves.png'}\ntable:       {args.out / 'table.csv'}\ncheckpoints: {args.out}/*.ckpt, one a row"
+    )
 
 
 if __name__ == "__main__":

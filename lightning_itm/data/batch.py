@@ -65,9 +65,10 @@ class EmbeddingPairs:
                 )
         for name in ("image_id", "text_id"):
             ids = getattr(self, name)
-            if ids.ndim != 1 or ids.is_floating_point():
+            if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
+                got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
                 raise TypeError(
-                    f"Expected `{name}` to be an int64 tensor of shape (pairs,), got {ids.dtype} {tuple(ids.shape)}."
+                    f"Expected `{name}` to be an int64 tensor of shape (pairs,), got {got}. Number them from 0."
                 )
         rows = {field.name: getattr(self, field.name).shape[0] for field in fields(self)}
         if len(set(rows.values())) > 1:

@@ -6,11 +6,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_itm.data.batch import collate
 from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.data.sampler import EpochSampler, ResumableLoader
+from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
 
 
 class ImageTextDataModule(L.LightningDataModule):
@@ -22,14 +23,15 @@ class ImageTextDataModule(L.LightningDataModule):
 
     Args:
         train_dataset: What is trained on; may be wrapped later (by a callback, in ``setup``).
-        val_dataset: What is validated on; an :class:`~lightning_itm.ImageTextPairs` is read through its ``evaluation()``.
+        val_dataset: What is validated on; an :class:`~lightning_itm.ImageTextPairs`, or a ``Subset`` of one, is read through
+            its ``evaluation()``.
         test_dataset: What is tested on, likewise.
         batch_size: Pairs a batch on each rank.
         eval_batch_size: The same in evaluation; default ``batch_size``.
         num_workers: Worker processes a loader; default: the usable cores, at most 8.
         persistent_workers: Keep the workers from one epoch to the next.
         drop_last: Leave out the pairs that do not fill a batch. They are others in each epoch.
-        seed: The order of an epoch is a function of it.
+        seed: Order and augmentation of an epoch are functions of it.
 
     Raises:
         ValueError: ``batch_size`` is not positive.
@@ -59,18 +61,26 @@ class ImageTextDataModule(L.LightningDataModule):
         self.persistent_workers = persistent_workers
         self.drop_last = drop_last
         self.seed = seed
-        self._restored: tuple[int, int] | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Forget where an earlier run was resumed."""
+        self._restored = None
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of this rank's share of each epoch."""
-        dataset = _given(self.train_dataset, "train_dataset")
-        trainer = self.trainer
+        """Return the loader of this rank's share of each epoch; without a Trainer, a plain one."""
+        dataset, trainer = _given(self.train_dataset, "train_dataset"), self.trainer
+        if trainer is None:
+            return DataLoader(
+                dataset, self.batch_size, shuffle=True, drop_last=self.drop_last, **self._loader_options()
+            )
+        seeded = SeededDataset(dataset, self.seed)
         sampler = EpochSampler(
-            dataset,
+            seeded,
             self.batch_size,
             self._position,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
+            num_replicas=trainer.world_size,
+            rank=trainer.global_rank,
             seed=self.seed,
         )
         if self.drop_last and len(sampler) < self.batch_size:
@@ -79,11 +89,7 @@ class ImageTextDataModule(L.LightningDataModule):
                 "Lower `batch_size`, or set `drop_last=False`."
             )
         return ResumableLoader(
-            dataset,
-            self.batch_size,
-            sampler=sampler,
-            drop_last=self.drop_last,
-            **self._loader_options(),
+            seeded, self.batch_size, sampler=sampler, drop_last=self.drop_last, **self._loader_options()
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -95,31 +101,55 @@ class ImageTextDataModule(L.LightningDataModule):
         return self._evaluation_loader(_given(self.test_dataset, "test_dataset"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, and how many of its batches are done, if training stopped now."""
+        """Return where training is: the epoch, how many of its batches are done, and how many there ever were."""
         trainer = _given(self.trainer, "trainer")
-        epoch: Any = trainer.fit_loop.epoch_progress.current
-        num_done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        if epoch.started == epoch.processed:  # between two epochs
-            return {"epoch": epoch.processed, "batch": 0}
-        if num_done >= trainer.num_training_batches:  # after the last batch, before the end of the epoch
-            return {"epoch": epoch.processed + 1, "batch": 0}
-        return {"epoch": epoch.processed, "batch": num_done}
+        epoch, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
+        num_done, num_batches = batches.current.processed, trainer.num_training_batches
+        is_between_epochs = epoch.started == epoch.processed
+        if (
+            0 < num_done < num_batches
+        ):  # an epoch that `max_steps` broke off counts as processed, and goes on all the same
+            position = epoch.processed - is_between_epochs, num_done
+        else:
+            position = epoch.processed + (not is_between_epochs and num_done >= num_batches), 0
+        return {
+            "epoch": int(position[0]),
+            "batch": int(position[1]),
+            "total": batches.total.processed,
+            "batch_size": self.batch_size,
+            "world_size": trainer.world_size,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Start the next iterator where the checkpoint was written."""
-        self._restored = int(state_dict["epoch"]), int(state_dict["batch"])
+        """Start where the checkpoint was written, if it is training that is resumed.
+
+        Raises:
+            MisconfigurationException: The checkpoint is of the middle of an epoch, and batches have another size now.
+        """
+        trainer = _given(self.trainer, "trainer")
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        then = state_dict["batch_size"], state_dict["world_size"]
+        now = self.batch_size, trainer.world_size
+        if state_dict["batch"] > 0 and then != now:
+            raise MisconfigurationException(
+                f"Expected `batch_size` {then[0]} on {then[1]} process(es), as when the run stopped after batch "
+                f"{state_dict['batch']} of epoch {state_dict['epoch']}, got {now[0]} on {now[1]}: pairs would be left out or "
+                "come twice. Resume with the same, or from the end of an epoch."
+            )
+        self._restored = dict(state_dict)
 
     def _position(self) -> tuple[int, int]:
         """Return the epoch of the iterator that is about to be made, and how many of its batches are done."""
-        if self._restored is not None:
-            position, self._restored = self._restored, None
-            return position
-        fit_loop: Any = self.trainer.fit_loop if self.trainer else None
-        return (fit_loop.epoch_progress.current.processed if fit_loop else 0), 0
+        fit_loop = _given(self.trainer, "trainer").fit_loop
+        restored = self._restored
+        # Until a batch is trained on; at first, Lightning makes an iterator before it has restored its own counts.
+        if restored is not None and fit_loop.epoch_loop.batch_progress.total.processed <= restored["total"]:
+            return restored["epoch"], restored["batch"]
+        return fit_loop.epoch_progress.current.processed, 0
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        view = dataset.evaluation() if isinstance(dataset, ImageTextPairs) else dataset
-        return DataLoader(view, self.eval_batch_size, **self._loader_options())
+        return DataLoader(_evaluation_view(dataset), self.eval_batch_size, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {
@@ -130,6 +160,14 @@ class ImageTextDataModule(L.LightningDataModule):
             # Of its own: the workers' seed is drawn from it, and not from the stream that dropout draws from.
             "generator": torch.Generator().manual_seed(self.seed),
         }
+
+
+def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:
+    if isinstance(dataset, ImageTextPairs):
+        return dataset.evaluation()
+    if isinstance(dataset, Subset):
+        return Subset(_evaluation_view(dataset.dataset), dataset.indices)
+    return dataset
 
 
 def _default_num_workers() -> int:

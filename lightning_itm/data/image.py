@@ -35,7 +35,7 @@ def open_rgb(source: ImageSource) -> Image.Image:
             return _to_rgb(Image.fromarray(source.squeeze(2) if source.ndim == 3 and source.shape[2] == 1 else source))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _to_rgb(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: how PIL names a broken PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's names for broken files
         name = source if isinstance(source, str | PathLike) else type(source).__name__
         raise UnreadableImageError(f"{name} does not open: {error}") from error
 
@@ -50,11 +50,18 @@ def check_sources(images: Iterable[Any]) -> None:
 
     Raises:
         TypeError: An entry is none of the kinds in ``ImageSource``, or an array of another dtype or shape.
+        ValueError: The same path twice.
     """
+    first_place: dict[str, int] = {}
     for image_id, image in enumerate(images):
         if not isinstance(image, str | PathLike | bytes | Image.Image | np.ndarray):
             raise TypeError(
                 f"Expected images to be paths, bytes, PIL images or arrays, got {type(image).__name__} for image {image_id}."
+            )
+        if isinstance(image, str | PathLike) and first_place.setdefault(str(image), image_id) != image_id:
+            raise ValueError(
+                f"Expected every image once, got {image} as image {first_place[str(image)]} and image {image_id}: its texts "
+                "would be negatives of each other. Give a list of texts an image, or `text_image_id`; `from_csv` groups rows."
             )
         if isinstance(image, np.ndarray) and not _is_picture(image):
             raise TypeError(

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.data.image import ImageSource, UnreadableImageError, check_sources, open_rgb, to_tensor
-from lightning_itm.data.sampler import seeded
 
 
 class ImageTextPairs(Dataset[dict[str, Any]]):
@@ -27,15 +26,14 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         texts: One text an image, or one list of texts an image, or, with ``text_image_id``, one text an entry.
         text_image_id: The image that each text belongs to, where ``texts`` is flat.
         transform: Turns a PIL image into what the image tower takes, in training. Default: a float tensor
-            `(3, height, width)` in [0, 1]. What it draws at random depends on ``seed``, the epoch and the pair alone.
+            `(3, height, width)` in [0, 1].
         eval_transform: The same without augmentation, for validation, test and mining. Default: ``transform``.
         tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
-        seed: Of the augmentation.
 
     Raises:
         ValueError: No images; an image without text; texts and images that do not match in number; ids that are not
-            dense.
-        TypeError: An image of a kind that can't be read.
+            dense; the same path twice.
+        TypeError: An image of a kind that can't be read; a text that is no string.
 
     Example:
         >>> red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
@@ -53,19 +51,17 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         transform: Callable[[Image.Image], Any] | None = None,
         eval_transform: Callable[[Image.Image], Any] | None = None,
         tokenizer: Callable[[list[str]], Tensor] | None = None,
-        seed: int = 0,
     ) -> None:
-        self.images = images
-        self.texts, self.text_image_id = _flatten(texts, text_image_id, len(images))
+        self.images = list(images)  # by position: a pandas Series is indexed by its labels
+        self.texts, self.text_image_id = _flatten(texts, text_image_id, len(self.images))
         self.transform = transform or to_tensor
         self.eval_transform = eval_transform or self.transform
         self.tokenizer = tokenizer
-        self.seed = seed
         self.is_evaluation = False
-        # In shared memory: workers that are already running see a new epoch, and the main process sees their count.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.num_replaced = torch.zeros((), dtype=torch.int64).share_memory_()
-        check_sources(images)
+        self.num_replaced = torch.zeros(
+            (), dtype=torch.int64
+        ).share_memory_()  # workers count, the main process sees it
+        check_sources(self.images)
 
     @classmethod
     def from_karpathy(
@@ -81,7 +77,7 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
             path: The JSON file.
             image_root: The folder of the images; COCO's ``filepath`` is looked up below it.
             split: ``"train"`` takes ``restval`` in, as published results on COCO do; ``["train"]`` does not.
-            **kwargs: As for the class: ``transform``, ``eval_transform``, ``tokenizer``, ``seed``.
+            **kwargs: As for the class: ``transform``, ``eval_transform``, ``tokenizer``.
 
         Raises:
             ValueError: No image has that split.
@@ -125,7 +121,7 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
             ValueError: A column is missing, or the table is empty.
             FileNotFoundError: The first image is not there.
         """
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a byte-order mark
             rows = list(csv.DictReader(file, delimiter=delimiter))
         return cls._from_rows(rows, path, image_root, image_column, text_column, **kwargs)
 
@@ -183,8 +179,7 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
             return self._load_or_raise(index % len(self))
         for text_id in range(index, index + len(self)):
             try:
-                with seeded(self.seed, int(self.epoch), index):
-                    return self._load(text_id % len(self))
+                return self._load(text_id % len(self))
             except _UnreadableError as error:
                 self._report(error)
         raise RuntimeError(f"None of the {len(self)} pairs can be read. See the warning above for the first of them.")
@@ -232,24 +227,23 @@ def _flatten(
 ) -> tuple[list[str], Tensor]:
     if num_images == 0:
         raise ValueError("Expected at least one image, got none.")
+    texts = list(texts)
     if text_image_id is None:
         if len(texts) != num_images:
             raise ValueError(
                 f"Expected one text, or one list of texts, for each of the {num_images} images, got {len(texts)}. "
                 "Give `text_image_id` if the texts are a flat list."
             )
-        lists = [[entry] if isinstance(entry, str) else list(entry) for entry in texts]
+        lists = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in texts]
         empty = [image_id for image_id, entry in enumerate(lists) if not entry]
         if empty:
             raise ValueError(
                 f"Expected every image to have a text, got an empty list for image {empty[0]} "
                 f"({len(empty)} of {num_images}). Leave out images without a text."
             )
-        flat = [text for entry in lists for text in entry]
+        flat = _check_strings([text for entry in lists for text in entry])
         return flat, torch.repeat_interleave(torch.tensor([len(entry) for entry in lists]))
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("Expected `texts` to be a flat list of strings, since `text_image_id` is given.")
-    ids = torch.as_tensor(text_image_id, dtype=torch.int64)
+    ids = torch.as_tensor(list(text_image_id), dtype=torch.int64)
     if len(ids) != len(texts):
         raise ValueError(f"Expected one `text_image_id` for each of the {len(texts)} texts, got {len(ids)}.")
     if not torch.equal(ids.unique(), torch.arange(num_images)):
@@ -258,7 +252,16 @@ def _flatten(
             f"once, and no other. Got {ids.unique().numel()} numbers from {int(ids.min())} to {int(ids.max())}. "
             "Leave out images without a text, and number the rest from 0."
         )
-    return [str(text) for text in texts], ids
+    return _check_strings(texts), ids
+
+
+def _check_strings(texts: Sequence[Any]) -> list[str]:
+    for text_id, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"Expected every text to be a string, got {text!r} for text {text_id}. Leave it out, or fill it in."
+            )
+    return list(texts)
 
 
 def _check_first(images: list[Path], image_root: str | PathLike[str]) -> None:

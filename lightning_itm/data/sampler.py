@@ -35,12 +35,31 @@ def seeded(*key: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+class SeededDataset(Dataset[Any]):
+    """Load each sample with random streams of its own: a function of (seed, epoch, index), in whichever process.
+
+    Args:
+        dataset: Any dataset with random access.
+        seed: Of the draws.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int = 0) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: running workers see a new epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        with seeded(self.seed, int(self.epoch), int(index)):
+            return self.dataset[index]
+
+
 class EpochSampler(DistributedSampler[Any]):
     """Yield the indices of one rank for one epoch, from a given batch on.
 
     Args:
-        dataset: What is sampled. Its ``epoch``, a tensor in shared memory, is set where it has one, so that workers that
-            are already running know for which epoch they draw.
+        dataset: What is sampled. It is told the epoch, so that workers that are already running know for which they draw.
         batch_size: Pairs a batch on one rank: how many indices each batch that is already done stands for.
         position: Called when an iterator is made; returns the epoch, and how many of its batches are done.
         shuffle: Draw a new order each epoch, or keep that of the dataset.
@@ -51,7 +70,7 @@ class EpochSampler(DistributedSampler[Any]):
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: SeededDataset,
         batch_size: int,
         position: Callable[[], tuple[int, int]],
         *,
@@ -61,15 +80,14 @@ class EpochSampler(DistributedSampler[Any]):
         seed: int = 0,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.shared_epoch = dataset.epoch
         self.batch_size = batch_size
         self.position = position
 
     def __iter__(self) -> Iterator[Any]:
         epoch, num_done = self.position()
         self.set_epoch(epoch)
-        shared_epoch = getattr(self.dataset, "epoch", None)
-        if isinstance(shared_epoch, torch.Tensor):
-            shared_epoch.fill_(epoch)
+        self.shared_epoch.fill_(epoch)
         return iter(list(super().__iter__())[num_done * self.batch_size :])
 
 

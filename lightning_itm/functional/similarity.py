@@ -18,7 +18,7 @@ class DirectionScores(NamedTuple):
     """True where the candidate belongs to another image than the anchor, and to one at all."""
 
 
-def unit_norm(embeddings: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+def unit_norm(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
     """Scale every row to length one, in float32 whatever the autocast dtype (float64 stays float64).
 
     Args:

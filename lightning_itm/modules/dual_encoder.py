@@ -2,11 +2,14 @@
 
 import math
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -31,7 +34,8 @@ class DualEncoder(L.LightningModule):
         loss: Called as ``loss(pairs, candidates)``; returns a dict with ``"loss"``. Default: :class:`InfoNCELoss`.
         learning_rate: Of AdamW, after the warm-up. The default is for fine-tuning; from scratch, try 5e-4.
         weight_decay: Of AdamW. Norms, biases and ``logit_scale`` are exempt.
-        warmup_steps: Optimizer steps over which the learning rate rises; a cosine takes it to zero from there.
+        warmup_steps: Optimizer steps over which the learning rate rises; a cosine takes it to zero from there. A run that
+            is shorter gets a warning.
 
     Raises:
         ValueError: A negative argument.
@@ -90,9 +94,6 @@ class DualEncoder(L.LightningModule):
         """
         check_batch(batch)
         image, text = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        for name, vectors in (("image", image), ("text", text)):
-            if vectors.ndim != 2:
-                raise ValueError(f"Expected `encode_{name}` to return (pairs, dim), got {tuple(vectors.shape)}.")
         return EmbeddingPairs(unit_norm(image), unit_norm(text), batch["image_id"], batch["text_id"])
 
     def forward(self, batch: Any) -> EmbeddingPairs:
@@ -104,6 +105,8 @@ class DualEncoder(L.LightningModule):
         pairs = self.embed(batch)
         inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
         outputs: dict[str, Tensor] = self.loss(pairs, pairs.gather(), **inputs)
+        if not isinstance(outputs, dict) or "loss" not in outputs:
+            raise TypeError(f"Expected the loss to return a dict with 'loss', got {type(outputs).__name__}.")
         if self._trainer is not None:  # a test may hand in a batch without a Trainer
             # Nothing on the progress bar: it would wait for the device at every step.
             self.log_dict({f"train/{name}": value.detach() for name, value in outputs.items()}, batch_size=len(pairs))
@@ -121,6 +124,14 @@ class DualEncoder(L.LightningModule):
         """Take a batch into the metric of its loader."""
         self._metric("test", dataloader_idx).update(self.embed(batch))
 
+    def on_validation_epoch_start(self) -> None:
+        """Start anew, also after a validation that broke off."""
+        self._reset_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start anew, also after a test that broke off."""
+        self._reset_metrics("test")
+
     def on_validation_epoch_end(self) -> None:
         """Log retrieval over the whole validation set."""
         self._log_metrics("val")
@@ -132,12 +143,21 @@ class DualEncoder(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with warm-up and cosine; no decay on norms, biases and ``logit_scale``."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError(
+                "Expected a parameter that is trained, got none: all are frozen. Leave one tower unlocked."
+            )
         groups: list[dict[str, Any]] = [
             {"params": [parameter for parameter in trained if parameter.ndim >= 2]},
             {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         total, warmup = self.trainer.estimated_stepping_batches, self.warmup_steps
+        if total <= warmup:
+            rank_zero_warn(
+                f"The run has {total} optimizer steps and `warmup_steps={warmup}`: the learning rate never reaches "
+                f"{self.learning_rate}. Lower `warmup_steps`."
+            )
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -161,8 +181,20 @@ class DualEncoder(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random streams until training starts: the sanity check would use them up."""
-        self._restored_rng = checkpoint.get("rng")
+        """Keep the random streams of a resumed run until training starts: the sanity check would use them up."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._restored_rng = checkpoint.get("rng")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; say so if they come with another loss."""
+        theirs = {name for name in state_dict if name.startswith("loss.")}
+        ours = {f"loss.{name}" for name in self.loss.state_dict()}
+        if strict and theirs != ours:
+            raise RuntimeError(
+                f"Expected the weights of {type(self.loss).__name__}, {sorted(ours)}, got {sorted(theirs)}: another loss was "
+                "trained. Pass it, as in `load_from_checkpoint(path, loss=...)`, or `strict=False` to go on with this one."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def on_train_start(self) -> None:
         """Go on with the random streams of the checkpoint."""
@@ -182,6 +214,11 @@ class DualEncoder(L.LightningModule):
                 prefix = stage if index == 0 else f"{stage}_{index}"
                 # Equal on all ranks already; sync_dist says so to Lightning.
                 self.log_dict({f"{prefix}/{name}": value for name, value in metric.compute().items()}, sync_dist=True)
+                metric.reset()  # and frees the embeddings
+
+    def _reset_metrics(self, stage: str) -> None:
+        for (of_stage, _), metric in self._metrics.items():
+            if of_stage == stage:
                 metric.reset()
 
 

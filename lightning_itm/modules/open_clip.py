@@ -14,7 +14,10 @@ class OpenCLIPDualEncoder(DualEncoder):
     """Fine-tune an open_clip model.
 
     The loss owns ``logit_scale`` (and ``logit_bias``); the model's own are copied into it if pretrained weights are loaded
-    and the loss was not told otherwise, and are frozen, because an unused parameter stops DDP.
+    and the loss was not told otherwise, and are frozen, as is CoCa's captioner, because an unused parameter stops DDP.
+
+    ``load_from_checkpoint(path, loss=...)`` needs the loss again, and reads ``pretrained`` again unless told
+    ``pretrained=None``.
 
     Args:
         model_name: A name of ``open_clip.list_models()``, ``hf-hub:...`` or ``local-dir:...``.
@@ -69,13 +72,13 @@ class OpenCLIPDualEncoder(DualEncoder):
         if pretrained is not None or ":" in model_name:
             self._hand_over_scale()
         if lock_image:
-            self.model.lock_image_tower(freeze_bn_stats=True)
-        if lock_text:
-            self.model.lock_text_tower()
+            self.model.visual.lock(freeze_bn_stats=True)
+        if lock_text:  # a tower of its own, or spread over the model
+            self.model.text.lock() if hasattr(self.model, "text") else self.model.lock_text_tower()
         if gradient_checkpointing:
             self.model.set_grad_checkpointing()
-        for name in ("logit_scale", "logit_bias"):
-            if isinstance(parameter := getattr(self.model, name, None), nn.Parameter):
+        for name, parameter in self.model.named_parameters():
+            if name.split(".")[0] in {"logit_scale", "logit_bias", "text_decoder"}:  # the last is CoCa's captioner
                 parameter.requires_grad_(False)
 
     def encode_image(self, image: Tensor) -> Tensor:

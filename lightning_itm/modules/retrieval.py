@@ -67,9 +67,14 @@ class ImageTextRetrieval(Metric):
         if len(self.image) == 0:  # a list of batches, or after a gather one tensor
             raise ValueError("Expected at least one batch before `compute`, got none. Call `update` first.")
         rows_id, text_id = dim_zero_cat(self.image_id), dim_zero_cat(self.text_id)
-        image, image_id, _ = _first_of_each("image_id", dim_zero_cat(self.image), rows_id)
-        text, _, row = _first_of_each("text_id", dim_zero_cat(self.text), text_id)
+        image, image_id, _, _ = _first_of_each("image_id", dim_zero_cat(self.image), rows_id)
+        text, _, row, group = _first_of_each("text_id", dim_zero_cat(self.text), text_id)
         text_image_id = rows_id[row]
+        if bool((other := text_image_id[group] != rows_id).any()):
+            raise ValueError(
+                f"Expected every text to belong to one image, got two for text_id {int(text_id[other][0])}. "
+                "Number equal texts of different images separately."
+            )
         values = [
             self._of_part(image[part], image_id[part], text, text_image_id)
             for part in torch.arange(len(image_id), device=image_id.device).tensor_split(
@@ -114,19 +119,20 @@ class ImageTextRetrieval(Metric):
         return {**recalls, "rsum": torch.stack(list(recalls.values())).sum(), **medians, **means}
 
 
-def _first_of_each(name: str, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first row of each id, in the order of the ids, and where it stood."""
+def _first_of_each(name: str, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the first row of each id, in the order of the ids, the ids, where each stood, and the place of every row's id."""
     unique, group = ids.unique(return_inverse=True)
     row = torch.full_like(unique, len(ids)).scatter_reduce(0, group, torch.arange(len(ids), device=ids.device), "amin")
     first = embeddings[row]
-    cosine = torch.nn.functional.cosine_similarity(embeddings.float(), first[group].float(), dim=1)
+    again = (row[group] != torch.arange(len(ids), device=ids.device)).nonzero().squeeze(1)
+    cosine = torch.nn.functional.cosine_similarity(embeddings[again].float(), first[group[again]].float(), dim=1)
     if bool((cosine < _SAME).any()):
-        bad = int(ids[cosine.argmin()])
+        bad = int(ids[again[cosine.argmin()]])
         raise ValueError(
             f"Expected one embedding for each `{name}`, got two that differ (cosine {float(cosine.min()):.2f}) for {name} "
             f"{bad}. Give every image and every text a number of its own; a repeated number is counted once."
         )
-    return first, unique, row
+    return first, unique, row, group
 
 
 _SAME = 0.9  # the same input twice, in bfloat16 and in another batch, is above 0.99

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from lightning_itm import ImageTextPairs, collate
+from lightning_itm.data.sampler import SeededDataset
 from tests.pictures import captions, cut_outs
 from tests.tiny import AUGMENTED, PLAIN, tiny_pairs, tokenize
 
@@ -30,7 +31,8 @@ class TestImages:
     def test_every_form_of_an_image_is_the_same_image(self, tmp_path):
         image = cut_outs(1)[0]
         image.save(tmp_path / "a.png")
-        forms = [image, np.asarray(image), png(image), tmp_path / "a.png", str(tmp_path / "a.png")]
+        image.save(tmp_path / "b.png")
+        forms = [image, np.asarray(image), png(image), tmp_path / "a.png", str(tmp_path / "b.png")]
         pairs = ImageTextPairs(forms, ["a cut-out"] * 5)
         assert all(torch.equal(pairs[i]["image"], pairs[0]["image"]) for i in range(5))
         assert pairs[0]["image"].shape == (3, 24, 24)
@@ -54,6 +56,22 @@ class TestImages:
     def test_what_is_no_image(self, image, message):
         with pytest.raises(TypeError, match=message):
             ImageTextPairs([cut_outs(1)[0], image], ["a", "b"])
+
+    def test_one_path_a_caption_would_make_captions_negatives_of_each_other(self):
+        with pytest.raises(ValueError, match=r"got a.png as image 0 and image 2: .*`from_csv` groups rows"):
+            ImageTextPairs(["a.png", "b.png", "a.png"], ["one", "two", "three"])
+
+    def test_a_series_is_read_by_position(self):
+        """As pandas has it: iterated in one order, indexed by labels of another."""
+
+        class Series(list):
+            def __getitem__(self, label):
+                return super().__getitem__(len(self) - 1 - label)
+
+        images = cut_outs(3)
+        pairs = ImageTextPairs(Series(images), Series("abc"))
+        assert torch.equal(pairs[0]["image"], ImageTextPairs(images, list("abc"))[0]["image"])
+        assert pairs[0]["text"] == "a"
 
 
 class TestTexts:
@@ -84,6 +102,12 @@ class TestTexts:
     def test_that_do_not_fit(self, images, texts, ids, message):
         with pytest.raises(ValueError, match=message):
             ImageTextPairs(cut_outs(images) if images else [], texts, text_image_id=ids)
+
+    @pytest.mark.parametrize("text", [None, float("nan"), 3])
+    def test_that_are_no_strings(self, text):
+        for texts in (["a", text], [["a"], [text]]):
+            with pytest.raises(TypeError, match=f"every text to be a string, got {text} for text 1"):
+                ImageTextPairs(cut_outs(2), texts)
 
     def test_index_out_of_range(self):
         with pytest.raises(IndexError, match="below 2, the number of pairs, got 2"):
@@ -132,19 +156,17 @@ class TestBroken:
 
 class TestAugmentation:
     def test_is_a_function_of_seed_epoch_and_pair(self):
-        pairs, again, other = tiny_pairs(), tiny_pairs(), tiny_pairs(seed=1)
-        assert torch.equal(pairs[2]["image"], again[2]["image"])
-        assert not torch.equal(pairs[2]["image"], other[2]["image"])
+        pairs = SeededDataset(tiny_pairs())
         first = pairs[2]["image"]
+        assert torch.equal(first, SeededDataset(tiny_pairs())[2]["image"])
+        assert not torch.equal(first, SeededDataset(tiny_pairs(), seed=1)[2]["image"])
         pairs.epoch.fill_(1)
         assert not torch.equal(first, pairs[2]["image"])
 
     def test_evaluation_has_none(self):
         view = tiny_pairs().evaluation()
-        first = view[2]["image"]
-        view.epoch.fill_(1)
-        assert torch.equal(first, view[2]["image"])
-        assert torch.equal(first, PLAIN(cut_outs(23)[1]))
+        assert torch.equal(view[2]["image"], view[2]["image"])
+        assert torch.equal(view[2]["image"], PLAIN(cut_outs(23)[1]))
 
 
 class TestFiles:
@@ -189,7 +211,9 @@ class TestFiles:
             ImageTextPairs.from_karpathy(self.karpathy(folder), folder / "nowhere")
 
     def test_csv_rows_with_one_image_share_it(self, folder):
-        (folder / "a.csv").write_text('image,text\n0.png,"one, and"\n1.png,two\n0.png,three\n')
+        (folder / "a.csv").write_text(
+            '\ufeffimage,text\n0.png,"one, and"\n1.png,two\n0.png,three\n'
+        )  # as Excel saves it
         pairs = ImageTextPairs.from_csv(folder / "a.csv", folder / "val2014")
         assert [(pairs[i]["text"], pairs[i]["image_id"]) for i in range(3)] == [
             ("one, and", 0),

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import Subset
 
-from tests.tiny import SILENT, Tiny, tiny_data
+from lightning_itm import ImageTextDataModule
+from lightning_itm.data.sampler import SeededDataset
+from tests.tiny import PLAIN, SILENT, Tiny, tiny_data, tiny_pairs
 
 STEPS = 12  # 46 pairs in batches of four, the last of two
 EPOCHS = 3
 
-# Each run goes on in the folder it was stopped in.
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # each goes on where it was
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # some without ModelCheckpoint
+]
 
 
 class PlainOptimizer(Tiny):
@@ -112,9 +117,85 @@ def test_workers_change_nothing():
 
 def test_loading_pairs_does_not_touch_the_random_streams():
     """Else dropout would draw other masks with workers than without."""
-    pairs = tiny_data().train_dataset
+    pairs = SeededDataset(tiny_data().train_dataset)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
     pairs[3]
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert (before[2] == np.random.get_state()[1]).all()
+
+
+class TestPosition:
+    """What a checkpoint says of the data, where it is read in another way than by the run that goes on."""
+
+    def stopped_after_five_batches(self, folder, **options):
+        fit(Tiny, {}, folder, save={"every_n_train_steps": 5}, max_steps=5, **options)
+        return folder / "step=5.ckpt"
+
+    def test_a_test_of_a_checkpoint_leaves_the_next_fit_alone(self, tmp_path):
+        checkpoint = self.stopped_after_five_batches(tmp_path)
+        model, data, watch = Tiny(), tiny_data(), Watch()
+        trainer = L.Trainer(callbacks=[watch], max_epochs=1, **SILENT)
+        trainer.test(model, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        trainer.fit(model, datamodule=data)
+        assert len(watch.seen) == STEPS
+
+    def test_another_batch_size_in_the_middle_of_an_epoch(self, tmp_path):
+        checkpoint = self.stopped_after_five_batches(tmp_path)
+        with pytest.raises(
+            Exception, match=r"`batch_size` 4 on 1 process\(es\), .* after batch 5 of epoch 0, got 8 on 1"
+        ):
+            fit(Tiny, {"batch_size": 8}, tmp_path, resume_from=checkpoint)
+
+    def test_a_run_that_max_steps_broke_off_goes_on_with_the_rest_of_the_epoch(self, tmp_path):
+        _, whole = fit(Tiny, {}, tmp_path / "whole", max_epochs=1)
+        L.seed_everything(0, verbose=False)
+        trainer = L.Trainer(max_steps=5, **SILENT)
+        trainer.fit(Tiny(), datamodule=tiny_data())
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        _, seen = fit(Tiny, {}, tmp_path / "rest", resume_from=tmp_path / "a.ckpt", max_epochs=2)
+        assert [pairs for _, _, pairs, _ in seen][:7] == [pairs for _, _, pairs, _ in whole][5:]
+
+    def test_who_looks_at_a_batch_first_takes_nothing(self, tmp_path):
+        checkpoint = self.stopped_after_five_batches(tmp_path)
+
+        class Look(Watch):
+            def on_fit_start(self, trainer, pl_module):
+                next(iter(trainer.datamodule.train_dataloader()))
+
+        _, expected = fit(Tiny, {}, tmp_path / "whole")
+        L.seed_everything(0, verbose=False)
+        look = Look()
+        trainer = L.Trainer(callbacks=[look], max_epochs=EPOCHS, **SILENT)
+        trainer.fit(Tiny(), datamodule=tiny_data(), ckpt_path=checkpoint, weights_only=True)
+        assert look.seen == expected[5:]
+
+
+class TestOtherDatasets:
+    def test_a_subset_is_augmented_anew_each_epoch_and_not_in_evaluation(self):
+        half = Subset(tiny_pairs(), range(0, 46, 2))
+        data = ImageTextDataModule(half, half, batch_size=23, num_workers=0)
+        watch = Watch()
+        L.Trainer(callbacks=[watch], max_epochs=2, **SILENT).fit(Tiny(warmup_steps=0), datamodule=data)
+        assert watch.seen[0][3] != watch.seen[1][3]
+        batch = next(iter(data.val_dataloader()))
+        assert torch.equal(batch["image"][0], PLAIN(tiny_pairs().images[0]))
+
+    def test_a_loader_without_a_trainer_is_a_plain_one(self):
+        loader = tiny_data().train_dataloader()
+        orders = [[pair for batch in loader for pair in batch["text_id"].tolist()] for _ in range(2)]
+        assert orders[0] != orders[1]
+        assert sorted(orders[0]) == list(range(46))
+
+
+class TestRandomStreams:
+    def test_of_a_checkpoint_are_for_a_resumed_run_alone(self, tmp_path):
+        """Who starts anew from its weights chooses a seed."""
+        fit(Tiny, {}, tmp_path, save={"every_n_epochs": 1}, max_epochs=1)
+        ends = []
+        for seed in (1, 2):
+            model = Tiny.load_from_checkpoint(tmp_path / f"step={STEPS}.ckpt", weights_only=True)
+            L.seed_everything(seed, verbose=False)
+            L.Trainer(max_epochs=1, **SILENT).fit(model, datamodule=tiny_data())
+            ends.append(model.image_encoder[1].weight)
+        assert not torch.equal(*ends)

@@ -103,7 +103,7 @@ def test_training_step_needs_no_trainer_and_passes_the_switch_on():
 
 
 def test_no_decay_on_norms_biases_and_scales():
-    model = Tiny()
+    model = Tiny(warmup_steps=0)
     fitter = trainer(max_epochs=1, limit_train_batches=1)
     fitter.fit(model, datamodule=tiny_data())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -148,7 +148,7 @@ def test_precision_of_the_embeddings_and_the_loss():
             seen["loss"] = super().training_step(batch, batch_idx)
             return seen["loss"]
 
-    model = Watched(TripletLoss())
+    model = Watched(TripletLoss(), warmup_steps=0)
     trainer(precision="bf16-mixed", max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(
         model, datamodule=tiny_data()
     )
@@ -158,20 +158,52 @@ def test_precision_of_the_embeddings_and_the_loss():
     torch.testing.assert_close(seen["loss"], model.loss(seen["pairs"])["loss"], atol=1e-5, rtol=0)
 
 
-def test_the_host_waits_for_nothing_between_steps():
+@pytest.mark.parametrize("make_loss", [lambda: TripletLoss(negatives="selective"), InfoNCELoss, SigmoidLoss])
+def test_the_host_waits_for_nothing_between_steps(make_loss):
     """Lightning's own reads are at logging steps only; ours would show here at every step."""
-    model = Tiny(TripletLoss(negatives="selective"))
-    batch = tiny_batch()
-    model.training_step(batch, 0).backward()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        for _ in range(3):
-            model.training_step(batch, 0).backward()
+    recorder = profile(activities=[ProfilerActivity.CPU])
+
+    class Record(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 2:
+                recorder.__enter__()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                recorder.__exit__(None, None, None)
+
+    class Plain(Tiny):
+        def configure_optimizers(self):  # AdamW reads its own count of steps, which is on the CPU
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    model = Plain(make_loss())
+    trainer(callbacks=[Record()], max_epochs=1, limit_val_batches=0).fit(
+        model,
+        datamodule=tiny_data(num_workers=1),  # which reads the epoch's number, in a process of its own
+    )
+    assert "aten::mm" in {event.key for event in recorder.key_averages()}
     reads = [
         event.key
-        for event in recorded.key_averages()
+        for event in recorder.key_averages()
         if event.key in {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
     ]
     assert reads == []
+
+
+def test_a_validation_that_broke_off_leaves_nothing_behind():
+    class Breaks(Tiny):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx, dataloader_idx)
+            if self.breaks and batch_idx == 3:
+                raise KeyboardInterrupt("stopped")
+
+    model, data = Breaks(), tiny_data()
+    model.breaks = True
+    with pytest.raises(BaseException, match=r"stopped|1"):
+        trainer().validate(model, datamodule=data, verbose=False)
+    model.breaks = False
+    torch.nn.init.normal_(model.image_encoder[1].weight)
+    assert "val/rsum" in trainer().validate(model, datamodule=data, verbose=False)[0]
 
 
 def test_several_validation_sets_have_a_prefix_each():
@@ -235,7 +267,7 @@ class TestBadInput:
     def test_a_tower_that_returns_a_sequence(self):
         model = Tiny()
         model.text_encoder = nn.Embedding(256, 16)
-        with pytest.raises(ValueError, match=r"`encode_text` to return \(pairs, dim\), got \(6, 24, 16\)"):
+        with pytest.raises(ValueError, match=r"text embeddings to have the shape \(pairs, dim\), got \(6, 24, 16\)"):
             model.training_step(tiny_batch(), 0)
 
     @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "warmup_steps"])
@@ -246,6 +278,37 @@ class TestBadInput:
     def test_a_loss_that_is_no_module(self):
         with pytest.raises(TypeError, match=r"`loss` to be a torch.nn.Module, got function"):
             Tiny(lambda pairs: 0)
+
+    def test_string_ids(self):
+        batch = {**tiny_batch(2), "image_id": ["COCO_1.jpg", "COCO_2.jpg"]}
+        with pytest.raises(
+            TypeError, match=r"`image_id` to be an int64 tensor of shape \(pairs,\), got list. Number them"
+        ):
+            Tiny().training_step(batch, 0)
+
+    def test_a_loss_that_returns_a_tensor(self):
+        class Plain(nn.Module):
+            def forward(self, pairs, candidates):
+                return (1 - pairs.image @ candidates.text.T).mean()
+
+        with pytest.raises(TypeError, match="the loss to return a dict with 'loss', got Tensor"):
+            Tiny(Plain()).training_step(tiny_batch(), 0)
+
+    def test_everything_is_frozen(self):
+        with pytest.raises(ValueError, match="a parameter that is trained, got none"):
+            trainer().fit(Tiny(TripletLoss()).requires_grad_(False), datamodule=tiny_data())
+
+    def test_a_run_shorter_than_its_warm_up(self):
+        with pytest.warns(UserWarning, match="12 optimizer steps and `warmup_steps=12`: the learning rate never"):
+            trainer(max_epochs=1).fit(Tiny(warmup_steps=12), datamodule=tiny_data())
+
+    def test_weights_of_another_loss(self, tmp_path):
+        fitter = trainer(max_epochs=1)
+        fitter.fit(Tiny(TripletLoss()), datamodule=tiny_data())
+        fitter.save_checkpoint(tmp_path / "a.ckpt")
+        with pytest.raises(RuntimeError, match=r"of InfoNCELoss, \['loss.logit_scale'\], got \[\]: .*path, loss=..."):
+            Tiny.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+        Tiny.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, loss=TripletLoss())
 
     def test_encoders_that_are_not_there(self):
         with pytest.raises(NotImplementedError, match="Override `encode_image` in DualEncoder"):

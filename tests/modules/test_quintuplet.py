@@ -68,10 +68,13 @@ def loop(pairs, hard, margin, offline_margin, alpha, beta, clamp=False):
         positive = dot(pairs.image[i], pairs.text[i])
         others = [j for j in range(n) if pairs.image_id[j] != pairs.image_id[i]]
         matched = hard.image_id[i] == hard.text_image_id[i]
+        image, text = pairs.image[i], pairs.text[i]
+        hard_image, hard_text = hard.image[i], hard.text[i]
+        i2t, t2i = ([dot(image, pairs.text[j]) for j in others], [dot(text, pairs.image[j]) for j in others])
         directions = (
-            ([dot(pairs.image[i], pairs.text[j]) for j in others], hard.text_image_id[i], (pairs.image[i], hard.text[i]), (hard.image[i], hard.text[i])),
-            ([dot(pairs.text[i], pairs.image[j]) for j in others], hard.image_id[i], (hard.image[i], pairs.text[i]), (hard.text_image[i], hard.image_text[i])),
-        )  # fmt: skip
+            (i2t, hard.text_image_id[i], (image, hard_text), (hard_image, hard_text)),
+            (t2i, hard.image_id[i], (hard_image, text), (hard.text_image[i], hard.image_text[i])),
+        )
         for negatives, mined_id, anchored, unanchored in directions:
             online = max([max(0.0, margin - positive + s) for s in negatives], default=0.0)
             if mined_id < 0:

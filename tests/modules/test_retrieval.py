@@ -76,6 +76,18 @@ def test_one_id_for_two_things_is_an_error(field, bad):
         metric.compute()
 
 
+def test_one_text_of_two_images_is_an_error():
+    metric = ImageTextRetrieval()
+    metric.update(EmbeddingPairs(torch.eye(3), torch.ones(3, 3), torch.arange(3), torch.tensor([0, 1, 0])))
+    with pytest.raises(ValueError, match="every text to belong to one image, got two for text_id 0"):
+        metric.compute()
+
+
+def test_a_dead_tower_is_no_wrong_id():
+    ids = torch.arange(3)
+    assert measured(ImageTextRetrieval(), EmbeddingPairs(torch.zeros(3, 2), torch.zeros(3, 2), ids, ids))["i2t_r1"] == 0
+
+
 def test_nothing_seen():
     metric = ImageTextRetrieval()
     with (
