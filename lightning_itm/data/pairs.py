@@ -180,29 +180,41 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         for text_id in range(index, index + len(self)):
             try:
                 return self._load(text_id % len(self))
-            except _UnreadableError as error:
+            except UnreadablePairError as error:
                 self._report(error)
         raise RuntimeError(f"None of the {len(self)} pairs can be read. See the warning above for the first of them.")
 
-    def _load(self, text_id: int) -> dict[str, Any]:
-        image_id, text = int(self.text_image_id[text_id]), self.texts[text_id]
-        if not text.strip():
-            raise _UnreadableError(f"Text {text_id}, of image {image_id}, is empty")
+    def load_image(self, image_id: int) -> Any:
+        """Return one image, transformed as for training, or for evaluation in a view of :meth:`evaluation`.
+
+        Raises:
+            UnreadablePairError: It does not open.
+        """
         try:
             image = open_rgb(self.images[image_id])
         except UnreadableImageError as error:
-            raise _UnreadableError(f"Image {image_id}: {error}") from error
-        return {
-            "image": (self.eval_transform if self.is_evaluation else self.transform)(image),
-            "text": self.tokenizer([text])[0] if self.tokenizer else text,
-            "image_id": image_id,
-            "text_id": text_id,
-        }
+            raise UnreadablePairError(f"Image {image_id}: {error}") from error
+        return (self.eval_transform if self.is_evaluation else self.transform)(image)
+
+    def load_text(self, text_id: int) -> Any:
+        """Return one text, tokenised.
+
+        Raises:
+            UnreadablePairError: It is empty.
+        """
+        text = self.texts[text_id]
+        if not text.strip():
+            raise UnreadablePairError(f"Text {text_id}, of image {int(self.text_image_id[text_id])}, is empty")
+        return self.tokenizer([text])[0] if self.tokenizer else text
+
+    def _load(self, text_id: int) -> dict[str, Any]:
+        image_id, text = int(self.text_image_id[text_id]), self.load_text(text_id)
+        return {"image": self.load_image(image_id), "text": text, "image_id": image_id, "text_id": text_id}
 
     def _load_or_raise(self, text_id: int) -> dict[str, Any]:
         try:
             return self._load(text_id)
-        except _UnreadableError as error:
+        except UnreadablePairError as error:
             raise RuntimeError(
                 f"{error}. In evaluation nothing is replaced, because the result would be of another set. Repair the pair, "
                 "or leave the image and its texts out."
@@ -218,8 +230,8 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
             )
 
 
-class _UnreadableError(RuntimeError):
-    """A pair that can't be used."""
+class UnreadablePairError(RuntimeError):
+    """A pair that can't be used: its image does not open, or its text is empty."""
 
 
 def _flatten(

@@ -4,11 +4,13 @@ from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
 from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
 from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank
 from lightning_itm.functional.similarity import DirectionScores, direction_scores, hardest_negative, unit_norm
+from lightning_itm.functional.top_k import TopK, score_ceiling, top_k_negatives
 from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
 
 __all__ = [
     "DirectionScores",
     "OfflineScores",
+    "TopK",
     "direction_scores",
     "hardest_cost",
     "hardest_negative",
@@ -17,7 +19,9 @@ __all__ = [
     "quintuplet_cost",
     "recall_at_k",
     "retrieval_rank",
+    "score_ceiling",
     "selective_cost",
     "sigmoid_cost",
+    "top_k_negatives",
     "unit_norm",
 ]

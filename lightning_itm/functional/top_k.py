@@ -1,0 +1,285 @@
+"""The most similar negatives of every anchor over a whole set, in chunks."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+class TopK(NamedTuple):
+    """The hardest negatives of each anchor, the hardest first."""
+
+    scores: Float[Tensor, "anchors k"]
+    """Cosine similarity, float32; −inf where there is no further negative."""
+    index: Int[Tensor, "anchors k"]  # type: ignore[assignment]  # a tuple has a method of this name
+    """Row of the key; −1 where there is no further negative."""
+
+
+def top_k_negatives(
+    anchors: Float[Tensor, "anchors dim"],
+    keys: Float[Tensor, "keys dim"],
+    k: int,
+    *,
+    anchor_id: Int[Tensor, " anchors"] | None = None,
+    key_id: Int[Tensor, " keys"] | None = None,
+    positive: Float[Tensor, " anchors"] | None = None,
+    rank_min: int = 0,
+    max_score: float | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    memory_budget: int = 256 << 20,
+) -> TopK:
+    """Find the ``k`` keys of other images that are most similar to each anchor.
+
+    Where the hardware multiplies in bfloat16, such products choose candidates, some more than ``k``, which are then compared
+    in float32; an anchor whose ``k``-th candidate is not clear of those left out, by the largest error seen, is searched again
+    in float32. With a guard all products are float32, because a score beside the limit decides which keys there are.
+
+    Args:
+        anchors: Unit-norm embeddings.
+        keys: Unit-norm embeddings of what is searched.
+        k: How many negatives an anchor gets at most.
+        anchor_id: The image each anchor belongs to.
+        key_id: The image each key belongs to. A key of the anchor's own image is no negative. Both ids, or neither.
+        positive: Similarity of each anchor and its positive, for the two margins.
+        rank_min: Leave out so many of the hardest, of those that the other guards let pass.
+        max_score: Leave out what is more similar than this.
+        absolute_margin: Leave out what is more similar than ``positive - absolute_margin``.
+        relative_margin: Leave out what is more similar than ``(1 - relative_margin) * positive``.
+        memory_budget: Bytes that scores may take at once.
+
+    Returns:
+        Scores and rows of the keys, the hardest first; of equal scores, the key that comes first.
+
+    Raises:
+        ValueError: ``k`` is not positive, ``rank_min`` negative, one id without the other, a margin without ``positive``, or
+            embeddings that are not finite.
+
+    Example:
+        >>> keys, ids = torch.eye(3), torch.arange(3)
+        >>> top_k_negatives(torch.tensor([[0.8, 0.6, 0.0]]), keys, 2, anchor_id=ids[:1], key_id=ids).index
+        tensor([[1, 2]])
+
+    References:
+        The guards have the names of sentence-transformers' ``mine_hard_negatives``; see NV-Retriever, arXiv 2407.15831 (2024).
+    """
+    _check(anchors, keys, k, rank_min, anchor_id, key_id)
+    anchors, keys = anchors.float().contiguous(), keys.float().contiguous()
+    ceiling = score_ceiling(positive, max_score, absolute_margin, relative_margin)
+    own = None if anchor_id is None or key_id is None else _OwnKeys(anchor_id, key_id)
+    low = _bfloat16(keys) if ceiling is None else None
+    num_rows = max(1, memory_budget // (4 * max(1, len(keys))))
+    buffer = keys.new_empty(min(num_rows, len(anchors)) * len(keys))  # reused: new pages cost as much as the products
+    found = []
+    for start in range(0, len(anchors), num_rows):
+        rows = torch.arange(start, min(start + num_rows, len(anchors)), device=anchors.device)
+        if low is None:
+            found.append(_search(anchors[rows], keys, own and own.of(rows), k + rank_min, buffer, _rows(ceiling, rows)))
+            continue
+        part, unsure = _search_bfloat16(anchors[rows], keys, low, own and own.of(rows), k + rank_min, buffer)
+        again = unsure.nonzero().squeeze(1)
+        if len(again):
+            exact = _search(anchors[rows[again]], keys, own and own.of(rows[again]), k + rank_min, buffer)
+            part.scores[again], part.index[again] = exact.scores, exact.index
+        if 2 * len(again) > len(rows):  # too many alike for bfloat16 to tell apart
+            low = None
+        found.append(part)
+    scores, index = (torch.cat(parts)[:, rank_min:] for parts in zip(*found, strict=True))
+    index = index.masked_fill(scores == -torch.inf, -1)
+    missing = (0, k - scores.shape[1])
+    return TopK(pad(scores, missing, value=-torch.inf), pad(index, missing, value=-1))
+
+
+def score_ceiling(
+    positive: Float[Tensor, " anchors"] | None = None,
+    max_score: float | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+) -> Float[Tensor, "*anchors"] | None:
+    """Compute the highest score that the guards of :func:`top_k_negatives` let pass; ``None`` without a guard.
+
+    Example:
+        >>> score_ceiling(torch.tensor([0.8, 0.4]), max_score=0.7, relative_margin=0.05)
+        tensor([0.7000, 0.3800])
+    """
+    if positive is None and not (absolute_margin is None and relative_margin is None):
+        raise ValueError("Expected `positive`, the similarity of each anchor and its positive, for a margin; got None.")
+    limits = []
+    if max_score is not None:
+        limits.append(torch.as_tensor(max_score, device=None if positive is None else positive.device))
+    if positive is not None and absolute_margin is not None:
+        limits.append(positive.float() - absolute_margin)
+    if positive is not None and relative_margin is not None:
+        limits.append(positive.float() * (1 - relative_margin))
+    return torch.stack(torch.broadcast_tensors(*limits)).amin(dim=0) if limits else None
+
+
+class _OwnKeys:
+    """Which keys belong to the image of an anchor: few, so they are listed and not compared."""
+
+    def __init__(self, anchor_id: Tensor, key_id: Tensor) -> None:
+        self.anchor_id, self.key_id = anchor_id, key_id
+        self.sorted_id, self.order = key_id.sort()
+
+    def of(self, rows: Tensor) -> "_OwnKeys":
+        part = copy.copy(self)
+        part.anchor_id = self.anchor_id[rows]
+        return part
+
+    def mask(self, scores: Tensor) -> None:
+        first = torch.searchsorted(self.sorted_id, self.anchor_id)
+        count = torch.searchsorted(self.sorted_id, self.anchor_id, right=True) - first
+        total = int(count.sum())
+        if total > scores.numel() // 16:  # not so few
+            scores.masked_fill_(self.anchor_id[:, None] == self.key_id, -torch.inf)
+            return
+        row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+        place = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[row]
+        scores[row, self.order[first[row] + place]] = -torch.inf
+
+
+def _search(
+    anchors: Tensor, keys: Tensor, own: _OwnKeys | None, k: int, buffer: Tensor, limit: Tensor | None = None
+) -> TopK:
+    scores = buffer[: len(anchors) * len(keys)].view(len(anchors), len(keys))
+    with _full_precision_products():
+        torch.mm(anchors, keys.T, out=scores)
+    if own:
+        own.mask(scores)
+    if limit is not None:
+        scores.masked_fill_(scores > limit[:, None], -torch.inf)
+    index = _largest(scores, min(k, len(keys)))
+    rough = scores.gather(1, index)
+    return _hardest_first(_products(anchors, keys, index).masked_fill(rough == -torch.inf, -torch.inf), index)
+
+
+def _search_bfloat16(
+    anchors: Tensor, keys: Tensor, low: "_LowKeys", own: _OwnKeys | None, k: int, buffer: Tensor
+) -> tuple[TopK, Tensor]:
+    """Search with products in bfloat16; the second is True for an anchor that this may not be good enough for."""
+    scores = buffer.view(torch.bfloat16)[: len(anchors) * len(keys)].view(len(anchors), len(keys))
+    torch.mm(anchors.bfloat16(), low.keys.T, out=scores)
+    if own:
+        own.mask(scores)
+    index = _largest(scores, min(k + _NUM_SPARE, len(keys)))
+    rough = scores.gather(1, index).float()
+    nothing = rough == -torch.inf
+    exact = _products(anchors, keys, index)
+    centred = exact - (anchors @ low.centre)[:, None]
+    error = (centred - rough).masked_fill(nothing, 0).abs().amax()
+    k = min(k, len(keys))
+    kth = centred.masked_fill(nothing, -torch.inf).kthvalue(index.shape[1] - k + 1, dim=1).values
+    unsure = (
+        kth < rough.amin(dim=1) + 1.5 * error if index.shape[1] < len(keys) else torch.zeros_like(kth, dtype=torch.bool)
+    )
+    best = _hardest_first(exact.masked_fill(nothing, -torch.inf), index)
+    return TopK(best.scores[:, :k], best.index[:, :k]), unsure
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Return where the k largest of each row are, in the order of their places.
+
+    They lie in the k groups of columns with the largest maxima, and a maximum is cheaper than a selection.
+    """
+    num_groups = scores.shape[1] // _GROUP
+    if num_groups <= k:
+        return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    grouped = scores[:, : num_groups * _GROUP].view(
+        len(scores), _GROUP, num_groups
+    )  # a group: every num_groups-th column
+    group = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, group[:, None, :].expand(-1, _GROUP, -1)).flatten(1)
+    rest = scores[:, num_groups * _GROUP :]
+    place = torch.cat([candidates, rest], dim=1).topk(k, dim=1, sorted=False).indices
+    in_group = num_groups * (place // k) + group.gather(1, place % k)
+    in_rest = num_groups * _GROUP + place - _GROUP * k
+    return torch.where(place < _GROUP * k, in_group, in_rest).sort(dim=1).values
+
+
+def _hardest_first(scores: Tensor, index: Tensor) -> TopK:
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return TopK(scores, index.gather(1, order))
+
+
+def _products(anchors: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+    """Multiply each anchor with its own choice of keys, in float32."""
+    if anchors.device.type != "cpu":
+        rows = max(1, _GATHER_BYTES // (4 * index.shape[1] * keys.shape[1]))
+        with _full_precision_products():
+            return torch.cat(
+                [
+                    torch.bmm(keys[part], a[:, :, None]).squeeze(2)
+                    for a, part in zip(anchors.split(rows), index.split(rows), strict=True)
+                ]
+            )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        ends = torch.arange(0, index.numel() + 1, index.shape[1])
+        pattern = torch.sparse_csr_tensor(
+            ends,
+            index.flatten(),
+            anchors.new_zeros(index.numel()),
+            size=(len(anchors), len(keys)),
+            check_invariants=False,
+        )
+        products: Tensor = torch.sparse.sampled_addmm(pattern, anchors, keys.T, beta=0).values()
+    return products.view(index.shape)
+
+
+class _LowKeys(NamedTuple):
+    """Keys in bfloat16, less their centre, which changes no order: what most embeddings share would cost the most bits."""
+
+    keys: Tensor
+    centre: Tensor
+
+
+def _bfloat16(keys: Tensor) -> _LowKeys | None:
+    """Convert the keys, where the hardware multiplies in bfloat16."""
+    if keys.device.type == "cpu":
+        multiplies = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    else:
+        multiplies = keys.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not multiplies or len(keys) == 0:
+        return None
+    centre = keys.mean(dim=0)
+    return _LowKeys((keys - centre).bfloat16(), centre)
+
+
+@contextmanager
+def _full_precision_products() -> Iterator[None]:
+    """Multiply float32 as float32, whatever ``torch.set_float32_matmul_precision`` says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _rows(ceiling: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if ceiling is None else ceiling.expand(int(rows[-1]) + 1)[rows] if ceiling.ndim == 0 else ceiling[rows]
+
+
+def _check(
+    anchors: Tensor, keys: Tensor, k: int, rank_min: int, anchor_id: Tensor | None, key_id: Tensor | None
+) -> None:
+    if k < 1:
+        raise ValueError(f"Expected `k` to be a positive integer, got {k}.")
+    if rank_min < 0:
+        raise ValueError(f"Expected `rank_min` not to be negative, got {rank_min}.")
+    if (anchor_id is None) != (key_id is None):
+        raise ValueError("Expected both `anchor_id` and `key_id`, or neither, got one of them.")
+    for name, embeddings in (("anchors", anchors), ("keys", keys)):
+        if not bool(embeddings.isfinite().all()):
+            raise ValueError(f"Expected `{name}` to be finite, got NaN or infinity. Look at the model that made them.")
+
+
+_GROUP = 16
+_NUM_SPARE = 32
+_GATHER_BYTES = 256 << 20

@@ -1,0 +1,139 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
+from lightning_itm.functional import top_k, top_k_negatives
+
+
+def brute_force(anchors, keys, k, anchor_id, key_id, ceiling=None, rank_min=0):
+    """Lists, float64, one anchor at a time: (score, -row) of what is allowed, the hardest first."""
+    result = []
+    for i, anchor in enumerate(anchors.double()):
+        allowed = [
+            (float(anchor @ key), -j)
+            for j, key in enumerate(keys.double())
+            if anchor_id[i] != key_id[j] and (ceiling is None or float(anchor @ key) <= ceiling[i])
+        ]
+        result.append(sorted(allowed, reverse=True)[rank_min : rank_min + k])
+    return result
+
+
+def check(found, expected, k):
+    assert found.scores.shape == found.index.shape == (len(expected), k)
+    for scores, index, right in zip(found.scores.tolist(), found.index.tolist(), expected, strict=True):
+        assert scores[: len(right)] == pytest.approx([score for score, _ in right], abs=1e-6)
+        assert scores[len(right) :] == [-float("inf")] * (k - len(right))
+        assert index[len(right) :] == [-1] * (k - len(right))
+        assert len(set(index[: len(right)])) == len(right)
+
+
+@st.composite
+def searches(draw):
+    """Some rows twice, images with any number of texts down to one with all, numbers of anchors and keys that differ."""
+    num_anchors, num_keys, num_images = draw(st.integers(1, 12)), draw(st.integers(1, 60)), draw(st.integers(1, 6))
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    anchors, keys = normalize(torch.randn(num_anchors, 7), dim=1), normalize(torch.randn(num_keys, 7), dim=1)
+    keys[torch.randint(num_keys, (num_keys // 3,))] = keys[0].clone()
+    ids = torch.randint(num_images, (num_anchors,)), torch.randint(num_images, (num_keys,))
+    return anchors, keys, *ids, draw(st.integers(1, 70)), draw(st.sampled_from([1, 400, 3000, 1 << 20]))
+
+
+@given(searches())
+def test_equals_brute_force(search):
+    anchors, keys, anchor_id, key_id, k, memory_budget = search
+    ids = {"anchor_id": anchor_id, "key_id": key_id}
+    found = top_k_negatives(anchors, keys, k, memory_budget=memory_budget, **ids)
+    check(found, brute_force(anchors, keys, k, anchor_id, key_id), k)
+    for i, index in enumerate(found.index):
+        assert (key_id[index[index >= 0]] != anchor_id[i]).all()
+
+
+@given(searches(), st.integers(0, 5), st.sampled_from(["max_score", "absolute_margin", "relative_margin"]))
+def test_guards_equal_brute_force(search, rank_min, guard):
+    anchors, keys, anchor_id, key_id, k, memory_budget = search
+    positive = torch.rand(len(anchors))
+    ceiling = {
+        "max_score": torch.full_like(positive, 0.3),
+        "absolute_margin": positive - 0.3,
+        "relative_margin": 0.7 * positive,
+    }[guard]
+    found = top_k_negatives(
+        anchors,
+        keys,
+        k,
+        anchor_id=anchor_id,
+        key_id=key_id,
+        positive=positive,
+        rank_min=rank_min,
+        memory_budget=memory_budget,
+        **{guard: 0.3},
+    )
+    check(found, brute_force(anchors, keys, k, anchor_id, key_id, ceiling, rank_min), k)
+
+
+def embeddings(kind, rows, dim=64):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, dim, generator=generator)
+    if kind == "cone":  # what an untrained tower gives: all in one direction, nearly
+        x = x + 30
+    if kind == "clusters":  # near-duplicates by the hundred
+        x = torch.randn(20, dim, generator=torch.Generator().manual_seed(1))[torch.arange(rows) % 20] + 0.003 * x
+    return normalize(x, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "cone", "clusters"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_recall_where_bfloat16_chooses(kind, device):
+    anchors, keys = embeddings(kind, 50).to(device), embeddings(kind, 8001).to(device)
+    exact = anchors.double() @ keys.double().T
+    found = top_k_negatives(anchors, keys, 100, memory_budget=1 << 20)
+    kth = exact.topk(100).values[:, -1:]
+    assert (exact.gather(1, found.index) >= kth - 1e-6).double().mean() >= 0.999
+    torch.testing.assert_close(found.scores.double(), exact.topk(100).values, atol=1e-6, rtol=0)
+
+
+def test_matmul_precision_of_the_user_changes_nothing():
+    anchors, keys = embeddings("cone", 40), embeddings("cone", 3000)
+    expected = top_k_negatives(anchors, keys, 20)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = top_k_negatives(anchors, keys, 20)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found.index, expected.index)
+
+
+@pytest.mark.parametrize("kind", ["plain", "cone"])
+def test_chunks_change_nothing(kind):
+    """So any number of processes finds the same."""
+    anchors, keys = embeddings(kind, 64), embeddings(kind, 5000)
+    whole = top_k_negatives(anchors, keys, 50)
+    parts = [top_k_negatives(part, keys, 50, memory_budget=1 << 16) for part in anchors.split(7)]
+    assert torch.equal(whole.index, torch.cat([part.index for part in parts]))
+    assert torch.equal(whole.scores, torch.cat([part.scores for part in parts]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "`k` to be a positive integer, got 0"),
+        ({"rank_min": -1}, "`rank_min` not to be negative, got -1"),
+        ({"anchor_id": torch.arange(3)}, "both `anchor_id` and `key_id`, or neither"),
+        ({"relative_margin": 0.05}, "Expected `positive`, .* for a margin; got None"),
+        ({"anchors": torch.full((3, 4), torch.nan)}, "`anchors` to be finite"),
+        ({"keys": torch.full((5, 4), torch.inf)}, "`keys` to be finite"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    arguments = {"anchors": torch.ones(3, 4), "keys": torch.ones(5, 4), "k": 2, **arguments}
+    with pytest.raises(ValueError, match=message):
+        top_k_negatives(**arguments)
+
+
+def test_groups_are_used_at_all():
+    """The selection by group maxima, beside a plain one, where the number of columns does not divide."""
+    scores = torch.randn(9, 16 * 40 + 7)
+    assert torch.equal(top_k._largest(scores, 30), scores.topk(30).indices.sort(dim=1).values)
