@@ -1,7 +1,9 @@
 """Better negatives for fine-tuning CLIP and other dual encoders, as a PyTorch Lightning plugin."""
 
+from lightning_itm.callbacks.offline_hard_negative_mining import OfflineHardNegativeMining
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, ImageTextBatch, collate
 from lightning_itm.data.datamodule import ImageTextDataModule
+from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.modules.contrastive_losses import InfoNCELoss, SigmoidLoss
 from lightning_itm.modules.dual_encoder import DualEncoder
@@ -13,12 +15,15 @@ from lightning_itm.modules.retrieval import ImageTextRetrieval
 __all__ = [
     "DualEncoder",
     "EmbeddingPairs",
+    "HardNegativePairs",
     "HardNegatives",
     "ImageTextBatch",
     "ImageTextDataModule",
     "ImageTextPairs",
     "ImageTextRetrieval",
     "InfoNCELoss",
+    "NegativeTable",
+    "OfflineHardNegativeMining",
     "OpenCLIPDualEncoder",
     "PairLoss",
     "QuintupletLoss",

@@ -1,6 +1,6 @@
 """What a batch is before and after the encoders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
@@ -121,6 +121,10 @@ class HardNegatives:
     image: Tensor
     image_text: Tensor
     image_id: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Hold nothing that Lightning could take for the size of a batch."""
+        return iter(())
 
     def as_pairs(self) -> EmbeddingPairs:
         """Return the mined pairs (I4, T3) and (I3, T4), which are candidates like any other. Their text ids are −1."""

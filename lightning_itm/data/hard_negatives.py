@@ -136,28 +136,28 @@ class HardNegativePairs(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         self.table.wait()
         sample = self.pairs[index]
-        own_image, own_text = sample["image_id"], sample["text_id"]
-        text_id, image_id = self._draw(self.table.texts[own_image], self.table.images[own_text])
-        text_image_id = -1 if text_id < 0 else int(self.pairs.text_image_id[text_id])
-        image_text_id = -1 if image_id < 0 else self._some_text(image_id)
-        pairs = self.pairs
-        try:
-            hard_text = {
-                "hard_text": pairs.load_text(text_id if text_id >= 0 else own_text),
-                "hard_text_image": pairs.load_image(text_image_id if text_id >= 0 else own_image),
-                "hard_text_image_id": text_image_id,
-            }
-        except UnreadablePairError:
-            hard_text = {"hard_text": sample["text"], "hard_text_image": sample["image"], "hard_text_image_id": -1}
-        try:
-            hard_image = {
-                "hard_image": pairs.load_image(image_id if image_id >= 0 else own_image),
-                "hard_image_text": pairs.load_text(image_text_id if image_id >= 0 else own_text),
-                "hard_image_id": image_id,
-            }
-        except UnreadablePairError:
-            hard_image = {"hard_image": sample["image"], "hard_image_text": sample["text"], "hard_image_id": -1}
-        return {**sample, **hard_text, **hard_image}
+        text_id, image_id = self._draw(self.table.texts[sample["image_id"]], self.table.images[sample["text_id"]])
+        of_text = int(self.pairs.text_image_id[text_id]) if text_id >= 0 else -1
+        of_image = self._some_text(image_id) if image_id >= 0 else -1
+        hard_text_image, hard_text, hard_text_image_id = self._load(of_text, text_id, sample)
+        hard_image, hard_image_text, hard_image_id = self._load(image_id, of_image, sample)
+        return {
+            **sample,
+            "hard_text": hard_text,
+            "hard_text_image": hard_text_image,
+            "hard_text_image_id": hard_text_image_id,
+            "hard_image": hard_image,
+            "hard_image_text": hard_image_text,
+            "hard_image_id": hard_image_id,
+        }
+
+    def _load(self, image_id: int, text_id: int, sample: dict[str, Any]) -> tuple[Any, Any, int]:
+        if image_id >= 0:
+            try:
+                return self.pairs.load_image(image_id), self.pairs.load_text(text_id), image_id
+            except UnreadablePairError as error:
+                self.pairs.report(error)
+        return sample["image"], sample["text"], -1
 
     def _draw(self, texts: Tensor, images: Tensor) -> tuple[int, int]:
         num_texts, num_images = int((texts >= 0).sum()), int((images >= 0).sum())

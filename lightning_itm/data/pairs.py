@@ -181,7 +181,7 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
             try:
                 return self._load(text_id % len(self))
             except UnreadablePairError as error:
-                self._report(error)
+                self.report(error)
         raise RuntimeError(f"None of the {len(self)} pairs can be read. See the warning above for the first of them.")
 
     def load_image(self, image_id: int) -> Any:
@@ -220,11 +220,12 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
                 "or leave the image and its texts out."
             ) from error
 
-    def _report(self, error: Exception) -> None:
+    def report(self, error: Exception) -> None:
+        """Count a pair that can't be used; warn at the first."""
         self.num_replaced += 1
         if int(self.num_replaced) == 1:
             warnings.warn(
-                f"{error}. The next readable pair takes its place; further ones are counted in "
+                f"{error}. Another pair takes its place; further ones are counted in "
                 "`ImageTextPairs.num_replaced` and not reported.",
                 stacklevel=3,
             )

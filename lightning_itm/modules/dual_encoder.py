@@ -13,12 +13,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_itm.data.batch import EmbeddingPairs, check_batch
+from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, check_batch
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.modules.contrastive_losses import InfoNCELoss
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 
-LOSS_INPUTS = ("selective",)
+LOSS_INPUTS = ("hard", "selective")
 """What callbacks may put into a batch for the loss, beside the pairs."""
 
 
@@ -96,6 +96,17 @@ class DualEncoder(L.LightningModule):
         image, text = self.encode_image(batch["image"]), self.encode_text(batch["text"])
         return EmbeddingPairs(unit_norm(image), unit_norm(text), batch["image_id"], batch["text_id"])
 
+    def embed_hard(self, batch: Any) -> HardNegatives:
+        """Encode the mined negatives that came with a batch (:class:`~lightning_itm.HardNegativePairs`), with gradient."""
+        return HardNegatives(
+            text=unit_norm(self.encode_text(batch["hard_text"])),
+            text_image=unit_norm(self.encode_image(batch["hard_text_image"])),
+            text_image_id=batch["hard_text_image_id"],
+            image=unit_norm(self.encode_image(batch["hard_image"])),
+            image_text=unit_norm(self.encode_text(batch["hard_image_text"])),
+            image_id=batch["hard_image_id"],
+        )
+
     def forward(self, batch: Any) -> EmbeddingPairs:
         """Encode a batch; what ``predict`` returns."""
         return self.embed(batch)
@@ -104,6 +115,8 @@ class DualEncoder(L.LightningModule):
         """Compute the loss of a batch, against the candidates of all ranks."""
         pairs = self.embed(batch)
         inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
+        if "hard_text" in batch:
+            inputs["hard"] = self.embed_hard(batch)
         outputs: dict[str, Tensor] = self.loss(pairs, pairs.gather(), **inputs)
         if not isinstance(outputs, dict) or "loss" not in outputs:
             raise TypeError(f"Expected the loss to return a dict with 'loss', got {type(outputs).__name__}.")
@@ -153,7 +166,7 @@ class DualEncoder(L.LightningModule):
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         total, warmup = self.trainer.estimated_stepping_batches, self.warmup_steps
-        if total <= warmup:
+        if 0 < total <= warmup:
             rank_zero_warn(
                 f"The run has {total} optimizer steps and `warmup_steps={warmup}`: the learning rate never reaches "
                 f"{self.learning_rate}. Lower `warmup_steps`."

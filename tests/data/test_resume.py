@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import Subset
 
-from lightning_itm import ImageTextDataModule
+from lightning_itm import ImageTextDataModule, OfflineHardNegativeMining, QuintupletLoss, TripletLoss
 from lightning_itm.data.sampler import SeededDataset
 from tests.tiny import PLAIN, SILENT, Tiny, tiny_data, tiny_pairs
 
@@ -40,15 +40,29 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.seen.append((trainer.current_epoch, batch_idx, batch["text_id"].tolist(), batch["image"].sum().item()))
+        mined = [batch[key].tolist() for key in ("hard_text_image_id", "hard_image_id") if key in batch]
+        pairs = batch["text_id"].tolist()
+        self.seen.append((trainer.current_epoch, batch_idx, pairs, batch["image"].sum().item(), *mined))
 
 
-def fit(model_class, loader, folder=".", *, save=None, kill_at=None, resume_from=None, seed=0, **trainer_options):
+def fit(
+    model_class,
+    loader,
+    folder=".",
+    *,
+    save=None,
+    kill_at=None,
+    resume_from=None,
+    seed=0,
+    mining=None,
+    **trainer_options,
+):
     L.seed_everything(seed, verbose=False)
     watch, checkpoint = Watch(kill_at), ModelCheckpoint(folder, "{step}", save_top_k=-1, **(save or {}))
     options = {**SILENT, "max_epochs": EPOCHS, "enable_checkpointing": True, **trainer_options}
     model = model_class()
-    trainer = L.Trainer(callbacks=[watch, checkpoint], **options)
+    miners = [] if mining is None else [OfflineHardNegativeMining(num_texts=12, num_images=8, **mining)]
+    trainer = L.Trainer(callbacks=[watch, *miners, checkpoint], **options)
     trainer.fit(model, datamodule=tiny_data(**loader), ckpt_path=resume_from, weights_only=True)
     return model.state_dict(), watch.seen
 
@@ -80,13 +94,23 @@ STOPS = {
 }
 
 
+class PlainQuintuplet(PlainOptimizer):
+    def __init__(self):
+        super().__init__(QuintupletLoss())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("model_class", [Tiny, PlainOptimizer])
 def test_resumed_equals_uninterrupted(model_class, loader, stop, tmp_path):
+    check_resumed(model_class, loader, stop, tmp_path)
+
+
+def check_resumed(model_class, loader, stop, tmp_path, **more):
     loader, (save, step, options) = LOADERS[loader], STOPS[stop]
     kill_at, options = options.get("kill_at"), {name: value for name, value in options.items() if name != "kill_at"}
+    options.update(more)
     expected, seen = fit(model_class, loader, tmp_path / "whole", save=save, **options)
     folder = tmp_path / "whole"
     if kill_at:
@@ -102,9 +126,39 @@ def test_resumed_equals_uninterrupted(model_class, loader, stop, tmp_path):
         assert torch.equal(value, resumed[name]), name
 
 
+class Quintuplet(Tiny):
+    def __init__(self):
+        super().__init__(QuintupletLoss(TripletLoss(negatives="selective")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [stop for stop in STOPS if stop != "bf16"])
+@pytest.mark.parametrize(
+    ("loader", "mining"),
+    [
+        ("no workers", {}),
+        ("workers", {}),
+        ("persistent workers", {}),
+        ("persistent workers", {"every_n_epochs": 2, "relative_margin": 0.01}),
+        ("no workers", {"inject": "embeddings"}),
+    ],
+)
+def test_with_mining_too(loader, mining, stop, tmp_path):
+    check_resumed(Quintuplet, loader, stop, tmp_path, mining=mining)
+
+
+@pytest.mark.parametrize("mining", [{}, {"inject": "embeddings"}])
+def test_mining_goes_on_after_the_last_epoch(mining, tmp_path):
+    expected, _ = fit(PlainQuintuplet, {}, tmp_path / "whole", mining=mining, max_epochs=3)
+    fit(PlainQuintuplet, {}, tmp_path, mining=mining, max_epochs=2, save={"every_n_epochs": 1})
+    checkpoint = tmp_path / f"step={2 * STEPS}.ckpt"
+    resumed, _ = fit(PlainQuintuplet, {}, tmp_path, mining=mining, max_epochs=3, resume_from=checkpoint, seed=9)
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+
+
 def test_every_epoch_has_another_order_and_every_pair_once():
     _, seen = fit(Tiny, {})
-    orders = [[pair for epoch, _, pairs, _ in seen if epoch == number for pair in pairs] for number in range(EPOCHS)]
+    orders = [[pair for epoch, _, pairs, *_ in seen if epoch == number for pair in pairs] for number in range(EPOCHS)]
     assert all(sorted(order) == list(range(46)) for order in orders)
     assert len({tuple(order) for order in orders}) == EPOCHS
 
@@ -154,7 +208,7 @@ class TestPosition:
         trainer.fit(Tiny(), datamodule=tiny_data())
         trainer.save_checkpoint(tmp_path / "a.ckpt")
         _, seen = fit(Tiny, {}, tmp_path / "rest", resume_from=tmp_path / "a.ckpt", max_epochs=2)
-        assert [pairs for _, _, pairs, _ in seen][:7] == [pairs for _, _, pairs, _ in whole][5:]
+        assert [row[2] for row in seen][:7] == [row[2] for row in whole][5:]
 
     def test_who_looks_at_a_batch_first_takes_nothing(self, tmp_path):
         checkpoint = self.stopped_after_five_batches(tmp_path)

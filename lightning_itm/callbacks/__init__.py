@@ -1,0 +1,1 @@
+"""When things happen: one callback a file, the file named after it."""

@@ -1,0 +1,332 @@
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_itm import (
+    HardNegativePairs,
+    ImageTextDataModule,
+    ImageTextPairs,
+    InfoNCELoss,
+    OfflineHardNegativeMining,
+    QuintupletLoss,
+    SigmoidLoss,
+    TripletLoss,
+    collate,
+)
+from tests.pictures import captions, cut_outs
+from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
+
+EPOCHS = 3
+
+
+class Watch(Callback):
+    """Keep each epoch's table, the embeddings it was mined from, and what reaches the steps."""
+
+    def __init__(self):
+        self.tables, self.embedded, self.steps = {}, {}, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        miner = next(callback for callback in trainer.callbacks if isinstance(callback, OfflineHardNegativeMining))
+        epoch = trainer.current_epoch
+        if epoch not in self.tables:
+            self.tables[epoch] = miner.table.texts.clone(), miner.table.images.clone()
+            if batch_idx == 0:
+                self.embedded[epoch] = embed_all(pl_module, miner.pairs)
+        names = ("image_id", "text_id", "hard_text_image_id", "hard_image_id")
+        self.steps.append((epoch, *(batch[name].tolist() for name in names if name in batch)))
+
+
+@torch.no_grad()
+def embed_all(model, pairs):
+    flags = model.training
+    model.eval()
+    loader = DataLoader(pairs.evaluation(), len(pairs), collate_fn=collate)
+    found = model.embed(next(iter(loader)))
+    model.train(flags)
+    return found
+
+
+def fit(mining=None, loader=None, loss=None, callbacks=(), **options):
+    L.seed_everything(0, verbose=False)
+    watch, miner = Watch(), OfflineHardNegativeMining(**{"num_texts": 12, "num_images": 8, **(mining or {})})
+    model = Tiny(QuintupletLoss() if loss is None else loss)
+    trainer = L.Trainer(callbacks=[miner, watch, *callbacks], **{**SILENT, "max_epochs": EPOCHS, **options})
+    trainer.fit(model, datamodule=tiny_data(**(loader or {})))
+    return model, watch, miner, trainer
+
+
+def test_each_epochs_table_is_of_the_model_as_it_stands():
+    _, watch, miner, _ = fit()
+    owner = miner.pairs.text_image_id
+    for epoch in range(EPOCHS):
+        pairs, (texts, images) = watch.embedded[epoch], watch.tables[epoch]
+        first_text = torch.arange(0, 46, 2)
+        scores = pairs.image[first_text] @ pairs.text.T
+        scores[owner[None, :] == torch.arange(23)[:, None]] = -2
+        expected = scores.topk(12)
+        torch.testing.assert_close(scores.gather(1, texts.long()), expected.values, atol=1e-6, rtol=0)
+        assert (owner[texts.long()] != torch.arange(23)[:, None]).all()
+        assert (images >= 0).all()
+        assert (images != owner[:, None]).all()
+    assert not torch.equal(watch.tables[0][0], watch.tables[2][0])
+
+
+def test_what_reaches_a_step_is_of_its_epochs_table():
+    _, watch, miner, _ = fit()
+    owner = miner.pairs.text_image_id
+    for epoch, image_id, text_id, hard_text_image, hard_image in watch.steps:
+        texts, images = watch.tables[epoch]
+        for place in range(len(image_id)):
+            assert hard_text_image[place] in owner[texts[image_id[place]].long()].tolist()
+            assert hard_image[place] in images[text_id[place]].tolist()
+
+
+def test_workers_use_the_same_table_at_the_same_step():
+    loaders = [{"num_workers": 0}, {"num_workers": 2, "persistent_workers": False}, {"num_workers": 2}]
+    results = [fit(loader=loader) for loader in loaders]
+    assert results[0][1].steps == results[1][1].steps == results[2][1].steps
+    assert len(results[0][1].steps) == 12 * EPOCHS
+    weights = [result[0].state_dict() for result in results]
+    assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("mining", "mined"),
+    [
+        ({"every_n_epochs": None}, [0]),
+        ({"every_n_epochs": 2}, [0, 2]),
+        ({"start_epoch": 1}, [1, 2]),
+        ({"start_epoch": 1, "every_n_epochs": None}, [1]),
+        ({"inject": "embeddings", "start_epoch": 1}, [1, 2]),
+    ],
+)
+def test_schedule(mining, mined):
+    _, watch, miner, _ = fit(mining)
+    tables = [torch.full((23, 12), -1), *(watch.tables[epoch][0] for epoch in range(EPOCHS))]
+    new = [epoch for epoch in range(EPOCHS) if not torch.equal(tables[epoch], tables[epoch + 1])]
+    assert new == mined
+    for epoch, *_, hard_text_image, hard_image in [] if miner.inject == "embeddings" else watch.steps:
+        assert all((value >= 0) == (epoch >= mined[0]) for value in (*hard_text_image, *hard_image))
+
+
+@pytest.mark.parametrize("loss", [QuintupletLoss, TripletLoss, InfoNCELoss, SigmoidLoss])
+@pytest.mark.parametrize("inject", ["samples", "embeddings"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_every_loss_in_both_modes(loss, inject, precision):
+    model, *_ = fit({"inject": inject}, loss=loss(), max_epochs=2, precision=precision)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_embeddings_are_those_of_the_table_and_the_pair():
+    drawn = []
+
+    class Check(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            hard, embedded, epoch = batch["hard"], miner.embedded, trainer.current_epoch
+            texts, images = miner.table.texts[batch["image_id"]], miner.table.images[batch["text_id"]]
+            drawn.append((epoch, batch["text_id"].tolist(), hard.image_id.tolist()))
+            of_texts = miner.pairs.text_image_id[texts.long()]
+            assert (of_texts == hard.text_image_id[:, None]).any(dim=1).all()
+            assert (images == hard.image_id[:, None]).any(dim=1).all()
+            assert torch.equal(hard.image, embedded.image[hard.image_id])
+            assert torch.equal(hard.text_image, embedded.image[hard.text_image_id])
+            assert not hard.text.requires_grad
+
+    miner = OfflineHardNegativeMining(num_texts=12, num_images=8, inject="embeddings")
+    L.Trainer(callbacks=[miner, Check()], max_epochs=2, **SILENT).fit(Tiny(QuintupletLoss()), datamodule=tiny_data())
+    first, second = (
+        {t: i for e, ts, ids in drawn if e == epoch for t, i in zip(ts, ids, strict=True)} for epoch in (0, 1)
+    )
+    assert first != second, "another draw in each epoch"
+
+
+def test_mining_leaves_the_run_as_it_was():
+    """Flags, random streams, batch statistics: a run whose loss ignores the negatives is the run without mining."""
+
+    class Deaf(TripletLoss):
+        def forward(self, pairs, candidates=None, *, hard=None, selective=None):
+            return super().forward(pairs, candidates)
+
+    class Half(Tiny):
+        def __init__(self, loss):
+            super().__init__(loss)
+            self.text_encoder.eval()
+
+    ends = []
+    for miners in ([], [OfflineHardNegativeMining(inject="embeddings")]):
+        L.seed_everything(0, verbose=False)
+        model = Half(Deaf())
+        flags = [part.training for part in model.modules()]
+        trainer = L.Trainer(callbacks=miners, max_epochs=2, limit_val_batches=0, **SILENT)
+        with pytest.warns(UserWarning, match=r"eval mode"):
+            trainer.fit(model, datamodule=tiny_data())
+        assert [part.training for part in model.modules()] == flags
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_logs(tmp_path):
+    _, _, _, trainer = fit({"relative_margin": 0.2}, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    logged = trainer.callback_metrics
+    assert {"mining/encode_seconds", "mining/search_seconds", "mining/gap"} <= logged.keys()
+    assert 0 < logged["mining/rejected_share"] < 1
+    assert 0 < logged["mining/changed_share"] <= 1
+
+
+def test_a_loader_of_the_users_own():
+    pairs = HardNegativePairs(tiny_pairs())
+    miner, watch = OfflineHardNegativeMining(pairs, num_texts=5, num_images=4), Watch()
+    trainer = L.Trainer(callbacks=[miner, watch], max_epochs=1, limit_val_batches=0, **SILENT)
+    with pytest.warns(UserWarning, match="no `val_dataloader`"):
+        trainer.fit(Tiny(QuintupletLoss()), DataLoader(pairs, 4, shuffle=True, collate_fn=collate))
+    assert all(value >= 0 for step in watch.steps for value in step[3])
+
+
+def test_guards_leave_places_empty_and_training_goes_on():
+    _, watch, _, _ = fit({"max_score": -2.0}, max_epochs=1)
+    assert (watch.tables[0][0] == -1).all()
+    assert all(value == -1 for step in watch.steps for value in (*step[3], *step[4]))
+
+
+def test_more_places_than_negatives():
+    _, watch, _, _ = fit({"num_texts": 300, "num_images": 60}, max_epochs=1)
+    texts, images = watch.tables[0]
+    assert ((texts >= 0).sum(dim=1) == 44).all()
+    assert ((images >= 0).sum(dim=1) == 22).all()
+
+
+def test_a_broken_image_is_never_mined():
+    images = cut_outs(23)
+    images[5] = b"no image"
+    pairs = ImageTextPairs(images, captions(23), transform=AUGMENTED, eval_transform=PLAIN, tokenizer=tokenize)
+    miner = OfflineHardNegativeMining(num_texts=44, num_images=22)
+    data = ImageTextDataModule(pairs, batch_size=4, num_workers=0)
+    data.val_dataloader = lambda: DataLoader(tiny_pairs().evaluation(), 23, collate_fn=collate)
+    with pytest.warns(UserWarning, match="Image 5: bytes does not open"):
+        L.Trainer(callbacks=[miner], max_epochs=1, **SILENT).fit(Tiny(QuintupletLoss()), datamodule=data)
+    assert not (miner.table.images == 5).any()
+    assert (miner.table.images >= 0).any()
+
+
+class TestNothingIsMined:
+    def test_without_training(self):
+        _, _, miner, _ = fit(limit_train_batches=0)
+        assert (miner.table.texts == -1).all()
+
+    def test_in_validation_and_test(self):
+        miner = OfflineHardNegativeMining()
+        trainer = L.Trainer(callbacks=[miner], **SILENT)
+        trainer.validate(Tiny(), datamodule=tiny_data(), verbose=False)
+        assert miner.table is None
+
+    def test_beyond_the_first_pairs_of_a_fast_dev_run(self, monkeypatch):
+        monkeypatch.setattr("lightning_itm.callbacks.offline_hard_negative_mining.FAST_DEV_RUN_PAIRS", 10)
+        with pytest.warns(UserWarning, match="optimizer steps"):
+            _, _, miner, _ = fit(fast_dev_run=True)
+        assert (miner.table.texts[:5] >= 0).any()
+        assert (miner.table.texts[5:] == -1).all()
+        assert int(miner.table.texts.max()) == 9
+
+
+class TestBadInput:
+    def test_one_image(self):
+        pairs = ImageTextPairs(cut_outs(1), [["a", "b"]])
+        with pytest.raises(Exception, match="at least two images to mine among, got 1"):
+            L.Trainer(callbacks=[OfflineHardNegativeMining()], max_epochs=1, **SILENT).fit(
+                Tiny(), datamodule=ImageTextDataModule(pairs)
+            )
+
+    def test_no_pairs(self):
+        data = ImageTextDataModule([1, 2, 3])
+        with pytest.raises(Exception, match=r"Expected pairs to mine, got list. Give `dataset=ImageTextPairs"):
+            L.Trainer(callbacks=[OfflineHardNegativeMining()], max_epochs=1, **SILENT).fit(Tiny(), datamodule=data)
+
+    def test_pairs_that_no_loader_reads(self):
+        miner = OfflineHardNegativeMining(tiny_pairs())
+        with pytest.raises(Exception, match="no negative would reach a batch"):
+            L.Trainer(callbacks=[miner], max_epochs=1, **SILENT).fit(Tiny(), datamodule=tiny_data())
+
+    def test_sharded_weights(self):
+        trainer = L.Trainer(**SILENT)
+        trainer._accelerator_connector.strategy = FSDPStrategy()  # by itself it starts on CUDA alone
+        with pytest.raises(Exception, match="whose ranks hold all weights, got FSDPStrategy"):
+            OfflineHardNegativeMining().setup(trainer, Tiny(), "fit")
+
+    def test_embeddings_that_are_not_finite_keep_the_old_table(self):
+        class Breaks(Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                if trainer.current_epoch == 1 and trainer.is_last_batch:
+                    nn.init.constant_(pl_module.image_encoder[1].weight, torch.nan)
+
+        kept = {}
+
+        class Keep(Callback):
+            def on_exception(self, trainer, pl_module, exception):
+                miner = trainer.callbacks[0]
+                kept["table"], kept["is_pending"] = miner.table.texts.clone(), miner.table.is_pending
+
+        with pytest.raises(ValueError, match=r"finite image embeddings when mining on rank 0, epoch 1, got NaN"):
+            fit(callbacks=[Breaks(), Keep()], limit_val_batches=0)
+        assert (kept["table"] >= 0).all()
+        assert not kept["is_pending"]
+
+    def test_a_checkpoint_of_another_set(self, tmp_path):
+        *_, trainer = fit(max_epochs=1)
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        pairs = tiny_pairs(24)
+        again = L.Trainer(callbacks=[OfflineHardNegativeMining(num_texts=12, num_images=8)], max_epochs=2, **SILENT)
+        data = ImageTextDataModule(pairs, batch_size=4, num_workers=0)
+        with pytest.raises(ValueError, match=r"negatives to be of this training set, got those of another"):
+            again.fit(Tiny(QuintupletLoss()), datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+    def test_a_checkpoint_of_another_size(self, tmp_path):
+        *_, trainer = fit(max_epochs=1)
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        again = L.Trainer(callbacks=[OfflineHardNegativeMining(num_texts=9, num_images=8)], max_epochs=2, **SILENT)
+        with pytest.raises(ValueError, match=r"Expected 9 texts and 8 images a row, got \(12, 8\)"):
+            again.fit(Tiny(QuintupletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"num_texts": 0}, "`num_texts` to be at least 1, got 0"),
+            ({"every_n_epochs": 0}, "`every_n_epochs` to be at least 1, got 0"),
+            ({"start_epoch": -1}, "`start_epoch` to be at least 0, got -1"),
+            ({"inject": "images"}, "`inject` to be 'samples' or 'embeddings', got 'images'"),
+        ],
+    )
+    def test_wrong_arguments(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            OfflineHardNegativeMining(**arguments)
+
+
+class SaveTables(Callback):
+    def on_train_start(self, trainer, pl_module):
+        miner = trainer.callbacks[0]
+        torch.save(
+            (miner.table.texts.clone(), miner.table.images.clone()),
+            f"table-{trainer.world_size}-{trainer.global_rank}.pt",
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
+def test_two_processes_mine_the_table_of_one():
+    for devices in (1, 2):
+        L.seed_everything(0, verbose=False)
+        miner = OfflineHardNegativeMining(num_texts=12, num_images=8, batch_size=7)
+        trainer = L.Trainer(
+            devices=devices,
+            strategy="ddp_fork" if devices > 1 else "auto",
+            callbacks=[miner, SaveTables()],
+            max_epochs=1,
+            **SILENT,
+        )
+        trainer.fit(Tiny(QuintupletLoss(), warmup_steps=0), datamodule=tiny_data())
+    expected = torch.load("table-1-0.pt")
+    for rank in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(torch.load(f"table-2-{rank}.pt"), expected, strict=True))
