@@ -34,7 +34,7 @@ def flickr30k(tmp_path):
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
 @pytest.mark.usefixtures("flickr30k")
-def test_first_snippet(tmp_path):
+def test_first_snippets(tmp_path):
     """No weights can be downloaded here, and ViT-B/32 takes a minute a step: a small model stands in, nothing else."""
     (tmp_path / "tiny-vit.json").write_text(json.dumps(CONFIGS["tiny-vit"]))
     open_clip.add_model_config(tmp_path / "tiny-vit.json")
@@ -44,12 +44,15 @@ def test_first_snippet(tmp_path):
     exec(code, names)
     assert names["trainer"].global_step == 5
     assert 0 <= names["trainer"].callback_metrics["val/rsum"] <= 600
+    exec(SNIPPETS[1], names)
+    assert names["trainer"].callback_metrics["mining/gap"] < 2
+    assert (tmp_path / "mined.png").stat().st_size > 10_000
 
 
 def test_own_encoder_in_ten_lines():
     names = {}
-    exec(SNIPPETS[1], names)
-    assert len(SNIPPETS[1].strip().split("class MyEncoder")[1].splitlines()) <= 10
+    exec(SNIPPETS[2], names)
+    assert len([line for line in SNIPPETS[2].split("class MyEncoder")[1].splitlines() if line.strip()]) <= 10
     model = names["MyEncoder"](image_dim=768, learning_rate=1e-3)
     data = ImageTextDataModule(tiny_pairs(), tiny_pairs(), batch_size=8, num_workers=0)
     trainer = L.Trainer(max_epochs=2, **SILENT)

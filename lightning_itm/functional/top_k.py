@@ -74,8 +74,11 @@ def top_k_negatives(
     ceiling = score_ceiling(positive, max_score, absolute_margin, relative_margin)
     own = None if anchor_id is None or key_id is None else _OwnKeys(anchor_id, key_id)
     low = _bfloat16(keys) if ceiling is None else None
-    num_rows = max(1, memory_budget // (4 * max(1, len(keys))))
-    buffer = keys.new_empty(min(num_rows, len(anchors)) * len(keys))  # reused: new pages cost as much as the products
+    num_rows = min(_MAX_ROWS, max(1, memory_budget // (4 * max(1, len(keys)))))
+    # Reused for every chunk: new pages cost as much as the products.
+    buffer = keys.new_empty(
+        min(num_rows, len(anchors)) * len(keys), dtype=torch.float32 if low is None else torch.bfloat16
+    )
     found = []
     for start in range(0, len(anchors), num_rows):
         rows = torch.arange(start, min(start + num_rows, len(anchors)), device=anchors.device)
@@ -85,10 +88,10 @@ def top_k_negatives(
         part, unsure = _search_bfloat16(anchors[rows], keys, low, own and own.of(rows), k + rank_min, buffer)
         again = unsure.nonzero().squeeze(1)
         if len(again):
-            exact = _search(anchors[rows[again]], keys, own and own.of(rows[again]), k + rank_min, buffer)
+            exact = _search(anchors[rows[again]], keys, own and own.of(rows[again]), k + rank_min)
             part.scores[again], part.index[again] = exact.scores, exact.index
         if 2 * len(again) > len(rows):  # too many alike for bfloat16 to tell apart
-            low = None
+            low, buffer = None, buffer.float()
         found.append(part)
     scores, index = (torch.cat(parts)[:, rank_min:] for parts in zip(*found, strict=True))
     index = index.masked_fill(scores == -torch.inf, -1)
@@ -145,8 +148,14 @@ class _OwnKeys:
 
 
 def _search(
-    anchors: Tensor, keys: Tensor, own: _OwnKeys | None, k: int, buffer: Tensor, limit: Tensor | None = None
+    anchors: Tensor,
+    keys: Tensor,
+    own: _OwnKeys | None,
+    k: int,
+    buffer: Tensor | None = None,
+    limit: Tensor | None = None,
 ) -> TopK:
+    buffer = keys.new_empty(len(anchors) * len(keys)) if buffer is None else buffer
     scores = buffer[: len(anchors) * len(keys)].view(len(anchors), len(keys))
     with _full_precision_products():
         torch.mm(anchors, keys.T, out=scores)
@@ -163,7 +172,7 @@ def _search_bfloat16(
     anchors: Tensor, keys: Tensor, low: "_LowKeys", own: _OwnKeys | None, k: int, buffer: Tensor
 ) -> tuple[TopK, Tensor]:
     """Search with products in bfloat16; the second is True for an anchor that this may not be good enough for."""
-    scores = buffer.view(torch.bfloat16)[: len(anchors) * len(keys)].view(len(anchors), len(keys))
+    scores = buffer[: len(anchors) * len(keys)].view(len(anchors), len(keys))
     torch.mm(anchors.bfloat16(), low.keys.T, out=scores)
     if own:
         own.mask(scores)
@@ -175,9 +184,7 @@ def _search_bfloat16(
     error = (centred - rough).masked_fill(nothing, 0).abs().amax()
     k = min(k, len(keys))
     kth = centred.masked_fill(nothing, -torch.inf).kthvalue(index.shape[1] - k + 1, dim=1).values
-    unsure = (
-        kth < rough.amin(dim=1) + 1.5 * error if index.shape[1] < len(keys) else torch.zeros_like(kth, dtype=torch.bool)
-    )
+    unsure = kth < rough.amin(dim=1) + error if index.shape[1] < len(keys) else torch.zeros_like(kth, dtype=torch.bool)
     best = _hardest_first(exact.masked_fill(nothing, -torch.inf), index)
     return TopK(best.scores[:, :k], best.index[:, :k]), unsure
 
@@ -248,7 +255,10 @@ def _bfloat16(keys: Tensor) -> _LowKeys | None:
     if not multiplies or len(keys) == 0:
         return None
     centre = keys.mean(dim=0)
-    return _LowKeys((keys - centre).bfloat16(), centre)
+    low = torch.empty(keys.shape, dtype=torch.bfloat16, device=keys.device)
+    for part, into in zip(keys.split(_MAX_ROWS), low.split(_MAX_ROWS), strict=True):
+        torch.sub(part, centre, out=into)
+    return _LowKeys(low, centre)
 
 
 @contextmanager
@@ -276,10 +286,11 @@ def _check(
     if (anchor_id is None) != (key_id is None):
         raise ValueError("Expected both `anchor_id` and `key_id`, or neither, got one of them.")
     for name, embeddings in (("anchors", anchors), ("keys", keys)):
-        if not bool(embeddings.isfinite().all()):
+        if not bool(embeddings.sum().isfinite()):  # the sum of unit-norm rows is finite if all are
             raise ValueError(f"Expected `{name}` to be finite, got NaN or infinity. Look at the model that made them.")
 
 
 _GROUP = 16
-_NUM_SPARE = 32
+_NUM_SPARE = 64
+_MAX_ROWS = 512  # more do not make the products faster, and their scores leave the cache
 _GATHER_BYTES = 256 << 20
