@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_itm import DualEncoder, InfoNCELoss, SigmoidLoss, TripletLoss, collate
+from lightning_itm import DualEncoder, InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss, collate
 from lightning_itm.distributed import gather, gather_with_gradient
 from tests.tiny import SILENT
 
@@ -60,9 +60,21 @@ def samples():
     ]
 
 
-def one_step(make_loss, devices):
+def mined_samples():
+    """With negatives as a HardNegativePairs would add them, one pair without any."""
+    data, mined = samples(), samples()[::-1]
+    for place, (sample, negative) in enumerate(zip(data, mined, strict=True)):
+        sample.update(
+            hard_text=negative["text"], hard_text_image=negative["image"], hard_image=mined[place - 1]["image"]
+        )
+        sample.update(hard_image_text=mined[place - 1]["text"], hard_text_image_id=20 + place, hard_image_id=40 + place)
+    data[3].update(hard_text_image_id=-1)
+    return data
+
+
+def one_step(make_loss, devices, data):
     L.seed_everything(1, verbose=False)
-    model, data = Linear(make_loss()), samples()
+    model = Linear(make_loss())
     trainer = L.Trainer(
         max_steps=1,
         devices=devices,
@@ -77,7 +89,18 @@ def one_step(make_loss, devices):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_of_two_processes_equal_those_of_one(name):
-    expected, got = one_step(LOSSES[name], 1), one_step(LOSSES[name], 2)
+    check_equal(LOSSES[name], samples())
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "quintuplet"])
+def test_gradients_with_mined_negatives(name):
+    check_equal(
+        {**LOSSES, "quintuplet": lambda: QuintupletLoss(TripletLoss(0.5), offline_margin=0.3)}[name], mined_samples()
+    )
+
+
+def check_equal(make_loss, data):
+    expected, got = one_step(make_loss, 1, data), one_step(make_loss, 2, data)
     assert expected.keys() == got.keys()
     for parameter, gradient in expected.items():
         assert gradient.abs().max() > 0, parameter
