@@ -14,7 +14,13 @@ from torch.utils.data import Dataset
 from lightning_itm.data.contact_sheet import contact_sheet
 from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.modules.mining import EmbeddedNegatives, encode_pairs, find_negatives, padded_rows
+from lightning_itm.modules.mining import (
+    EmbeddedNegatives,
+    encode_pairs,
+    find_negatives,
+    is_progress_shown,
+    padded_rows,
+)
 
 FAST_DEV_RUN_PAIRS = 512
 
@@ -134,6 +140,8 @@ class OfflineHardNegativeMining(Callback):
         self.table.is_pending = True
         self._epoch, self._is_finished, self._restored, self.embedded = 0, False, None, None
         if self.inject == "embeddings":
+            if datamodule is not None and dataset is datamodule.train_dataset:
+                datamodule.train_dataset = pairs  # without the draws of an earlier callback
             return
         if isinstance(dataset, HardNegativePairs) and (self.dataset is not None or datamodule is None):
             dataset.table = self.table  # the loader is the user's own
@@ -254,6 +262,7 @@ class OfflineHardNegativeMining(Callback):
             self.num_images,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            is_shown=is_progress_shown(trainer),
             rank_min=self.rank_min,
             **self.limits,
         )

@@ -12,6 +12,7 @@ def uniform(ids: Int[Tensor, " rows"], *key: int) -> Float[Tensor, " rows"]:
         key: What else they depend on, such as seed and epoch.
 
     Example:
+        >>> import torch
         >>> bool((uniform(torch.tensor([5, 7]), 0, 1)[1:] == uniform(torch.tensor([7]), 0, 1)).all())
         True
 

@@ -20,6 +20,7 @@ from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.functional.top_k import TopK, score_ceiling, top_k_negatives
 
 NUM_SAMPLED_ANCHORS = 256
+ANCHORS_AT_ONCE = 16_384  # between two ticks of the progress bar
 
 
 @dataclass
@@ -80,7 +81,14 @@ def encode_pairs(
 
 
 def find_negatives(
-    pairs: EncodedPairs, num_texts: int, num_images: int, *, rank: int = 0, world_size: int = 1, **guards: Any
+    pairs: EncodedPairs,
+    num_texts: int,
+    num_images: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    is_shown: bool = False,
+    **guards: Any,
 ) -> FoundNegatives:
     """Search the hardest texts of every image and the hardest images of every text, each rank its share of the anchors.
 
@@ -90,11 +98,12 @@ def find_negatives(
         num_images: Images kept for a text.
         rank: This rank.
         world_size: Number of ranks.
+        is_shown: Draw a progress bar.
         **guards: Of :func:`~lightning_itm.functional.top_k_negatives`.
     """
     image_id = torch.arange(len(pairs.image), device=pairs.image.device)
     of_image, of_text = pairs.positive()
-    split = {"rank": rank, "world_size": world_size, **guards}
+    split = {"rank": rank, "world_size": world_size, "is_shown": is_shown, **guards}
     texts, rejected_texts = _search(
         pairs.image, pairs.text, pairs.text_is_valid, image_id, pairs.text_image_id, of_image, num_texts, **split
     )
@@ -197,9 +206,8 @@ def _loader(
 
 def _encode(trainer: L.Trainer, module: Any, kind: str, loader: DataLoader[Any], number: int) -> tuple[Tensor, Tensor]:
     encode = getattr(module, f"encode_{kind}")
-    is_shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
     vectors, valid = [], []
-    for inputs, is_valid in tqdm(loader, f"Mining: {kind}s", leave=False, disable=not is_shown):
+    for inputs, is_valid in tqdm(loader, f"Mining: {kind}s", leave=False, disable=not is_progress_shown(trainer)):
         inputs = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(inputs), module.device)
         vectors.append(unit_norm(encode(inputs)).float())
         valid.append(is_valid.to(module.device))
@@ -226,16 +234,21 @@ def _search(
     *,
     rank: int,
     world_size: int,
+    is_shown: bool,
     **guards: Any,
 ) -> tuple[TopK, float]:
     kept = key_is_valid.nonzero().squeeze(1)
     keys, key_id = keys[kept], key_id[kept]
     share = -(-len(anchors) // world_size)
     mine = (torch.arange(share, device=anchors.device) + rank * share).clamp_max(len(anchors) - 1)
-    ids: dict[str, Any] = {"anchor_id": anchor_id[mine], "key_id": key_id}
-    found = top_k_negatives(anchors[mine], keys, k, positive=positive[mine], **ids, **guards)
-    index = torch.where(found.index < 0, -1, kept[found.index.clamp_min(0)])
-    scores, index = (gather(part)[: len(anchors)] for part in (found.scores, index))
+    found = [
+        top_k_negatives(
+            anchors[rows], keys, k, anchor_id=anchor_id[rows], key_id=key_id, positive=positive[rows], **guards
+        )
+        for rows in tqdm(mine.split(ANCHORS_AT_ONCE), "Mining: search", leave=False, disable=not is_shown)
+    ]
+    scores, index = (gather(torch.cat(parts))[: len(anchors)] for parts in zip(*found, strict=True))
+    index = torch.where(index < 0, -1, kept[index.clamp_min(0)])
     return TopK(scores, index), _rejected_share(anchors, keys, anchor_id, key_id, positive, k, **guards)
 
 
@@ -253,6 +266,11 @@ def _rejected_share(
     rejected = torch.zeros_like(there) if ceiling is None else free > ceiling.expand(len(free))[:, None]
     skipped = (there & ~rejected).sum(dim=1).clamp_max(rank_min)
     return float(((rejected & there).sum() + skipped.sum()) / there.sum().clamp_min(1))
+
+
+def is_progress_shown(trainer: L.Trainer) -> bool:
+    """Return whether this process has the Trainer's progress bar."""
+    return trainer.progress_bar_callback is not None and trainer.is_global_zero
 
 
 @contextmanager

@@ -187,6 +187,15 @@ def test_a_loader_of_the_users_own():
     assert all(value >= 0 for step in watch.steps for value in step[3])
 
 
+def test_a_datamodule_serves_one_mode_after_the_other():
+    data = tiny_data()
+    for inject in ("samples", "samples", "embeddings", "samples"):
+        miner, watch = OfflineHardNegativeMining(num_texts=5, num_images=4, inject=inject), Watch()
+        trainer = L.Trainer(callbacks=[miner, watch], max_epochs=1, **SILENT)
+        trainer.fit(Tiny(QuintupletLoss()), datamodule=data)
+        assert len(watch.steps[0]) == (5 if inject == "samples" else 3), "the batch has mined samples, or has not"
+
+
 def test_guards_leave_places_empty_and_training_goes_on():
     _, watch, _, _ = fit({"max_score": -2.0}, max_epochs=1)
     assert (watch.tables[0][0] == -1).all()
@@ -224,13 +233,14 @@ class TestNothingIsMined:
         trainer.validate(Tiny(), datamodule=tiny_data(), verbose=False)
         assert miner.table is None
 
-    def test_beyond_the_first_pairs_of_a_fast_dev_run(self, monkeypatch):
-        monkeypatch.setattr("lightning_itm.callbacks.offline_hard_negative_mining.FAST_DEV_RUN_PAIRS", 10)
-        with pytest.warns(UserWarning, match="optimizer steps"):
-            _, _, miner, _ = fit(fast_dev_run=True)
-        assert (miner.table.texts[:5] >= 0).any()
-        assert (miner.table.texts[5:] == -1).all()
-        assert int(miner.table.texts.max()) == 9
+    def test_beyond_the_first_pairs_of_a_fast_dev_run(self):
+        miner = OfflineHardNegativeMining(num_texts=600, num_images=300)
+        data = ImageTextDataModule(tiny_pairs(300), tiny_pairs(), batch_size=8, num_workers=0)
+        trainer = L.Trainer(callbacks=[miner], fast_dev_run=True, **SILENT)
+        trainer.fit(Tiny(QuintupletLoss(), warmup_steps=0), datamodule=data)
+        assert (miner.table.texts[:256, :510] >= 0).all()
+        assert (miner.table.texts[256:] == -1).all()
+        assert int(miner.table.texts.max()) == 511
 
 
 class TestBadInput:
