@@ -72,6 +72,7 @@ def top_k_negatives(
     _check(anchors, keys, k, rank_min, anchor_id, key_id)
     anchors, keys = anchors.float().contiguous(), keys.float().contiguous()
     ceiling = score_ceiling(positive, max_score, absolute_margin, relative_margin)
+    ceiling = None if ceiling is None else ceiling.expand(len(anchors)).to(anchors.device)
     own = None if anchor_id is None or key_id is None else _OwnKeys(anchor_id, key_id)
     low = _bfloat16(keys) if ceiling is None else None
     num_rows = min(_MAX_ROWS, max(1, memory_budget // (4 * max(1, len(keys)))))
@@ -83,7 +84,8 @@ def top_k_negatives(
     for start in range(0, len(anchors), num_rows):
         rows = torch.arange(start, min(start + num_rows, len(anchors)), device=anchors.device)
         if low is None:
-            found.append(_search(anchors[rows], keys, own and own.of(rows), k + rank_min, buffer, _rows(ceiling, rows)))
+            limit = None if ceiling is None else ceiling[rows]
+            found.append(_search(anchors[rows], keys, own and own.of(rows), k + rank_min, buffer, limit))
             continue
         part, unsure = _search_bfloat16(anchors[rows], keys, low, own and own.of(rows), k + rank_min, buffer)
         again = unsure.nonzero().squeeze(1)
@@ -270,10 +272,6 @@ def _full_precision_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _rows(ceiling: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if ceiling is None else ceiling.expand(int(rows[-1]) + 1)[rows] if ceiling.ndim == 0 else ceiling[rows]
 
 
 def _check(

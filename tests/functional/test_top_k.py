@@ -65,7 +65,7 @@ def test_guards_equal_brute_force(search, rank_min, guard):
         k,
         anchor_id=anchor_id,
         key_id=key_id,
-        positive=positive,
+        positive=None if guard == "max_score" else positive,
         rank_min=rank_min,
         memory_budget=memory_budget,
         **{guard: 0.3},
