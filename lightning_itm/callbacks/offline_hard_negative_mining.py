@@ -104,7 +104,7 @@ class OfflineHardNegativeMining(Callback):
         self.pairs: ImageTextPairs | None = None
         self.table: NegativeTable | None = None
         self.embedded: EmbeddedNegatives | None = None
-        self._epoch, self._is_finished = 0, False
+        self._epoch, self._is_finished, self._is_fitting = 0, False, False
         self._restored: dict[str, Any] | None = None
         self._unlogged: dict[str, float] = {}
 
@@ -116,7 +116,8 @@ class OfflineHardNegativeMining(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the pairs, and let each come with its draw."""
-        if stage != "fit":
+        self._is_fitting = stage == "fit"
+        if not self._is_fitting:
             return
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise MisconfigurationException(
@@ -144,7 +145,7 @@ class OfflineHardNegativeMining(Callback):
                 datamodule.train_dataset = pairs  # without the draws of an earlier callback
             return
         if isinstance(dataset, HardNegativePairs) and (self.dataset is not None or datamodule is None):
-            dataset.table = self.table  # the loader is the user's own
+            dataset.table, dataset.coupled_ranks = self.table, self.coupled_ranks  # the loader is the user's own
         elif datamodule is not None and getattr(datamodule, "train_dataset", None) in (dataset, pairs):
             datamodule.train_dataset = HardNegativePairs(pairs, self.table, coupled_ranks=self.coupled_ranks)
         else:
@@ -152,6 +153,16 @@ class OfflineHardNegativeMining(Callback):
                 "Expected an ImageTextDataModule with the pairs as `train_dataset`, or `dataset=HardNegativePairs(pairs)` "
                 "that the train loader reads; got neither, and no negative would reach a batch."
             )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the datamodule as it was, and no file behind; the table stays, to be looked at."""
+        if stage != "fit" or self.table is None:
+            return
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        dataset = getattr(datamodule, "train_dataset", None)
+        if isinstance(dataset, HardNegativePairs) and dataset is not self.dataset and dataset.table is self.table:
+            datamodule.train_dataset = dataset.pairs
+        self.table.remove()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mine for the first epoch, or go on with the restored table."""
@@ -161,15 +172,26 @@ class OfflineHardNegativeMining(Callback):
         self._epoch = epoch
         if trainer.limit_train_batches == 0:
             table.is_pending = False
-        elif (restored is None or restored["is_finished"]) and self.is_due(epoch):
+        elif epoch != trainer.max_epochs and self._has_to_mine(epoch, restored):
             self._mine(trainer, pl_module)
         else:
             table.is_pending = False
             if restored is not None and restored["embeddings"] is not None and self.inject == "embeddings":
                 self._embed(*(part.to(pl_module.device) for part in restored["embeddings"]))
 
+    def _has_to_mine(self, epoch: int, restored: dict[str, Any] | None) -> bool:
+        if restored is None:
+            return self.is_due(epoch)
+        # A run with samples that goes on with embeddings has none of them.
+        has_none = restored["embeddings"] is None and bool((restored["texts"] >= 0).any())
+        return (restored["is_finished"] and self.is_due(epoch)) or (self.inject == "embeddings" and has_none)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the first mining; earlier, Lightning takes no logs."""
+        self._log(pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what was mined for this epoch."""
         self._log(pl_module)
 
     def on_train_batch_start(
@@ -188,12 +210,11 @@ class OfflineHardNegativeMining(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mine for the next epoch, if there is one."""
         epoch = trainer.current_epoch + 1
-        if epoch <= self._epoch or trainer.should_stop or epoch == trainer.max_epochs:
-            return
+        if epoch <= self._epoch or epoch == trainer.max_epochs:
+            return  # `trainer.should_stop` is no reason: with `min_epochs`, Lightning goes on
         self._epoch, self._is_finished = epoch, False
         if self.is_due(epoch):
             self._mine(trainer, pl_module)
-            self._log(pl_module)
 
     def plot(self, n: int = 8, *, num_negatives: int = 4, seed: int = 0) -> Any:
         """Draw some pairs with the hardest texts and images that were mined for them.
@@ -227,7 +248,7 @@ class OfflineHardNegativeMining(Callback):
         Raises:
             ValueError: It is of another set, or of another size.
         """
-        if self.table is None or not state_dict:
+        if self.table is None or not self._is_fitting or not state_dict:
             return
         if state_dict["fingerprint"] != fingerprint(self._pairs()):
             raise ValueError(

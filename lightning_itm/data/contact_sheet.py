@@ -46,8 +46,19 @@ def contact_sheet(
             ax.set_axis_off()
         texts = [pairs.texts[other] for other in table.texts[image_id, :num_negatives].tolist() if other >= 0]
         lines = [textwrap.shorten(text, 44, placeholder="…") for text in (pairs.texts[text_id], *texts)]
-        row[1].text(0, 1, lines[0], va="top", fontsize=9, fontweight="bold", transform=row[1].transAxes)
-        row[1].text(0, 0.8, "\n".join(lines[1:]), va="top", fontsize=9, color="tab:red", transform=row[1].transAxes)
+        row[1].text(
+            0, 1, lines[0], va="top", fontsize=9, fontweight="bold", parse_math=False, transform=row[1].transAxes
+        )
+        row[1].text(
+            0,
+            0.8,
+            "\n".join(lines[1:]),
+            va="top",
+            fontsize=9,
+            color="tab:red",
+            parse_math=False,
+            transform=row[1].transAxes,
+        )
         for ax, other in zip(
             (row[0], *row[2:]), (image_id, *table.images[text_id, :num_negatives].tolist()), strict=False
         ):

@@ -59,6 +59,10 @@ class NegativeTable:
     def is_pending(self, value: bool) -> None:
         self._pending.fill_(int(value))
 
+    def remove(self) -> None:
+        """Delete the file; who has mapped it keeps what is in it."""
+        Path(self.path).unlink(missing_ok=True)
+
     def wait(self) -> None:
         """Wait for the first table, in a worker.
 
@@ -113,8 +117,7 @@ class HardNegativePairs(Dataset[dict[str, Any]]):
     ) -> None:
         if not isinstance(pairs, ImageTextPairs):
             raise TypeError(
-                f"Expected ImageTextPairs, got {type(pairs).__name__}. Other data can take `inject='embeddings'`, or be read "
-                "into ImageTextPairs."
+                f"Expected ImageTextPairs, got {type(pairs).__name__}. Read other data into ImageTextPairs."
             )
         sizes = len(pairs.images), len(pairs.texts)
         self.table = table or NegativeTable(*sizes, texts_per_image=300, images_per_text=60)

@@ -22,6 +22,8 @@ class OfflineScores(NamedTuple):
     """Cosine of two mined negatives: (I3, T3), or (I4, T4)."""
     mined: Bool[Tensor, " anchors"]
     """False where nothing was mined: no offline term, and the online cost as it is."""
+    both_mined: Bool[Tensor, " anchors"]
+    """False where one of the two mined negatives is missing: no unanchored term."""
     matched: Bool[Tensor, " anchors"]
     """True where the two mined negatives belong to one image: they are a true pair."""
 
@@ -71,6 +73,7 @@ def quintuplet_cost(
         weight = weight.detach()
     anchored = (offline_margin + offline.anchored - scores.positive).clamp_min(0)
     unanchored = (offline_margin + offline.unanchored - scores.positive).clamp_min(0)
+    unanchored = unanchored.masked_fill(~offline.both_mined, 0)
     if mask_matched:
         unanchored = unanchored.masked_fill(offline.matched, 0)
     return torch.where(offline.mined, weight * online_cost + anchored + unanchored, online_cost)

@@ -55,7 +55,7 @@ def top_k_negatives(
         memory_budget: Bytes that scores may take at once.
 
     Returns:
-        Scores and rows of the keys, the hardest first; of equal scores, the key that comes first.
+        Scores and rows of the keys, the hardest first.
 
     Raises:
         ValueError: ``k`` is not positive, ``rank_min`` negative, one id without the other, a margin without ``positive``, or
@@ -70,6 +70,9 @@ def top_k_negatives(
         The guards have the names of sentence-transformers' ``mine_hard_negatives``; see NV-Retriever, arXiv 2407.15831 (2024).
     """
     _check(anchors, keys, k, rank_min, anchor_id, key_id)
+    if len(anchors) == 0 or len(keys) == 0:
+        shape = len(anchors), k
+        return TopK(keys.new_full(shape, -torch.inf, dtype=torch.float32), keys.new_full(shape, -1, dtype=torch.int64))
     anchors, keys = anchors.float().contiguous(), keys.float().contiguous()
     ceiling = score_ceiling(positive, max_score, absolute_margin, relative_margin)
     ceiling = None if ceiling is None else ceiling.expand(len(anchors)).to(anchors.device)
@@ -284,7 +287,7 @@ def _check(
     if (anchor_id is None) != (key_id is None):
         raise ValueError("Expected both `anchor_id` and `key_id`, or neither, got one of them.")
     for name, embeddings in (("anchors", anchors), ("keys", keys)):
-        if not bool(embeddings.sum().isfinite()):  # the sum of unit-norm rows is finite if all are
+        if not bool(embeddings.sum(dtype=torch.float32).isfinite()):  # the sum of unit-norm rows is finite if all are
             raise ValueError(f"Expected `{name}` to be finite, got NaN or infinity. Look at the model that made them.")
 
 

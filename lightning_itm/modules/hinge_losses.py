@@ -156,13 +156,12 @@ class QuintupletLoss(PairLoss):
         if hard is None:
             return super().forward(pairs, candidates, selective=selective)
         candidates = pairs if candidates is None else candidates
-        matched = hard.image_id == hard.text_image_id
+        text_there, image_there = hard.text_image_id >= 0, hard.image_id >= 0
+        pair = text_there & image_there, hard.image_id == hard.text_image_id
         offline = (
+            OfflineScores(_cosine(pairs.image, hard.text), _cosine(hard.image, hard.text), text_there, *pair),
             OfflineScores(
-                _cosine(pairs.image, hard.text), _cosine(hard.image, hard.text), hard.text_image_id >= 0, matched
-            ),
-            OfflineScores(
-                _cosine(hard.image, pairs.text), _cosine(hard.text_image, hard.image_text), hard.image_id >= 0, matched
+                _cosine(hard.image, pairs.text), _cosine(hard.text_image, hard.image_text), image_there, *pair
             ),
         )
         i2t, t2i = (

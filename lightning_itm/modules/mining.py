@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
@@ -74,9 +75,12 @@ def encode_pairs(
             ("image", view.load_image, int(text_image_id.max()) + 1),
             ("text", view.load_text, num_texts),
         ):
-            loader = _loader(trainer, _Items(load), number, batch_size=batch_size, num_workers=num_workers)
+            loader = _loader(trainer, _Items(load, number), number, batch_size=batch_size, num_workers=num_workers)
             encoded[kind] = _encode(trainer, module, kind, loader, number)
     (image, image_is_valid), (text, text_is_valid) = encoded["image"], encoded["text"]
+    # A text is mined with its image, and an image with a text of it.
+    text_is_valid = text_is_valid & image_is_valid[text_image_id]
+    image_is_valid = torch.bincount(text_image_id[text_is_valid], minlength=len(image)) > 0
     return EncodedPairs(image, text, text_image_id, image_is_valid, text_is_valid)
 
 
@@ -177,16 +181,16 @@ class EmbeddedNegatives:
 class _Items(Dataset[tuple[Any, bool]]):
     """All images, or all texts; an unreadable one is stood in for by another, and said to be invalid."""
 
-    def __init__(self, load: Callable[[int], Any]) -> None:
-        self.load = load
+    def __init__(self, load: Callable[[int], Any], number: int) -> None:
+        self.load, self.number = load, number
 
     def __getitem__(self, index: int) -> tuple[Any, bool]:
-        for other in range(index, -1, -1):
+        for other in range(index, index + self.number):
             try:
-                return self.load(other), other == index
+                return self.load(other % self.number), other == index
             except UnreadablePairError:
                 continue
-        raise UnreadablePairError(f"None of the first {index + 1} inputs can be read. Is the path of the images right?")
+        raise UnreadablePairError(f"None of the {self.number} inputs can be read. Is the path of the images right?")
 
 
 def _loader(
@@ -208,7 +212,7 @@ def _encode(trainer: L.Trainer, module: Any, kind: str, loader: DataLoader[Any],
     encode = getattr(module, f"encode_{kind}")
     vectors, valid = [], []
     for inputs, is_valid in tqdm(loader, f"Mining: {kind}s", leave=False, disable=not is_progress_shown(trainer)):
-        inputs = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(inputs), module.device)
+        inputs = move_data_to_device(trainer.precision_plugin.convert_input(inputs), module.device)
         vectors.append(unit_norm(encode(inputs)).float())
         valid.append(is_valid.to(module.device))
     everything = [

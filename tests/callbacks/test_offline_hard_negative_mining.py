@@ -211,15 +211,57 @@ def test_more_places_than_negatives():
 
 def test_a_broken_image_is_never_mined():
     images = cut_outs(23)
-    images[5] = b"no image"
+    images[0] = images[5] = b"no image"
     pairs = ImageTextPairs(images, captions(23), transform=AUGMENTED, eval_transform=PLAIN, tokenizer=tokenize)
     miner = OfflineHardNegativeMining(num_texts=44, num_images=22)
     data = ImageTextDataModule(pairs, batch_size=4, num_workers=0)
     data.val_dataloader = lambda: DataLoader(tiny_pairs().evaluation(), 23, collate_fn=collate)
-    with pytest.warns(UserWarning, match="Image 5: bytes does not open"):
+    with pytest.warns(UserWarning, match=r"Image [05]: bytes does not open"):
         L.Trainer(callbacks=[miner], max_epochs=1, **SILENT).fit(Tiny(QuintupletLoss()), datamodule=data)
-    assert not (miner.table.images == 5).any()
+    assert not ((miner.table.images == 5) | (miner.table.images == 0)).any()
+    assert not torch.isin(miner.table.texts, torch.tensor([0, 1, 10, 11])).any(), "nor is a text without its image"
     assert (miner.table.images >= 0).any()
+
+
+def test_a_fit_without_the_callback_has_no_mined_negatives():
+    data, watch = tiny_data(), Watch()
+    L.Trainer(callbacks=[OfflineHardNegativeMining()], max_epochs=1, **SILENT).fit(Tiny(), datamodule=data)
+    assert isinstance(data.train_dataset, ImageTextPairs)
+
+    class Check(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            watch.steps.append("hard_text" in batch)
+
+    L.Trainer(callbacks=[Check()], max_epochs=1, **SILENT).fit(Tiny(), datamodule=data)
+    assert watch.steps == [False] * 12
+
+
+def test_mining_goes_on_where_min_epochs_outlasts_a_stop():
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    _, watch, _, _ = fit(callbacks=[Stop()], min_epochs=3, max_epochs=4)
+    assert not torch.equal(watch.tables[1][0], watch.tables[2][0])
+
+
+def test_samples_that_go_on_as_embeddings(tmp_path):
+    *_, trainer = fit({"every_n_epochs": None}, max_epochs=4, limit_train_batches=3, callbacks=[])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    miner = OfflineHardNegativeMining(num_texts=12, num_images=8, every_n_epochs=None, inject="embeddings")
+    again = L.Trainer(callbacks=[miner], max_epochs=5, limit_train_batches=3, **SILENT)
+    again.fit(Tiny(QuintupletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert miner.embedded is not None
+
+
+def test_plot_draws_images_and_texts():
+    _, _, miner, _ = fit(max_epochs=1)
+    miner.pairs.texts = [rf"${text} \foo$" for text in miner.pairs.texts]
+    figure = miner.plot(5, num_negatives=3)
+    figure.canvas.draw()
+    assert len(figure.axes) == 5 * 5
+    assert all(len(ax.images) == 1 for ax in figure.axes[::5])
+    assert all(len(ax.texts) == 2 for ax in figure.axes[1::5])
 
 
 class TestNothingIsMined:

@@ -122,9 +122,7 @@ class TestPairs:
         assert torch.equal(sample["hard_image"], sample["image"])
 
     def test_other_data(self):
-        with pytest.raises(
-            TypeError, match=r"Expected ImageTextPairs, got list. Other data can take `inject='embeddings'`"
-        ):
+        with pytest.raises(TypeError, match=r"Expected ImageTextPairs, got list. Read other data"):
             HardNegativePairs([1, 2, 3])
 
     def test_a_table_of_another_set(self):

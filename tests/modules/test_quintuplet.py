@@ -67,7 +67,7 @@ def loop(pairs, hard, margin, offline_margin, alpha, beta, clamp=False):
     for i in range(n):
         positive = dot(pairs.image[i], pairs.text[i])
         others = [j for j in range(n) if pairs.image_id[j] != pairs.image_id[i]]
-        matched = hard.image_id[i] == hard.text_image_id[i]
+        no_pair = hard.image_id[i] == hard.text_image_id[i] or min(hard.image_id[i], hard.text_image_id[i]) < 0
         image, text = pairs.image[i], pairs.text[i]
         hard_image, hard_text = hard.image[i], hard.text[i]
         i2t, t2i = ([dot(image, pairs.text[j]) for j in others], [dot(text, pairs.image[j]) for j in others])
@@ -83,7 +83,7 @@ def loop(pairs, hard, margin, offline_margin, alpha, beta, clamp=False):
             weight = beta - ((dot(*anchored) - max(negatives)) / alpha if negatives else 0.0)
             total += (max(0.0, weight) if clamp else weight) * online
             total += max(0.0, offline_margin + dot(*anchored) - positive)
-            total += 0.0 if matched else max(0.0, offline_margin + dot(*unanchored) - positive)
+            total += 0.0 if no_pair else max(0.0, offline_margin + dot(*unanchored) - positive)
     return total / (2 * n)
 
 
