@@ -37,7 +37,7 @@ class NegativeTable:
         os.close(handle)
         self._map()
         self.clear()
-        weakref.finalize(self, _remove, self.path, os.getpid())
+        self._finalizer = weakref.finalize(self, _remove, self.path, os.getpid())
 
     def clear(self) -> None:
         """Have no negatives for anybody."""
@@ -60,8 +60,8 @@ class NegativeTable:
         self._pending.fill_(int(value))
 
     def remove(self) -> None:
-        """Delete the file; who has mapped it keeps what is in it."""
-        Path(self.path).unlink(missing_ok=True)
+        """Delete the file, in the process that made it; who has mapped it keeps what is in it."""
+        self._finalizer()
 
     def wait(self) -> None:
         """Wait for the first table, in a worker.
