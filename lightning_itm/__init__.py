@@ -1,13 +1,18 @@
 """Better negatives for fine-tuning CLIP and other dual encoders, as a PyTorch Lightning plugin."""
 
+from lightning_itm.callbacks.false_negative_elimination import FalseNegativeElimination
 from lightning_itm.callbacks.offline_hard_negative_mining import OfflineHardNegativeMining
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, ImageTextBatch, collate
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
+from lightning_itm.data.memory import MemoryCandidates, MemoryDirection, NegativeSampler
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.modules.contrastive_losses import InfoNCELoss, SigmoidLoss
 from lightning_itm.modules.dual_encoder import DualEncoder
+from lightning_itm.modules.false_negatives import FalseNegativeSampler, SimilarityStatistics
 from lightning_itm.modules.hinge_losses import QuintupletLoss, TripletLoss
+from lightning_itm.modules.memory_bank import MemoryBank
+from lightning_itm.modules.momentum import MomentumEncoder
 from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
 from lightning_itm.modules.pair_loss import PairLoss
 from lightning_itm.modules.retrieval import ImageTextRetrieval
@@ -15,6 +20,8 @@ from lightning_itm.modules.retrieval import ImageTextRetrieval
 __all__ = [
     "DualEncoder",
     "EmbeddingPairs",
+    "FalseNegativeElimination",
+    "FalseNegativeSampler",
     "HardNegativePairs",
     "HardNegatives",
     "ImageTextBatch",
@@ -22,12 +29,18 @@ __all__ = [
     "ImageTextPairs",
     "ImageTextRetrieval",
     "InfoNCELoss",
+    "MemoryBank",
+    "MemoryCandidates",
+    "MemoryDirection",
+    "MomentumEncoder",
+    "NegativeSampler",
     "NegativeTable",
     "OfflineHardNegativeMining",
     "OpenCLIPDualEncoder",
     "PairLoss",
     "QuintupletLoss",
     "SigmoidLoss",
+    "SimilarityStatistics",
     "TripletLoss",
     "collate",
 ]

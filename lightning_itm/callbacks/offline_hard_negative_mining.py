@@ -7,10 +7,10 @@ from typing import Any, Literal
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_itm.callbacks.whole_weights import check_whole_weights
 from lightning_itm.data.contact_sheet import contact_sheet
 from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.pairs import ImageTextPairs
@@ -119,11 +119,7 @@ class OfflineHardNegativeMining(Callback):
         self._is_fitting = stage == "fit"
         if not self._is_fitting:
             return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"Expected a strategy whose ranks hold all weights, got {type(trainer.strategy).__name__}: mining encodes "
-                "with the whole module. Use 'ddp'."
-            )
+        check_whole_weights(trainer, "mining encodes with the whole module")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = self.dataset if self.dataset is not None else getattr(datamodule, "train_dataset", None)
         pairs = dataset.pairs if isinstance(dataset, HardNegativePairs) else dataset

@@ -11,7 +11,9 @@ from lightning_itm.functional.similarity import DirectionScores
 def info_nce_cost(scores: DirectionScores, *, logit_scale: Float[Tensor, ""]) -> Float[Tensor, " anchors"]:
     r"""Ask each anchor to pick its positive out of its negatives.
 
-    .. math:: -\log \frac{e^{\gamma s^+_i}}{e^{\gamma s^+_i} + \sum_{j \in N_i} e^{\gamma s_{ij}}}
+    .. math:: -\log \frac{e^{\gamma s^+_i}}{e^{\gamma s^+_i} + \sum_{j \in N_i} w_{ij} e^{\gamma s_{ij}}}
+
+    where w is 1, or what ``scores.log_weight`` is the logarithm of (ours).
 
     Args:
         scores: The scores of one direction.
@@ -30,7 +32,7 @@ def info_nce_cost(scores: DirectionScores, *, logit_scale: Float[Tensor, ""]) ->
         every other pair of the batch is a negative; here ``negative_mask`` leaves out pairs of the same image.
     """
     positive = logit_scale * scores.positive
-    negative = (logit_scale * scores.similarity).masked_fill(~scores.negative_mask, -torch.inf)
+    negative = _negative_logits(scores, logit_scale).masked_fill(~scores.negative_mask, -torch.inf)
     return torch.cat([positive[:, None], negative], dim=1).logsumexp(dim=1) - positive
 
 
@@ -39,7 +41,9 @@ def sigmoid_cost(
 ) -> Float[Tensor, " anchors"]:
     r"""Ask of each pair by itself whether it matches (SigLIP).
 
-    .. math:: -\log \sigma(\gamma s^+_i + b) - \sum_{j \in N_i} \log \sigma(-\gamma s_{ij} - b)
+    .. math:: -\log \sigma(\gamma s^+_i + b) - \sum_{j \in N_i} \log \sigma(-\gamma s_{ij} - b - \log w_{ij})
+
+    where w is 1, or what ``scores.log_weight`` is the logarithm of (ours).
 
     Args:
         scores: The scores of one direction.
@@ -54,5 +58,10 @@ def sigmoid_cost(
         count there as negatives; here they count not at all.
     """
     positive = softplus(-(logit_scale * scores.positive + logit_bias))
-    negative = softplus(logit_scale * scores.similarity + logit_bias)
+    negative = softplus(_negative_logits(scores, logit_scale) + logit_bias)
     return positive + negative.masked_fill(~scores.negative_mask, 0).sum(dim=1)
+
+
+def _negative_logits(scores: DirectionScores, logit_scale: Tensor) -> Tensor:
+    logits = logit_scale * scores.similarity
+    return logits if scores.log_weight is None else logits + scores.log_weight

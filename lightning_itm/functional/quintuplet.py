@@ -10,8 +10,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lightning_itm.functional.similarity import DirectionScores, hardest_negative
-
 
 class OfflineScores(NamedTuple):
     """What one direction of the quintuplet loss needs to know of the mined negatives."""
@@ -30,9 +28,10 @@ class OfflineScores(NamedTuple):
 
 def quintuplet_cost(
     online_cost: Float[Tensor, " anchors"],
-    scores: DirectionScores,
     offline: OfflineScores,
     *,
+    positive: Float[Tensor, " anchors"],
+    online_negative: Float[Tensor, " anchors"],
     offline_margin: float = 0.0,
     alpha: float = 0.3,
     beta: float = 1.5,
@@ -43,14 +42,16 @@ def quintuplet_cost(
     r"""Weigh the online cost by how much harder the mined negative is, and punish the mined ones too.
 
     .. math:: w\,\ell_i + [m' + s_{13} - s^+]_+ + [m' + s_{33} - s^+]_+, \qquad
-              w = \beta - \frac{s_{13} - \max_{j \in N_i} s_{ij}}{\alpha}
+              w = \beta - \frac{s_{13} - s^-}{\alpha}
 
     where :math:`s_{13}` is the anchor's own mined negative and :math:`s_{33}` the pair of mined negatives.
 
     Args:
         online_cost: The cost of the in-batch negatives, such as :func:`~lightning_itm.functional.hardest_cost`.
-        scores: The anchors against the batch.
         offline: The anchors and their mined negatives.
+        positive: s⁺, the cosine of every anchor and its own positive.
+        online_negative: s⁻, that of the negative the online cost is about: the hardest of the batch, or one drawn from a
+            memory bank (ours). −inf where there is none.
         offline_margin: m', in units of cosine similarity.
         alpha: How much harder the mined negative must be for the weight to fall by one.
         beta: The weight where both are equally hard.
@@ -64,15 +65,14 @@ def quintuplet_cost(
     References:
         *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669.
     """
-    hardest = hardest_negative(scores)
-    comparable = offline.mined & hardest.isfinite()
-    weight = beta - torch.where(comparable, offline.anchored - hardest, 0) / alpha
+    comparable = offline.mined & online_negative.isfinite()
+    weight = beta - torch.where(comparable, offline.anchored - online_negative, 0) / alpha
     if clamp_weights:
         weight = weight.clamp_min(0)
     if detach_weights:
         weight = weight.detach()
-    anchored = (offline_margin + offline.anchored - scores.positive).clamp_min(0)
-    unanchored = (offline_margin + offline.unanchored - scores.positive).clamp_min(0)
+    anchored = (offline_margin + offline.anchored - positive).clamp_min(0)
+    unanchored = (offline_margin + offline.unanchored - positive).clamp_min(0)
     unanchored = unanchored.masked_fill(~offline.both_mined, 0)
     if mask_matched:
         unanchored = unanchored.masked_fill(offline.matched, 0)

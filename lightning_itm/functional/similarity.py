@@ -16,6 +16,8 @@ class DirectionScores(NamedTuple):
     """Cosine of every anchor and its own positive."""
     negative_mask: Bool[Tensor, "anchors candidates"]
     """True where the candidate belongs to another image than the anchor, and to one at all."""
+    log_weight: Float[Tensor, "anchors candidates"] | None = None
+    """What the contrastive losses add to the logits of the candidates; ``None``: nothing."""
 
 
 def unit_norm(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
@@ -68,8 +70,20 @@ def direction_scores(
         return DirectionScores(
             similarity=anchor @ candidate.T,
             positive=(anchor * positive).sum(dim=-1),
-            negative_mask=(anchor_id[:, None] != candidate_id[None, :]) & (candidate_id >= 0),
+            negative_mask=negative_mask(anchor_id, candidate_id),
         )
+
+
+def negative_mask(
+    anchor_id: Int[Tensor, " anchors"], candidate_id: Int[Tensor, " candidates"]
+) -> Bool[Tensor, "anchors candidates"]:
+    """Tell which candidates belong to another image than the anchor; one with the id −1 stands for nothing.
+
+    Example:
+        >>> negative_mask(torch.tensor([7]), torch.tensor([7, 8, -1]))
+        tensor([[False,  True, False]])
+    """
+    return (anchor_id[:, None] != candidate_id[None, :]) & (candidate_id >= 0)
 
 
 def hardest_negative(scores: DirectionScores) -> Float[Tensor, " anchors"]:

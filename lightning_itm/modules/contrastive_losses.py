@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives
+from lightning_itm.data.memory import MemoryCandidates
 from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative
 from lightning_itm.modules.pair_loss import DirectionCost, PairLoss
@@ -48,6 +49,7 @@ class ScaledLoss(PairLoss):
         pairs: EmbeddingPairs,
         candidates: EmbeddingPairs | None = None,
         *,
+        memory: MemoryCandidates | None = None,
         hard: HardNegatives | None = None,
         selective: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -56,7 +58,8 @@ class ScaledLoss(PairLoss):
             raise ValueError(
                 f"{type(self).__name__} has no selective rule to switch. Use TripletLoss(negatives='hardest' or 'selective')."
             )
-        return {**super().forward(pairs, candidates, hard=hard), "logit_scale": self.logit_scale.detach().exp()}
+        outputs = super().forward(pairs, candidates, memory=memory, hard=hard)
+        return {**outputs, "logit_scale": self.logit_scale.detach().exp()}
 
 
 class InfoNCELoss(ScaledLoss):

@@ -18,7 +18,7 @@ from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.modules.contrastive_losses import InfoNCELoss
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 
-LOSS_INPUTS = ("hard", "selective")
+LOSS_INPUTS = ("memory", "hard", "selective")
 """What callbacks may put into a batch for the loss, beside the pairs."""
 
 

@@ -2,13 +2,15 @@
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives
+from lightning_itm.data.memory import MemoryCandidates, MemoryDirection
 from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
-from lightning_itm.functional.similarity import DirectionScores
+from lightning_itm.functional.similarity import DirectionScores, hardest_negative
 from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
-from lightning_itm.modules.pair_loss import DirectionCost, PairLoss, both_directions, check_choice
+from lightning_itm.modules.pair_loss import DirectionCost, PairLoss, check_choice
 
 
 class TripletLoss(PairLoss):
@@ -58,18 +60,41 @@ class TripletLoss(PairLoss):
 
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the hinge cost of each anchor; see :mod:`lightning_itm.functional.triplet`."""
-        if self.negatives == "mean":
-            if selective is not None:
-                raise ValueError(
-                    "TripletLoss(negatives='mean') has no selective rule to switch. Use 'hardest' or 'selective'."
-                )
-            cost, rule = mean_cost(scores, margin=self.margin), {}
-        elif self.negatives == "selective" or selective is not None:
+        rule = {}
+        if self._is_selective(selective):
             cost, averaged = selective_cost(scores, margin=self.margin, epsilon=self.epsilon, enabled=selective)
             rule = {"averaged_fraction": averaged}
+        elif self.negatives == "mean":
+            cost = mean_cost(scores, margin=self.margin)
         else:
-            cost, rule = hardest_cost(scores, margin=self.margin), {}
-        return DirectionCost(cost, {"active_fraction": cost > 0, **rule})
+            cost = hardest_cost(scores, margin=self.margin)
+        return DirectionCost(cost, {"active_fraction": cost > 0, **rule}, hardest_negative(scores))
+
+    def memory_cost(
+        self, scores: DirectionScores, direction: MemoryDirection, memory: MemoryCandidates, selective: Tensor | None
+    ) -> DirectionCost:
+        """Compute the hinge cost of each anchor's draw from the memory bank.
+
+        Where the selective rule is on, an anchor whose hardest negative *in the batch* is as similar as its positive takes the
+        mean over the batch instead (ours).
+        """
+        drawn, rule = memory.sampler.draw(direction, margin=self.margin)
+        positive = _cosine(direction.anchor, direction.positive)
+        negative = _cosine(direction.anchor, direction.take(drawn.candidate_index))
+        cost = (self.margin - positive + negative).clamp_min(0).masked_fill(~drawn.is_negative, 0)
+        if self._is_selective(selective):
+            of_batch, averaged = selective_cost(scores, margin=self.margin, epsilon=self.epsilon, enabled=selective)
+            cost = torch.where(averaged, of_batch, cost)
+            rule = {**rule, "averaged_fraction": averaged}
+        negative = negative.masked_fill(~drawn.is_negative, -torch.inf)
+        return DirectionCost(cost, {"active_fraction": cost > 0, **rule}, negative)
+
+    def _is_selective(self, selective: Tensor | None) -> bool:
+        if self.negatives == "mean" and selective is not None:
+            raise ValueError(
+                "TripletLoss(negatives='mean') has no selective rule to switch. Use 'hardest' or 'selective'."
+            )
+        return self.negatives == "selective" or selective is not None
 
     def extra_repr(self) -> str:
         """Show the arguments in the model summary."""
@@ -144,17 +169,24 @@ class QuintupletLoss(PairLoss):
         """Compute the online cost; what there is without mined negatives."""
         return self.online.direction_cost(scores, selective)
 
+    def memory_cost(
+        self, scores: DirectionScores, direction: MemoryDirection, memory: MemoryCandidates, selective: Tensor | None
+    ) -> DirectionCost:
+        """Compute the online cost with a draw from the memory bank."""
+        return self.online.memory_cost(scores, direction, memory, selective)
+
     def forward(
         self,
         pairs: EmbeddingPairs,
         candidates: EmbeddingPairs | None = None,
         *,
+        memory: MemoryCandidates | None = None,
         hard: HardNegatives | None = None,
         selective: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch; see :meth:`PairLoss.forward`. Mined negatives are those of their own row alone."""
         if hard is None:
-            return super().forward(pairs, candidates, selective=selective)
+            return super().forward(pairs, candidates, memory=memory, selective=selective)
         candidates = pairs if candidates is None else candidates
         text_there, image_there = hard.text_image_id >= 0, hard.image_id >= 0
         pair = text_there & image_there, hard.image_id == hard.text_image_id
@@ -164,18 +196,20 @@ class QuintupletLoss(PairLoss):
                 _cosine(hard.image, pairs.text), _cosine(hard.text_image, hard.image_text), image_there, *pair
             ),
         )
+        positive = _cosine(pairs.image, pairs.text)
         i2t, t2i = (
-            self._quintuplet_cost(scores, of_direction, selective)
-            for scores, of_direction in zip(both_directions(pairs, candidates), offline, strict=True)
+            self._quintuplet_cost(online, of_direction, positive)
+            for online, of_direction in zip(
+                self.costs(pairs, candidates, memory, None, selective), offline, strict=True
+            )
         )
         return self.reduce(i2t, t2i, num_anchors=len(candidates))
 
-    def _quintuplet_cost(
-        self, scores: DirectionScores, offline: OfflineScores, selective: Tensor | None
-    ) -> DirectionCost:
-        online = self.online.direction_cost(scores, selective)
-        cost = quintuplet_cost(online.cost, scores, offline, **self.options)
-        return DirectionCost(cost, {**online.diagnostics, "hard_margin": scores.positive - offline.anchored})
+    def _quintuplet_cost(self, online: DirectionCost, offline: OfflineScores, positive: Tensor) -> DirectionCost:
+        if online.negative is None:
+            raise TypeError("Expected the online cost to name its negative. Return it from `direction_cost`.")
+        cost = quintuplet_cost(online.cost, offline, positive=positive, online_negative=online.negative, **self.options)
+        return DirectionCost(cost, {**online.diagnostics, "hard_margin": positive - offline.anchored})
 
     def extra_repr(self) -> str:
         """Show the arguments in the model summary."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives
+from lightning_itm.data.memory import MemoryCandidates, MemoryDirection
 from lightning_itm.functional.similarity import DirectionScores, direction_scores
 
 
@@ -17,6 +18,8 @@ class DirectionCost(NamedTuple):
     """`(anchors,)`."""
     diagnostics: dict[str, Tensor]
     """`(anchors,)` each; the mean over anchors and directions is logged."""
+    negative: Tensor | None = None
+    """`(anchors,)`; similarity of the negative that is punished, where it is one."""
 
 
 class PairLoss(nn.Module, ABC):
@@ -47,11 +50,36 @@ class PairLoss(nn.Module, ABC):
             selective: bool `(anchors,)`, or None; see :meth:`forward`.
         """
 
+    def memory_cost(
+        self, scores: DirectionScores, direction: MemoryDirection, memory: MemoryCandidates, selective: Tensor | None
+    ) -> DirectionCost:
+        """Compute the cost of each anchor of one direction, where there is a memory bank.
+
+        By default, its candidates are further negatives, weighed by its sampler (``scores.log_weight``).
+
+        Args:
+            scores: The anchors against the pairs of the batch.
+            direction: The anchors and the candidates of the memory bank.
+            memory: The memory bank.
+            selective: bool `(anchors,)`, or None; see :meth:`forward`.
+        """
+        further = direction.scores()
+        weights, diagnostics = memory.sampler.weights(further, margin=None)
+        everything = DirectionScores(
+            torch.cat([scores.similarity, further.similarity], dim=1),
+            scores.positive,
+            torch.cat([scores.negative_mask, further.negative_mask & (weights > 0)], dim=1),
+            torch.cat([torch.zeros_like(scores.similarity), weights.log()], dim=1),
+        )
+        cost = self.direction_cost(everything, selective)
+        return cost._replace(diagnostics={**cost.diagnostics, **diagnostics})
+
     def forward(
         self,
         pairs: EmbeddingPairs,
         candidates: EmbeddingPairs | None = None,
         *,
+        memory: MemoryCandidates | None = None,
         hard: HardNegatives | None = None,
         selective: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -60,6 +88,8 @@ class PairLoss(nn.Module, ABC):
         Args:
             pairs: The anchors, each with its positive.
             candidates: The pairs of all ranks, ``pairs`` among them (:meth:`EmbeddingPairs.gather`). ``None``: the pairs.
+            memory: Candidates of a memory bank. :class:`TripletLoss` draws from them in place of the batch's; in the other
+                losses they are further candidates (ours).
             hard: Negatives mined for ``pairs``. Those of all ranks become candidates too (ours).
             selective: bool `(pairs,)`: where the selective rule applies, in place of what the constructor says.
 
@@ -70,9 +100,30 @@ class PairLoss(nn.Module, ABC):
             ValueError: ``selective`` is given to a loss that has no such rule.
         """
         candidates = pairs if candidates is None else candidates
-        extended = candidates if hard is None else candidates + hard.as_pairs().gather()
-        i2t, t2i = (self.direction_cost(scores, selective) for scores in both_directions(pairs, extended))
-        return self.reduce(i2t, t2i, num_anchors=len(candidates))
+        mined = None if hard is None else hard.as_pairs().gather()
+        return self.reduce(*self.costs(pairs, candidates, memory, mined, selective), num_anchors=len(candidates))
+
+    def costs(
+        self,
+        pairs: EmbeddingPairs,
+        candidates: EmbeddingPairs,
+        memory: MemoryCandidates | None,
+        mined: EmbeddingPairs | None,
+        selective: Tensor | None,
+    ) -> tuple[DirectionCost, DirectionCost]:
+        """Compute the costs of both directions. ``mined`` are further candidates, ruled by the memory's sampler if any."""
+        if memory is None:
+            extended = candidates if mined is None else candidates + mined
+            i2t, t2i = (self.direction_cost(scores, selective) for scores in both_directions(pairs, extended))
+            return i2t, t2i
+        memory.sampler.observe(candidates)
+        i2t, t2i = (
+            self.memory_cost(scores, direction, memory, selective)
+            for scores, direction in zip(
+                both_directions(pairs, candidates), memory.directions(pairs, mined), strict=True
+            )
+        )
+        return i2t, t2i
 
     def reduce(self, i2t: DirectionCost, t2i: DirectionCost, *, num_anchors: int) -> dict[str, Tensor]:
         """Average, or sum, the costs of both directions.

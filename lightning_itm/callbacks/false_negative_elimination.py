@@ -1,0 +1,252 @@
+"""Negatives from a momentum memory bank, drawn so that likely false ones are rare."""
+
+import inspect
+from collections.abc import MutableMapping
+from typing import Any, Literal
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+
+from lightning_itm.callbacks.whole_weights import check_whole_weights
+from lightning_itm.data.batch import EmbeddingPairs
+from lightning_itm.data.memory import MemoryCandidates
+from lightning_itm.functional.false_negatives import Weighting
+from lightning_itm.modules.false_negatives import FalseNegativeSampler
+from lightning_itm.modules.memory_bank import MemoryBank
+from lightning_itm.modules.momentum import MomentumEncoder, check_momentum
+from lightning_itm.modules.pair_loss import check_choice
+from lightning_itm.modules.similarity_plot import plot_similarities
+
+CHECKPOINT_KEY = "false_negative_elimination"
+
+
+class FalseNegativeElimination(Callback):
+    """Compare each batch with thousands of earlier pairs, and rarely with those that match in truth (FNE).
+
+    A slow copy of the module embeds each batch; the embeddings of the last ``queue_size`` pairs stay in a queue. The losses
+    find both in the batch: ``TripletLoss`` draws its negatives there, one an anchor, ``QuintupletLoss`` those of its online
+    term; ``InfoNCELoss`` and ``SigmoidLoss`` take them all as further, weighed candidates (ours), so that the other pairs of
+    the batch are there twice. Nothing is added to the module.
+
+    Args:
+        queue_size: Pairs kept, of all processes; at least one global batch.
+        momentum: Share of the old weights that the slow copy keeps at an optimizer step.
+        start_epoch: The first epoch with candidates from memory; before, the batch is all there is.
+        prior: Share of candidates that match though they belong to another image.
+        sharpness: See :class:`~lightning_itm.modules.false_negatives.FalseNegativeSampler` for this and the next five.
+        threshold: The posterior of a likely match.
+        min_count: Positives counted before posteriors are used.
+        weighting: What likely matches weigh.
+        monotone: Let the posterior never fall as the similarity rises.
+        cut_down: Below which similarity candidates weigh nothing.
+        positive: ``"momentum"``: the positives are embeddings of the slow copy, as published, and gradient flows through the
+            anchor alone; ``"online"``: those of the batch, with gradient (ours). Hinges only.
+        fill_during_warmup: Fill the queue in the epochs before ``start_epoch`` too (ours).
+        seed: Of the draws.
+
+    Logs ``memory/fill``, ``memory/positive_mean``, ``memory/positive_std``, ``memory/negative_mean``, ``memory/negative_std``,
+    ``memory/num_positives``; the loss logs ``train/mean_posterior``, ``train/false_negative_rate`` and
+    ``train/fallback_fraction``.
+
+    Raises:
+        ValueError: An argument out of its range; a batch larger than the queue; embeddings that are not finite, at a logging
+            step or at the end of the epoch; a checkpoint with another queue.
+        MisconfigurationException: A module that is no ``DualEncoder``, a loss without ``memory``, a second callback of this
+            kind, or a strategy that shards the weights.
+
+    References:
+        *Your Negative May not Be True Negative: Boosting Image-Text Matching with False Negative Elimination*,
+        arXiv 2308.04380 (2023). Its slow copies are in train mode, and its queue starts with random vectors.
+    """
+
+    def __init__(
+        self,
+        queue_size: int = 8192,
+        momentum: float = 0.995,
+        *,
+        start_epoch: int = 1,
+        prior: float = 1e-4,
+        sharpness: float = 0.5,
+        threshold: float = 1e-3,
+        min_count: int = 200,
+        weighting: Weighting = "exp",
+        monotone: bool = False,
+        cut_down: Literal["global", "per_anchor", "off"] = "global",
+        positive: Literal["momentum", "online"] = "momentum",
+        fill_during_warmup: bool = False,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (("queue_size", queue_size, 1), ("start_epoch", start_epoch, 0)):
+            if value < least:
+                raise ValueError(f"Expected `{name}` to be at least {least}, got {value}.")
+        check_momentum(momentum)
+        check_choice("positive", positive, ("momentum", "online"))
+        self.queue_size, self.momentum, self.start_epoch = queue_size, momentum, start_epoch
+        self.positive, self.fill_during_warmup = positive, fill_during_warmup
+        self.sampler = FalseNegativeSampler(
+            prior=prior,
+            sharpness=sharpness,
+            threshold=threshold,
+            min_count=min_count,
+            weighting=weighting,
+            monotone=monotone,
+            cut_down=cut_down,
+            seed=seed,
+        )
+        self.encoder: MomentumEncoder | None = None
+        self.bank: MemoryBank | None = None
+        self._is_fitting = False
+        self._restored: dict[str, Any] | None = None
+        self._incoming: EmbeddingPairs | None = None
+        self._optimizer_steps = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check what the callback needs."""
+        self._is_fitting = stage == "fit"
+        if not self._is_fitting:
+            return
+        check_whole_weights(trainer, "the slow copy is of the whole module")
+        if not hasattr(pl_module, "embed"):
+            raise MisconfigurationException(
+                f"Expected a `DualEncoder`, got {type(pl_module).__name__}: the slow copy is asked to `embed` batches."
+            )
+        if sum(isinstance(other, FalseNegativeElimination) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise MisconfigurationException("Expected one `FalseNegativeElimination`, got several. Keep one.")
+        loss = getattr(pl_module, "loss", None)
+        if loss is not None and not _takes_memory(loss):
+            raise MisconfigurationException(
+                f"Expected a loss that takes `memory`, got {type(loss).__name__}. Use TripletLoss, QuintupletLoss, "
+                "InfoNCELoss, SigmoidLoss or a subclass of `PairLoss`."
+            )
+        self._restored, self.encoder, self.bank = None, None, None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Copy the module, or go on with the copy of a checkpoint."""
+        restored, self._restored = self._restored, None
+        self.encoder = MomentumEncoder(pl_module, self.momentum)
+        self.sampler.to(pl_module.device)
+        if restored is None:
+            self.sampler.start_step(-1, 0)
+            return
+        self.encoder.module.load_state_dict(restored["encoder"])
+        self.sampler.load_state_dict(restored["sampler"])
+        if restored["bank"] is not None:
+            image = restored["bank"]["image"]
+            self.bank = MemoryBank(*image.shape, dtype=image.dtype).to(pl_module.device)
+            self.bank.load_state_dict(restored["bank"])
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Embed the batch with the slow copy, and put the candidates into it."""
+        self._optimizer_steps, self._incoming = trainer.global_step, None
+        has_started = trainer.current_epoch >= self.start_epoch
+        if not (has_started or self.fill_during_warmup):
+            return
+        if not isinstance(batch, MutableMapping):
+            raise TypeError(
+                f"Expected the batch to be a dict, got {type(batch).__name__}. Let the dataset return dicts."
+            )
+        with trainer.precision_plugin.forward_context():
+            pairs = self._encoder()(batch)
+        self._incoming = pairs.gather()
+        bank = self._bank(self._incoming)
+        bank.check(self._incoming)
+        if has_started:
+            self.sampler.start_step(trainer.current_epoch, batch_idx)
+            positive = pairs if self.positive == "momentum" else None
+            batch["memory"] = MemoryCandidates(*bank.with_batch(self._incoming), positive, self.sampler)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Enqueue the batch; after an optimizer step, let the slow copy follow."""
+        if self._incoming is not None:
+            bank = self._bank(self._incoming)
+            bank.enqueue(self._incoming)
+            self._log(pl_module, bank, len(self._incoming))
+            self._incoming = None
+        if trainer.global_step > self._optimizer_steps:
+            self._encoder().update(pl_module)
+            if trainer.loggers and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                self._check_finite(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raise if an embedding was not finite; between steps, no one would wait for the answer."""
+        self._check_finite(trainer)
+
+    def plot(self) -> Any:
+        """Draw the similarities in the queue, the two fitted densities, and the posterior.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            RuntimeError: There is no queue yet.
+        """
+        if self.bank is None:
+            raise RuntimeError("Expected a queue to draw, but no batch was put into one. Plot after, or in, a fit.")
+        return plot_similarities(self.bank, self.sampler)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the slow copy, the queue and the statistics."""
+        if self.encoder is not None:
+            checkpoint[CHECKPOINT_KEY] = {
+                "encoder": self.encoder.module.state_dict(),
+                "bank": None if self.bank is None else self.bank.state_dict(),
+                "sampler": self.sampler.state_dict(),
+                "queue_size": self.queue_size,
+            }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what a run that goes on needs.
+
+        Raises:
+            ValueError: The checkpoint has a queue of another size.
+        """
+        restored = checkpoint.get(CHECKPOINT_KEY)
+        if not self._is_fitting or restored is None:
+            return
+        if restored["queue_size"] != self.queue_size:
+            raise ValueError(
+                f"Expected a queue of {self.queue_size} pairs, got one of {restored['queue_size']} in the checkpoint. "
+                f"Resume with `queue_size={restored['queue_size']}`, or start from the weights alone (`load_from_checkpoint`)."
+            )
+        self._restored = restored
+
+    def _log(self, pl_module: L.LightningModule, bank: MemoryBank, batch_size: int) -> None:
+        fit = self.sampler.statistics.fit()
+        values = {
+            "fill": bank.fill(),
+            "positive_mean": fit.positive_mean,
+            "positive_std": fit.positive_var.sqrt(),
+            "negative_mean": fit.negative_mean,
+            "negative_std": fit.negative_var.sqrt(),
+            "num_positives": self.sampler.statistics.count[0].clone(),
+        }
+        pl_module.log_dict({f"memory/{name}": value.float() for name, value in values.items()}, batch_size=batch_size)
+
+    def _check_finite(self, trainer: L.Trainer) -> None:
+        if self.bank is not None and (refused := int(self.bank.num_refused)) > 0:
+            raise ValueError(
+                f"Expected finite embeddings, got {refused} pairs with NaN or infinity by epoch {trainer.current_epoch}, step "
+                f"{trainer.global_step}. They are not in the queue; lower the learning rate, or clip gradients."
+            )
+
+    def _bank(self, pairs: EmbeddingPairs) -> MemoryBank:
+        if self.bank is None:
+            self.bank = MemoryBank(self.queue_size, pairs.image.shape[1], dtype=pairs.image.dtype).to(
+                pairs.image.device
+            )
+        return self.bank
+
+    def _encoder(self) -> MomentumEncoder:
+        if self.encoder is None:
+            raise RuntimeError("Expected a slow copy; it is made in `on_fit_start`, which did not run.")
+        return self.encoder
+
+
+def _takes_memory(loss: Any) -> bool:
+    parameters = inspect.signature(getattr(loss, "forward", loss)).parameters.values()
+    return any(one.name == "memory" or one.kind is one.VAR_KEYWORD for one in parameters)

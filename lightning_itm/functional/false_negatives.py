@@ -1,0 +1,206 @@
+r"""False negative elimination: how likely a candidate is a match in truth, and a draw of negatives that avoids those."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_itm.functional.similarity import DirectionScores
+
+MIN_VARIANCE = 1e-8
+"""The floor of the variances; a standard deviation of 1e-4 in units of cosine similarity."""
+
+Weighting = Literal["exp", "complement", "drop"]
+
+
+class SimilarityFit(NamedTuple):
+    """Two normal distributions of cosine similarity: of matching pairs, and of their hardest negatives."""
+
+    positive_mean: Float[Tensor, ""]
+    positive_var: Float[Tensor, ""]
+    negative_mean: Float[Tensor, ""]
+    negative_var: Float[Tensor, ""]
+
+
+class DrawnNegative(NamedTuple):
+    """One negative for each anchor."""
+
+    candidate_index: Int[Tensor, " anchors"]
+    """The place of each among the candidates."""
+    is_negative: Bool[Tensor, " anchors"]
+    """False for an anchor without any negative, whose index means nothing."""
+    is_fallback: Bool[Tensor, " anchors"]
+    """True where no candidate had any weight, and the hardest negative was taken."""
+
+
+def false_negative_posterior(
+    similarity: Float[Tensor, "*shape"],
+    *,
+    positive_mean: Float[Tensor, ""] | float,
+    positive_var: Float[Tensor, ""] | float,
+    negative_mean: Float[Tensor, ""] | float,
+    negative_var: Float[Tensor, ""] | float,
+    prior: float = 1e-4,
+    monotone: bool = False,
+) -> Float[Tensor, "*shape"]:
+    r"""Compute the probability that a candidate of this similarity matches, though it belongs to another image.
+
+    .. math:: P(s) = \frac{\pi\,p^+(s)}{\pi\,p^+(s) + (1 - \pi)\,p^-(s)} = \sigma(\ell(s)), \qquad
+              p^\pm = \mathcal{N}(\mu^\pm, v^\pm)
+
+    The log-odds :math:`\ell` are a parabola. It is evaluated around its root, where P = 1/2, so that float32 is as exact as
+    the similarities themselves; the ratio of the densities would be 0/0 for ordinary values.
+
+    Args:
+        similarity: Cosines, of any shape; half precision is computed in float32.
+        positive_mean: Mean similarity of matching pairs.
+        positive_var: Its variance. Variances below 1e-8 are taken for 1e-8.
+        negative_mean: Mean similarity of the hardest negatives.
+        negative_var: Its variance.
+        prior: π, the share of candidates that match.
+        monotone: Let P be 0 below ``negative_mean`` and never fall above it (ours). As published, P falls again towards
+            s = 1 where the positives vary less than the negatives: a near-duplicate counts as a true negative.
+
+    Returns:
+        P, between 0 and 1, finite for every similarity in [−1, 1] and finite statistics; without gradient.
+
+    Raises:
+        ValueError: ``prior`` is not between 0 and 1.
+
+    Example:
+        >>> fit = dict(positive_mean=0.65, positive_var=0.05**2, negative_mean=0.4, negative_var=0.08**2)
+        >>> false_negative_posterior(torch.tensor([0.6, 0.8, 1.0]), **fit)
+        tensor([0.0022, 0.3230, 0.0060])
+        >>> false_negative_posterior(torch.tensor([0.6, 0.8, 1.0]), **fit, monotone=True)
+        tensor([0.0022, 0.3230, 0.3258])
+
+    References:
+        *Your Negative May not Be True Negative: Boosting Image-Text Matching with False Negative Elimination*,
+        arXiv 2308.04380 (2023), eq. 8. The published code divides densities, which gives NaN.
+    """
+    if not 0 < prior < 1:
+        raise ValueError(f"Expected `prior` to be between 0 and 1, got {prior}.")
+    similarity = similarity.detach()
+    if similarity.dtype in (torch.float16, torch.bfloat16):
+        similarity = similarity.float()
+    statistics = (positive_mean, positive_var, negative_mean, negative_var)
+    wide = {"dtype": torch.float64 if similarity.device.type != "mps" else torch.float32, "device": similarity.device}
+    fit = SimilarityFit(*(torch.as_tensor(value, **wide) for value in statistics))
+    odds = _log_odds(fit, prior)
+    if not monotone:
+        return odds.at(similarity).sigmoid_()
+    negative_mean, top = fit.negative_mean.to(similarity.dtype), odds.top.to(similarity.dtype)
+    least = odds.at(negative_mean)
+    rising = torch.maximum(odds.at(torch.minimum(similarity, torch.maximum(top, negative_mean))), least)
+    return rising.sigmoid_().masked_fill_(similarity < negative_mean, 0)
+
+
+def sampling_weights(
+    scores: DirectionScores,
+    posterior: Float[Tensor, "anchors candidates"],
+    *,
+    sharpness: float = 0.5,
+    threshold: Float[Tensor, ""] | float = 1e-3,
+    weighting: Weighting = "exp",
+    cut: Float[Tensor, "anchors_or_one one"] | None = None,
+) -> Float[Tensor, "anchors candidates"]:
+    r"""Weigh the candidates of each anchor by hardness, and those that are likely to match by how likely it is.
+
+    .. math:: w = \begin{cases} f(P) & P > \theta \\ e^{-\tau (s - s^+)^2} & \text{else} \end{cases}
+              \qquad f(P) = e^{-\tau P},\; 1 - P,\; \text{or}\; 0
+
+    Args:
+        scores: The scores of one direction.
+        posterior: P, of :func:`false_negative_posterior`.
+        sharpness: τ. (The paper calls it a temperature, but it multiplies.)
+        threshold: θ, above which a candidate is taken for a likely match.
+        weighting: f. ``"exp"`` as published, which never falls below e^−τ = 0.61; ``"complement"`` and ``"drop"`` are ours.
+        cut: Candidates with a similarity up to this weigh nothing. ``None``: no such limit.
+
+    Returns:
+        Weights, 0 for everything that is no negative; not normalised, without gradient.
+
+    References:
+        arXiv 2308.04380 (2023), eq. 5 to 9.
+    """
+    similarity = scores.similarity.detach()
+    is_likely = posterior > threshold
+    hardness = (similarity - scores.positive.detach()[:, None]).square_()
+    if weighting == "exp":
+        weights = torch.where(is_likely, posterior, hardness, out=hardness).mul_(-sharpness).exp_()
+    elif weighting == "complement":
+        weights = torch.where(is_likely, 1 - posterior, hardness.mul_(-sharpness).exp_())
+    else:
+        weights = hardness.mul_(-sharpness).exp_().masked_fill_(is_likely, 0)
+    weights = weights.masked_fill_(~scores.negative_mask, 0)
+    return weights if cut is None else weights.masked_fill_(~(similarity > cut), 0)
+
+
+def draw_negative(
+    scores: DirectionScores, weights: Float[Tensor, "anchors candidates"], uniform: Float[Tensor, " anchors"]
+) -> DrawnNegative:
+    """Draw one negative for each anchor, with a probability in proportion to its weight.
+
+    The host waits for nothing, and there may be any number of candidates.
+
+    Args:
+        scores: The scores of one direction.
+        weights: Of :func:`sampling_weights`.
+        uniform: A number in [0, 1) for each anchor; the draw is a function of it.
+
+    Returns:
+        The draw. Where no candidate has any weight, it is the negative with the highest similarity.
+    """
+    cumulative = weights.cumsum(dim=1)
+    total = cumulative[:, -1:]
+    # Never the total itself, beyond which there is nothing.
+    target = torch.minimum(uniform[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, target, right=True).clamp_max_(weights.shape[1] - 1)
+    hardest = scores.similarity.masked_fill(~scores.negative_mask, -torch.inf).max(dim=1)
+    is_drawn = weights.gather(1, drawn).squeeze(1) > 0
+    is_negative = hardest.values > -torch.inf
+    index = torch.where(is_drawn, drawn.squeeze(1), hardest.indices)
+    return DrawnNegative(index, is_negative, is_negative & ~is_drawn)
+
+
+class _Parabola(NamedTuple):
+    """The log-odds: offset + (s − origin) (slope + curvature (s − origin))."""
+
+    origin: Tensor
+    offset: Tensor
+    slope: Tensor
+    curvature: Tensor
+    top: Tensor
+    """Where they are highest; +inf if it has no such place."""
+
+    def at(self, similarity: Tensor) -> Tensor:
+        origin, offset, slope, curvature = (value.to(similarity.dtype) for value in self[:4])
+        distance = similarity - origin
+        return torch.addcmul(slope, distance, curvature).mul_(distance).add_(offset)
+
+
+def _log_odds(fit: SimilarityFit, prior: float) -> _Parabola:
+    positive_mean, positive_var, negative_mean, negative_var = fit
+    positive_var, negative_var = positive_var.clamp_min(MIN_VARIANCE), negative_var.clamp_min(MIN_VARIANCE)
+    # In x = s − negative_mean: c + b x + a x².
+    gap = positive_mean - negative_mean
+    a = 0.5 / negative_var - 0.5 / positive_var
+    b = gap / positive_var
+    odds = torch.log(torch.tensor(prior / (1 - prior), dtype=a.dtype, device=a.device))
+    c = odds + 0.5 * (negative_var / positive_var).log() - 0.5 * gap.square() / positive_var
+    vertex = torch.where(a == 0, torch.inf, -b / (2 * torch.where(a == 0, 1.0, a)))
+    discriminant = b.square() - 4 * a * c
+    sign = torch.where(b < 0, -1.0, 1.0)
+    root = -2 * c / (b + sign * discriminant.clamp_min(0).sqrt())
+    # Around the root, if there is one within reach of a cosine; else around the vertex; else where x = 0.
+    has_root, near_vertex = (discriminant > 0) & (root.abs() <= 4), (discriminant <= 0) & (vertex.abs() <= 4)
+    x = torch.where(has_root, root, torch.where(near_vertex, vertex, 0.0))
+    at_vertex = c - b.square() / (4 * torch.where(a == 0, 1.0, a))
+    return _Parabola(
+        origin=negative_mean + x,
+        offset=torch.where(has_root, 0.0, torch.where(near_vertex, at_vertex, c)),
+        slope=torch.where(has_root, sign * discriminant.clamp_min(0).sqrt(), torch.where(near_vertex, 0.0, b)),
+        curvature=a,
+        top=torch.where(a < 0, negative_mean + vertex, torch.inf),
+    )
