@@ -5,6 +5,7 @@ from collections.abc import MutableMapping
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
@@ -101,6 +102,10 @@ class FalseNegativeElimination(Callback):
         self._incoming: EmbeddingPairs | None = None
         self._optimizer_steps = 0
 
+    def is_active(self, epoch: int) -> bool:
+        """Return whether the batches of ``epoch`` come with candidates from memory. Override for another schedule."""
+        return epoch >= self.start_epoch
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check what the callback needs."""
         self._is_fitting = stage == "fit"
@@ -125,7 +130,7 @@ class FalseNegativeElimination(Callback):
         """Copy the module, or go on with the copy of a checkpoint."""
         restored, self._restored = self._restored, None
         self.encoder = MomentumEncoder(pl_module, self.momentum)
-        self.sampler.to(pl_module.device)
+        self.sampler.to(pl_module.device, torch.float32 if pl_module.device.type == "mps" else torch.float64)
         if restored is None:
             self.sampler.start_step(-1, 0)
             return
@@ -141,8 +146,8 @@ class FalseNegativeElimination(Callback):
     ) -> None:
         """Embed the batch with the slow copy, and put the candidates into it."""
         self._optimizer_steps, self._incoming = trainer.global_step, None
-        has_started = trainer.current_epoch >= self.start_epoch
-        if not (has_started or self.fill_during_warmup):
+        is_active = self.is_active(trainer.current_epoch)
+        if not (is_active or self.fill_during_warmup):
             return
         if not isinstance(batch, MutableMapping):
             raise TypeError(
@@ -150,10 +155,10 @@ class FalseNegativeElimination(Callback):
             )
         with trainer.precision_plugin.forward_context():
             pairs = self._encoder()(batch)
-        self._incoming = pairs.gather()
+        self._incoming = _in_order(pairs.gather(), trainer.world_size)
         bank = self._bank(self._incoming)
         bank.check(self._incoming)
-        if has_started:
+        if is_active:
             self.sampler.start_step(trainer.current_epoch, batch_idx)
             positive = pairs if self.positive == "momentum" else None
             batch["memory"] = MemoryCandidates(*bank.with_batch(self._incoming), positive, self.sampler)
@@ -245,6 +250,16 @@ class FalseNegativeElimination(Callback):
         if self.encoder is None:
             raise RuntimeError("Expected a slow copy; it is made in `on_fit_start`, which did not run.")
         return self.encoder
+
+
+def _in_order(pairs: EmbeddingPairs, world_size: int) -> EmbeddingPairs:
+    """Undo the split of a ``DistributedSampler``, which deals the pairs out in turn: the queue is that of one process."""
+    return EmbeddingPairs(
+        *(
+            part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)
+            for part in (pairs.image, pairs.text, pairs.image_id, pairs.text_id)
+        )
+    )
 
 
 def _takes_memory(loss: Any) -> bool:

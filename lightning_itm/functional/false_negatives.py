@@ -77,7 +77,7 @@ def false_negative_posterior(
 
     References:
         *Your Negative May not Be True Negative: Boosting Image-Text Matching with False Negative Elimination*,
-        arXiv 2308.04380 (2023), eq. 8. The published code divides densities, which gives NaN.
+        arXiv 2308.04380 (2023). The published code divides densities, which gives NaN.
     """
     if not 0 < prior < 1:
         raise ValueError(f"Expected `prior` to be between 0 and 1, got {prior}.")
@@ -85,8 +85,9 @@ def false_negative_posterior(
     if similarity.dtype in (torch.float16, torch.bfloat16):
         similarity = similarity.float()
     statistics = (positive_mean, positive_var, negative_mean, negative_var)
-    wide = {"dtype": torch.float64 if similarity.device.type != "mps" else torch.float32, "device": similarity.device}
-    fit = SimilarityFit(*(torch.as_tensor(value, **wide) for value in statistics))
+    device = similarity.device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    fit = SimilarityFit(*(torch.as_tensor(value, dtype=wide, device=device) for value in statistics))
     odds = _log_odds(fit, prior)
     if not monotone:
         return odds.at(similarity).sigmoid_()
@@ -122,7 +123,7 @@ def sampling_weights(
         Weights, 0 for everything that is no negative; not normalised, without gradient.
 
     References:
-        arXiv 2308.04380 (2023), eq. 5 to 9.
+        arXiv 2308.04380 (2023).
     """
     similarity = scores.similarity.detach()
     is_likely = posterior > threshold

@@ -75,8 +75,8 @@ class SimilarityStatistics(nn.Module):
             values: `(2, values)`, positives and negatives.
             counts: bool `(2, values)`: those that count.
         """
-        values, counts = values.double(), counts & values.isfinite()
-        number = counts.sum(dim=1).double()
+        values, counts = values.to(self.mean.dtype), counts & values.isfinite()
+        number = counts.sum(dim=1).to(self.mean.dtype)
         mean = values.where(counts, 0).sum(dim=1) / number.clamp_min(1)
         deviation = (values - mean[:, None]).square().where(counts, 0).sum(dim=1)
         total = self.count + number

@@ -11,7 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import Subset
 
-from lightning_itm import ImageTextDataModule, OfflineHardNegativeMining, QuintupletLoss, TripletLoss
+from lightning_itm import (
+    FalseNegativeElimination,
+    ImageTextDataModule,
+    OfflineHardNegativeMining,
+    QuintupletLoss,
+    TripletLoss,
+)
 from lightning_itm.data.sampler import SeededDataset
 from tests.tiny import PLAIN, SILENT, Tiny, tiny_data, tiny_pairs
 
@@ -41,6 +47,9 @@ class Watch(Callback):
         if trainer.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         mined = [batch[key].tolist() for key in ("hard_text_image_id", "hard_image_id") if key in batch]
+        if "memory" in batch:
+            memory = batch["memory"]
+            mined.append((memory.image_id.tolist(), memory.valid.tolist(), memory.image.sum().item()))
         pairs = batch["text_id"].tolist()
         self.seen.append((trainer.current_epoch, batch_idx, pairs, batch["image"].sum().item(), *mined))
 
@@ -55,6 +64,7 @@ def fit(
     resume_from=None,
     seed=0,
     mining=None,
+    memory=None,
     **trainer_options,
 ):
     L.seed_everything(seed, verbose=False)
@@ -62,7 +72,8 @@ def fit(
     options = {**SILENT, "max_epochs": EPOCHS, "enable_checkpointing": True, **trainer_options}
     model = model_class()
     miners = [] if mining is None else [OfflineHardNegativeMining(num_texts=12, num_images=8, **mining)]
-    trainer = L.Trainer(callbacks=[watch, *miners, checkpoint], **options)
+    banks = [] if memory is None else [FalseNegativeElimination(16, min_count=4, **memory)]
+    trainer = L.Trainer(callbacks=[*banks, watch, *miners, checkpoint], **options)
     trainer.fit(model, datamodule=tiny_data(**loader), ckpt_path=resume_from, weights_only=True)
     return model.state_dict(), watch.seen
 
@@ -145,6 +156,21 @@ class Quintuplet(Tiny):
 )
 def test_with_mining_too(loader, mining, stop, tmp_path):
     check_resumed(Quintuplet, loader, stop, tmp_path, mining=mining)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize(
+    ("memory", "mining"),
+    [
+        ({}, None),
+        ({"start_epoch": 0, "weighting": "drop", "monotone": True, "positive": "online"}, None),
+        ({"fill_during_warmup": True}, {}),
+        ({"start_epoch": 0}, {"inject": "embeddings"}),
+    ],
+)
+def test_with_a_memory_bank_too(memory, mining, stop, tmp_path):
+    check_resumed(Quintuplet, "workers", stop, tmp_path, mining=mining, memory=memory)
 
 
 @pytest.mark.parametrize("mining", [{}, {"inject": "embeddings"}])

@@ -1,0 +1,346 @@
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from lightning_itm import (
+    FalseNegativeElimination,
+    InfoNCELoss,
+    OfflineHardNegativeMining,
+    QuintupletLoss,
+    SigmoidLoss,
+    TripletLoss,
+)
+from tests.tiny import SILENT, Tiny, tiny_data
+
+EPOCHS, STEPS = 3, 12  # 46 pairs in batches of four, the last of two
+LOSSES = {
+    "hardest": TripletLoss,
+    "selective": lambda: TripletLoss(negatives="selective"),
+    "quintuplet": QuintupletLoss,
+    "info_nce": InfoNCELoss,
+    "sigmoid": SigmoidLoss,
+}
+
+
+class Watch(Callback):
+    """Keep what reaches each step, and the weights around it. Stands after the callback it watches."""
+
+    def __init__(self):
+        self.memory, self.live, self.slow, self.queued = [], [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        memory = batch.get("memory")
+        ids = None if memory is None else torch.where(memory.valid, memory.image_id, -1).tolist()
+        self.memory.append((trainer.current_epoch, batch["image_id"].tolist(), ids))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        fne = next(callback for callback in trainer.callbacks if isinstance(callback, FalseNegativeElimination))
+        self.live.append(pl_module.text_encoder.weight.detach().clone())
+        self.slow.append(fne.encoder.module.text_encoder.weight.clone())
+        self.queued.append([] if fne.bank is None else fne.bank.image_id[fne.bank.valid].tolist())
+
+
+def fit(fne=None, loss=None, callbacks=(), model=None, **options):
+    L.seed_everything(0, verbose=False)
+    watch, fne = Watch(), FalseNegativeElimination(**{"queue_size": 16, "min_count": 4, **(fne or {})})
+    model = Tiny(loss) if model is None else model
+    trainer = L.Trainer(callbacks=[fne, watch, *callbacks], **{**SILENT, "max_epochs": EPOCHS, **options})
+    trainer.fit(model, datamodule=tiny_data())
+    return model, watch, fne, trainer
+
+
+class TestOneRun:
+    def test_candidates_are_the_batch_and_then_the_queue(self):
+        _, watch, _, _ = fit(loss=TripletLoss())
+        queue = []
+        for epoch, ids, candidates in watch.memory:
+            assert (candidates is None) == (epoch == 0)
+            if epoch > 0:
+                assert candidates[: len(ids)] == ids
+                assert sorted(candidates[len(ids) :]) == sorted([-1] * (16 - len(queue)) + queue)
+                queue = (queue + ids)[-16:]
+
+    def test_the_queue_may_fill_before(self):
+        _, watch, _, _ = fit({"fill_during_warmup": True}, TripletLoss())
+        first = next(candidates for epoch, _, candidates in watch.memory if epoch == 1)
+        assert all(image_id >= 0 for image_id in first)
+        assert [watch.queued[step] for step in range(2)] == [
+            watch.memory[0][1],
+            watch.memory[0][1] + watch.memory[1][1],
+        ]
+
+    def test_from_the_first_epoch_on(self):
+        _, watch, _, _ = fit({"start_epoch": 0}, TripletLoss())
+        assert watch.memory[0][2] == watch.memory[0][1] + [-1] * 16
+
+    def test_slow_weights_follow_each_step_also_before_the_start(self):
+        model, watch, _, _ = fit({"momentum": 0.8}, TripletLoss())
+        L.seed_everything(0, verbose=False)
+        slow = Tiny(TripletLoss()).text_encoder.weight.detach()
+        for live, got in zip(watch.live, watch.slow, strict=True):
+            slow = 0.8 * slow + 0.2 * live
+            torch.testing.assert_close(got, slow)
+        assert not torch.equal(model.text_encoder.weight, slow)
+
+    def test_once_an_optimizer_step_where_gradients_accumulate(self):
+        _, watch, _, trainer = fit({"momentum": 0.8}, TripletLoss(), accumulate_grad_batches=4)
+        assert trainer.global_step == 9
+        changed = [not torch.equal(a, b) for a, b in zip(watch.slow, watch.slow[1:], strict=False)]
+        assert changed == [(number + 1) % 4 == 3 for number in range(35)]  # after batches 3, 7, 11, ...
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    @pytest.mark.parametrize("mining", [None, "samples", "embeddings"])
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+    def test_with_every_loss_and_mined_negatives(self, loss, mining, precision):
+        miners = [] if mining is None else [OfflineHardNegativeMining(num_texts=12, num_images=8, inject=mining)]
+        options = {"weighting": "drop", "monotone": True}
+        model, _, fne, trainer = fit(options, LOSSES[loss](), miners, max_epochs=2, precision=precision)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        assert fne.bank.valid.all()
+        assert fne.bank.image.dtype == torch.float32
+        assert "train/mean_posterior" in trainer.callback_metrics
+
+    def test_adds_nothing_to_the_module(self, tmp_path):
+        keys = set(Tiny(TripletLoss()).state_dict())
+        model, _, _, trainer = fit(loss=TripletLoss())
+        assert set(model.state_dict()) == keys
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        assert set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]) == keys
+        Tiny.load_from_checkpoint(tmp_path / "a.ckpt", loss=TripletLoss(), weights_only=True)
+
+    def test_leaves_the_run_before_its_start_as_it_was(self):
+        """Weights after the first epoch, dropout and batch statistics in them, equal those of a run without it."""
+        model, *_ = fit(loss=TripletLoss(), max_epochs=1)
+        L.seed_everything(0, verbose=False)
+        plain = Tiny(TripletLoss())
+        L.Trainer(max_epochs=1, **SILENT).fit(plain, datamodule=tiny_data())
+        assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+    def test_a_second_fit_starts_anew(self):
+        model, _, fne, _ = fit(loss=TripletLoss())
+        again = Watch()
+        L.Trainer(callbacks=[fne, again], max_epochs=2, **SILENT).fit(model, datamodule=tiny_data())
+        first = next(candidates for epoch, _, candidates in again.memory if epoch == 1)
+        assert first[4:] == [-1] * 16
+
+    def test_logs(self, tmp_path):
+        _, _, _, trainer = fit(loss=TripletLoss(), logger=CSVLogger(tmp_path), log_every_n_steps=1)
+        header = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+        names = ("fill", "positive_mean", "positive_std", "negative_mean", "negative_std", "num_positives")
+        assert {f"memory/{name}" for name in names} <= set(header)
+        assert {f"train/{name}" for name in ("mean_posterior", "false_negative_rate", "fallback_fraction")} <= set(
+            header
+        )
+        assert trainer.callback_metrics["memory/fill"] == 1
+
+    def test_a_schedule_of_ones_own(self):
+        class Later(FalseNegativeElimination):
+            def is_active(self, epoch):
+                return epoch == 2
+
+        watch = Watch()
+        trainer = L.Trainer(callbacks=[Later(16), watch], max_epochs=4, **SILENT)
+        trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data())
+        assert {epoch for epoch, _, candidates in watch.memory if candidates is not None} == {2}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_host_waits_for_nothing_between_steps(loss):
+    recorder = profile(activities=[ProfilerActivity.CPU])
+
+    class Record(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 2:
+                recorder.__enter__()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 4:
+                recorder.__exit__(None, None, None)
+
+    class Plain(Tiny):
+        def configure_optimizers(self):  # AdamW reads its own count of steps, which is on the CPU
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callbacks = [Record(), FalseNegativeElimination(16, min_count=4, monotone=True)]
+    if loss == "quintuplet":
+        callbacks.append(OfflineHardNegativeMining(num_texts=12, num_images=8, inject="embeddings"))
+    trainer = L.Trainer(callbacks=callbacks, max_epochs=2, limit_val_batches=0, **SILENT)
+    trainer.fit(Plain(LOSSES[loss]()), datamodule=tiny_data(num_workers=1))
+    keys = [event.key for event in recorder.key_averages()]
+    assert ("aten::searchsorted" in keys) == (loss not in ("info_nce", "sigmoid"))
+    assert [key for key in keys if key in {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}] == []
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed run saves none
+def test_beside_weight_averaging_and_checkpoints(tmp_path):
+    """Neither corrupts the queue: the run is that without them, and a resumed one goes on with queue and slow copy."""
+    alone, watch, fne, _ = fit(loss=TripletLoss())
+    beside = [EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+    _, watch_beside, fne_beside, _ = fit(loss=TripletLoss(), callbacks=beside, enable_checkpointing=True)
+    assert watch_beside.memory == watch.memory
+    assert all(torch.equal(a, b) for a, b in zip(watch_beside.live, watch.live, strict=True))
+    assert torch.equal(fne_beside.bank.image, fne.bank.image)
+    keys = set(torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"])
+    assert keys == set(alone.state_dict())
+    resumed = FalseNegativeElimination(16, min_count=4)
+    trainer = L.Trainer(callbacks=[resumed, EMAWeightAveraging(decay=0.5)], max_epochs=EPOCHS, **SILENT)
+    trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert torch.equal(resumed.bank.image, fne.bank.image)
+    slow, expected = (callback.encoder.module.state_dict() for callback in (resumed, fne))
+    assert all(torch.equal(value, expected[name]) for name, value in slow.items())
+
+
+class Keep(Callback):
+    """Save what each rank holds at the end."""
+
+    def on_train_end(self, trainer, pl_module):
+        fne = trainer.callbacks[0]
+        content = {"bank": fne.bank.state_dict(), "sampler": fne.sampler.state_dict(), "model": pl_module.state_dict()}
+        torch.save(content, f"end-{trainer.world_size}-{trainer.global_rank}.pt")
+
+
+class Still(Tiny):
+    """Without dropout, batch statistics and noise, which are not those of one process."""
+
+    def __init__(self, loss):
+        super().__init__(loss, warmup_steps=0, learning_rate=0.05)
+        self.image_encoder = nn.Sequential(nn.Flatten(), nn.Linear(768, 16))
+
+    def encode_image(self, image):
+        return self.image_encoder(image)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
+@pytest.mark.parametrize("positive", ["momentum", "online"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_draw_like_one(loss, positive):
+    """Queue, statistics, draws and so weights, after two epochs of the same global batches."""
+    for devices in (1, 2):
+        L.seed_everything(0, verbose=False)
+        fne = FalseNegativeElimination(16, start_epoch=0, min_count=4, prior=0.05, positive=positive)
+        trainer = L.Trainer(
+            devices=devices,
+            strategy="ddp_fork" if devices > 1 else "auto",
+            callbacks=[fne, Keep()],
+            max_epochs=2,
+            precision="64-true",
+            limit_val_batches=0,
+            **SILENT,
+        )
+        trainer.fit(Still(LOSSES[loss]()), datamodule=tiny_data(batch_size=4 // devices, drop_last=True))
+    one, *two = (torch.load(f"end-{world}-{rank}.pt") for world, rank in ((1, 0), (2, 0), (2, 1)))
+    for rank in two:
+        for part in ("bank", "sampler", "model"):
+            for name, value in one[part].items():
+                if isinstance(value, dict):
+                    assert rank[part][name] == value
+                else:
+                    torch.testing.assert_close(rank[part][name], value, atol=1e-9, rtol=0)
+    assert all(torch.equal(value, two[1]["bank"][name]) for name, value in two[0]["bank"].items() if name[0] != "_")
+
+
+def test_plot_draws_densities_posterior_and_histogram():
+    *_, fne, _ = fit(loss=TripletLoss())
+    figure = fne.plot()
+    left, right = figure.axes
+    assert len(left.lines) == 2
+    assert len(left.patches) > 100
+    assert len(right.lines) == 2
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"queue_size": 0}, "`queue_size` to be at least 1, got 0"),
+            ({"momentum": 1.0}, r"`momentum` to be in \[0, 1\), got 1.0"),
+            ({"momentum": -0.1}, r"`momentum` to be in \[0, 1\), got -0.1"),
+            ({"start_epoch": -1}, "`start_epoch` to be at least 0, got -1"),
+            ({"positive": "slow"}, "`positive` to be one of 'momentum', 'online', got 'slow'"),
+            ({"weighting": "none"}, "`weighting` to be one of"),
+            ({"prior": 2.0}, "`prior` to be between 0 and 1, got 2.0"),
+        ],
+    )
+    def test_wrong_arguments(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            FalseNegativeElimination(**arguments)
+
+    def test_a_queue_smaller_than_a_batch(self):
+        with pytest.raises(
+            ValueError, match=r"a queue of at least one batch of all processes, 4 pairs, got a size of 3"
+        ):
+            fit({"queue_size": 3, "start_epoch": 0}, TripletLoss())
+
+    def test_embeddings_that_are_not_finite_keep_the_queue(self):
+        kept = {}
+
+        class Breaks(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                if trainer.current_epoch == 1 and batch_idx == 10:
+                    nn.init.constant_(trainer.callbacks[0].encoder.module.text_encoder.weight, torch.nan)
+
+            def on_exception(self, trainer, pl_module, exception):
+                bank = trainer.callbacks[0].bank
+                kept.update(valid=int(bank.valid.sum()), is_finite=bool(bank.text.isfinite().all()))
+
+        with pytest.raises(ValueError, match=r"Expected finite embeddings, got 2 pairs .* epoch 1, step 24"):
+            fit(loss=TripletLoss(), callbacks=[Breaks()], limit_val_batches=0)
+        assert kept == {"valid": 14, "is_finite": True}
+
+    def test_a_checkpoint_with_another_queue(self, tmp_path):
+        fit(loss=TripletLoss(), max_epochs=2)[3].save_checkpoint(tmp_path / "a.ckpt")
+        fne = FalseNegativeElimination(queue_size=20)
+        trainer = L.Trainer(callbacks=[fne], max_epochs=3, **SILENT)
+        with pytest.raises(ValueError, match=r"a queue of 20 pairs, got one of 16 in the checkpoint.*`queue_size=16`"):
+            trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+    def test_a_checkpoint_with_another_width(self, tmp_path):
+        """The same towers, but the embeddings are cut to half."""
+
+        class Half(Tiny):
+            def encode_image(self, image):
+                return super().encode_image(image)[:, :8]
+
+            def encode_text(self, text):
+                return super().encode_text(text)[:, :8]
+
+        fit(loss=TripletLoss(), max_epochs=2)[3].save_checkpoint(tmp_path / "a.ckpt")
+        trainer = L.Trainer(callbacks=[FalseNegativeElimination(16)], max_epochs=3, **SILENT)
+        with pytest.raises(ValueError, match=r"as wide as the queue's, 16, got 8"):
+            trainer.fit(Half(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+    def test_a_loss_without_memory(self):
+        class Own(nn.Module):
+            def forward(self, pairs, candidates):
+                return {"loss": pairs.image.sum()}
+
+        with pytest.raises(Exception, match=r"a loss that takes `memory`, got Own. Use TripletLoss"):
+            fit(loss=Own())
+
+    def test_two_of_them(self):
+        with pytest.raises(Exception, match="Expected one `FalseNegativeElimination`, got several"):
+            fit(loss=TripletLoss(), callbacks=[FalseNegativeElimination()])
+
+    def test_a_module_that_is_no_dual_encoder(self):
+        trainer = L.Trainer(callbacks=[FalseNegativeElimination()], **SILENT)
+        with pytest.raises(Exception, match="Expected a `DualEncoder`, got LightningModule"):
+            trainer.callbacks[0].setup(trainer, L.LightningModule(), "fit")
+
+    def test_sharded_weights(self):
+        trainer = L.Trainer(**SILENT)
+        trainer._accelerator_connector.strategy = FSDPStrategy()  # by itself it starts on CUDA alone
+        with pytest.raises(Exception, match="whose ranks hold all weights, got FSDPStrategy"):
+            FalseNegativeElimination().setup(trainer, Tiny(), "fit")
+
+    def test_plot_before_a_fit(self):
+        with pytest.raises(RuntimeError, match="Expected a queue to draw"):
+            FalseNegativeElimination().plot()
