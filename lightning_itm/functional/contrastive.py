@@ -33,7 +33,7 @@ def info_nce_cost(scores: DirectionScores, *, logit_scale: Float[Tensor, ""]) ->
     """
     positive = logit_scale * scores.positive
     negative = _negative_logits(scores, logit_scale).masked_fill(~scores.negative_mask, -torch.inf)
-    return torch.cat([positive[:, None], negative], dim=1).logsumexp(dim=1) - positive
+    return torch.logaddexp(positive, negative.logsumexp(dim=1)) - positive
 
 
 def sigmoid_cost(

@@ -1,5 +1,6 @@
 r"""False negative elimination: how likely a candidate is a match in truth, and a draw of negatives that avoids those."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -79,22 +80,74 @@ def false_negative_posterior(
         *Your Negative May not Be True Negative: Boosting Image-Text Matching with False Negative Elimination*,
         arXiv 2308.04380 (2023). The published code divides densities, which gives NaN.
     """
+    statistics = (positive_mean, positive_var, negative_mean, negative_var)
+    wide = torch.float32 if similarity.device.type == "mps" else torch.float64
+    fit = SimilarityFit(*(torch.as_tensor(value, dtype=wide, device=similarity.device) for value in statistics))
+    return match_odds(fit, prior, monotone=monotone).posterior(similarity)
+
+
+class MatchOdds(NamedTuple):
+    """The log-odds of a match, a parabola: offset + (s − origin) (slope + curvature (s − origin))."""
+
+    origin: Float[Tensor, ""]
+    offset: Float[Tensor, ""]
+    slope: Float[Tensor, ""]
+    curvature: Float[Tensor, ""]
+    rising: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None
+    """Where P does not fall, with ``monotone``: from the mean of the negatives to the top of the parabola, or +inf."""
+
+    def posterior(self, similarity: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Compute P; see :func:`false_negative_posterior`."""
+        similarity = similarity.detach()
+        if similarity.dtype in (torch.float16, torch.bfloat16):
+            similarity = similarity.float()
+        if self.rising is None:
+            return self._at(similarity).sigmoid_()
+        low, high = (value.to(similarity.dtype) for value in self.rising)
+        log_odds = torch.maximum(self._at(torch.minimum(similarity, high)), self._at(low))
+        return log_odds.sigmoid_().masked_fill_(similarity < low, 0)
+
+    def _at(self, similarity: Tensor) -> Tensor:
+        origin, offset, slope, curvature = (value.to(similarity.dtype) for value in self[:4])
+        distance = similarity - origin
+        return torch.addcmul(slope, distance, curvature).mul_(distance).add_(offset)
+
+
+def match_odds(fit: SimilarityFit, prior: float, *, monotone: bool = False) -> MatchOdds:
+    """Find the coefficients of the log-odds of a match, in double precision.
+
+    Args:
+        fit: Means and variances.
+        prior: See :func:`false_negative_posterior`.
+        monotone: See there.
+
+    Raises:
+        ValueError: ``prior`` is not between 0 and 1.
+    """
     if not 0 < prior < 1:
         raise ValueError(f"Expected `prior` to be between 0 and 1, got {prior}.")
-    similarity = similarity.detach()
-    if similarity.dtype in (torch.float16, torch.bfloat16):
-        similarity = similarity.float()
-    statistics = (positive_mean, positive_var, negative_mean, negative_var)
-    device = similarity.device
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    fit = SimilarityFit(*(torch.as_tensor(value, dtype=wide, device=device) for value in statistics))
-    odds = _log_odds(fit, prior)
-    if not monotone:
-        return odds.at(similarity).sigmoid_()
-    negative_mean, top = fit.negative_mean.to(similarity.dtype), odds.top.to(similarity.dtype)
-    least = odds.at(negative_mean)
-    rising = torch.maximum(odds.at(torch.minimum(similarity, torch.maximum(top, negative_mean))), least)
-    return rising.sigmoid_().masked_fill_(similarity < negative_mean, 0)
+    positive_mean, positive_var, negative_mean, negative_var = fit
+    positive_var, negative_var = positive_var.clamp_min(MIN_VARIANCE), negative_var.clamp_min(MIN_VARIANCE)
+    # In x = s − negative_mean: c + b x + a x².
+    gap = positive_mean - negative_mean
+    a = 0.5 / negative_var - 0.5 / positive_var
+    b = gap / positive_var
+    c = math.log(prior / (1 - prior)) + 0.5 * (negative_var / positive_var).log() - 0.5 * gap.square() / positive_var
+    safe_a = torch.where(a == 0, 1.0, a)
+    vertex = torch.where(a == 0, torch.inf, -b / (2 * safe_a))
+    discriminant = b.square() - 4 * a * c
+    slope_at_root = torch.where(b < 0, -1.0, 1.0) * discriminant.clamp_min(0).sqrt()
+    root = -2 * c / (b + slope_at_root)
+    # Around the root, if there is one within reach of a cosine; else around the vertex; else where x = 0.
+    has_root, near_vertex = (discriminant > 0) & (root.abs() <= 4), (discriminant <= 0) & (vertex.abs() <= 4)
+    top = torch.where(a < 0, negative_mean + vertex, torch.inf)
+    return MatchOdds(
+        origin=negative_mean + torch.where(has_root, root, torch.where(near_vertex, vertex, 0.0)),
+        offset=torch.where(has_root, 0.0, torch.where(near_vertex, c - b.square() / (4 * safe_a), c)),
+        slope=torch.where(has_root, slope_at_root, torch.where(near_vertex, 0.0, b)),
+        curvature=a,
+        rising=(negative_mean, torch.maximum(top, negative_mean)) if monotone else None,
+    )
 
 
 def sampling_weights(
@@ -102,9 +155,9 @@ def sampling_weights(
     posterior: Float[Tensor, "anchors candidates"],
     *,
     sharpness: float = 0.5,
-    threshold: Float[Tensor, ""] | float = 1e-3,
+    threshold: float = 1e-3,
     weighting: Weighting = "exp",
-    cut: Float[Tensor, "anchors_or_one one"] | None = None,
+    cut: Float[Tensor, ""] | Float[Tensor, "anchors 1"] | None = None,
 ) -> Float[Tensor, "anchors candidates"]:
     r"""Weigh the candidates of each anchor by hardness, and those that are likely to match by how likely it is.
 
@@ -127,15 +180,15 @@ def sampling_weights(
     """
     similarity = scores.similarity.detach()
     is_likely = posterior > threshold
-    hardness = (similarity - scores.positive.detach()[:, None]).square_()
+    weights = (similarity - scores.positive.detach()[:, None]).square_()
     if weighting == "exp":
-        weights = torch.where(is_likely, posterior, hardness, out=hardness).mul_(-sharpness).exp_()
+        weights = torch.where(is_likely, posterior, weights).mul_(-sharpness).exp_()
     elif weighting == "complement":
-        weights = torch.where(is_likely, 1 - posterior, hardness.mul_(-sharpness).exp_())
+        weights = torch.where(is_likely, 1 - posterior, weights.mul_(-sharpness).exp_())
     else:
-        weights = hardness.mul_(-sharpness).exp_().masked_fill_(is_likely, 0)
-    weights = weights.masked_fill_(~scores.negative_mask, 0)
-    return weights if cut is None else weights.masked_fill_(~(similarity > cut), 0)
+        weights = weights.mul_(-sharpness).exp_().masked_fill_(is_likely, 0)
+    kept = scores.negative_mask if cut is None else scores.negative_mask & (similarity > cut)
+    return weights.masked_fill_(~kept, 0)
 
 
 def draw_negative(
@@ -163,45 +216,3 @@ def draw_negative(
     is_negative = hardest.values > -torch.inf
     index = torch.where(is_drawn, drawn.squeeze(1), hardest.indices)
     return DrawnNegative(index, is_negative, is_negative & ~is_drawn)
-
-
-class _Parabola(NamedTuple):
-    """The log-odds: offset + (s − origin) (slope + curvature (s − origin))."""
-
-    origin: Tensor
-    offset: Tensor
-    slope: Tensor
-    curvature: Tensor
-    top: Tensor
-    """Where they are highest; +inf if it has no such place."""
-
-    def at(self, similarity: Tensor) -> Tensor:
-        origin, offset, slope, curvature = (value.to(similarity.dtype) for value in self[:4])
-        distance = similarity - origin
-        return torch.addcmul(slope, distance, curvature).mul_(distance).add_(offset)
-
-
-def _log_odds(fit: SimilarityFit, prior: float) -> _Parabola:
-    positive_mean, positive_var, negative_mean, negative_var = fit
-    positive_var, negative_var = positive_var.clamp_min(MIN_VARIANCE), negative_var.clamp_min(MIN_VARIANCE)
-    # In x = s − negative_mean: c + b x + a x².
-    gap = positive_mean - negative_mean
-    a = 0.5 / negative_var - 0.5 / positive_var
-    b = gap / positive_var
-    odds = torch.log(torch.tensor(prior / (1 - prior), dtype=a.dtype, device=a.device))
-    c = odds + 0.5 * (negative_var / positive_var).log() - 0.5 * gap.square() / positive_var
-    vertex = torch.where(a == 0, torch.inf, -b / (2 * torch.where(a == 0, 1.0, a)))
-    discriminant = b.square() - 4 * a * c
-    sign = torch.where(b < 0, -1.0, 1.0)
-    root = -2 * c / (b + sign * discriminant.clamp_min(0).sqrt())
-    # Around the root, if there is one within reach of a cosine; else around the vertex; else where x = 0.
-    has_root, near_vertex = (discriminant > 0) & (root.abs() <= 4), (discriminant <= 0) & (vertex.abs() <= 4)
-    x = torch.where(has_root, root, torch.where(near_vertex, vertex, 0.0))
-    at_vertex = c - b.square() / (4 * torch.where(a == 0, 1.0, a))
-    return _Parabola(
-        origin=negative_mean + x,
-        offset=torch.where(has_root, 0.0, torch.where(near_vertex, at_vertex, c)),
-        slope=torch.where(has_root, sign * discriminant.clamp_min(0).sqrt(), torch.where(near_vertex, 0.0, b)),
-        curvature=a,
-        top=torch.where(a < 0, negative_mean + vertex, torch.inf),
-    )

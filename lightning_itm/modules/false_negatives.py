@@ -1,5 +1,6 @@
 """How similar matching pairs and their hardest negatives are, and a draw of negatives that knows it."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from lightning_itm.functional.false_negatives import (
     SimilarityFit,
     Weighting,
     draw_negative,
-    false_negative_posterior,
+    match_odds,
     sampling_weights,
 )
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative, negative_mask
@@ -172,15 +173,13 @@ class FalseNegativeSampler(nn.Module):
             similarity = direction.anchor @ candidate.T
             positive = (direction.anchor * direction.positive).sum(dim=1)
         numbers = uniform(direction.draw_id, self.seed, self.epoch, self.step, direction.number)
-        chunk = CHUNK_ELEMENTS.get(similarity.device.type, DEFAULT_CHUNK_ELEMENTS)
+        weigh = self._weigher(margin)
         drawn, watched = [], []
-        rows = max(1, chunk // similarity.shape[1])
-        for start in range(0, len(similarity), rows):
-            part = slice(start, start + rows)
-            mask = negative_mask(direction.anchor_id[part], direction.candidate_id)
-            scores = DirectionScores(similarity[part], positive[part], mask)
-            weights, diagnostics = self.weights(scores, margin=margin)
-            drawn.append(draw_negative(scores, weights, numbers[part]))
+        for rows in _chunks(similarity):
+            mask = negative_mask(direction.anchor_id[rows], direction.candidate_id)
+            scores = DirectionScores(similarity[rows], positive[rows], mask)
+            weights, diagnostics = weigh(scores)
+            drawn.append(draw_negative(scores, weights, numbers[rows]))
             watched.append(diagnostics)
         draws = DrawnNegative(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
         means = {name: torch.cat([part[name] for part in watched]) for name in watched[0]}
@@ -197,25 +196,12 @@ class FalseNegativeSampler(nn.Module):
         Returns:
             The weights `(anchors, candidates)`, and the diagnostics.
         """
-        fit = self.statistics.fit()
-        posterior = false_negative_posterior(
-            scores.similarity, **fit._asdict(), prior=self.prior, monotone=self.monotone
-        )
-        posterior *= self.statistics.count[0] > self.min_count
-        posterior.masked_fill_(~scores.negative_mask, 0)
-        weights = sampling_weights(
-            scores,
-            posterior,
-            sharpness=self.sharpness,
-            threshold=self.threshold,
-            weighting=self.weighting,
-            cut=self._cut(scores, fit, margin),
-        )
-        number = scores.negative_mask.sum(dim=1).clamp_min(1)
-        return weights, {
-            "mean_posterior": posterior.sum(dim=1) / number,
-            "false_negative_rate": (posterior > self.threshold).sum(dim=1) / number,
-        }
+        weigh, weights, watched = self._weigher(margin), torch.empty_like(scores.similarity), []
+        for rows in _chunks(scores.similarity):
+            part = DirectionScores(scores.similarity[rows], scores.positive[rows], scores.negative_mask[rows])
+            weights[rows], diagnostics = weigh(part)
+            watched.append(diagnostics)
+        return weights, {name: torch.cat([part[name] for part in watched]) for name in watched[0]}
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the epoch that the statistics are of."""
@@ -225,8 +211,37 @@ class FalseNegativeSampler(nn.Module):
         """Go on with the statistics of an epoch."""
         self.epoch = state["epoch"]
 
-    def _cut(self, scores: DirectionScores, fit: SimilarityFit, margin: float | None) -> Tensor | None:
-        if margin is None or self.cut_down == "off":
-            return None
-        positive = fit.positive_mean.view(1, 1) if self.cut_down == "global" else scores.positive[:, None]
-        return (positive - margin).to(scores.similarity.dtype)
+    def _weigher(self, margin: float | None) -> Callable[[DirectionScores], tuple[Tensor, dict[str, Tensor]]]:
+        """Prepare, once, what weighs some rows of scores."""
+        statistics = self.statistics
+        fit, is_ready = statistics.fit(), statistics.count[0] > self.min_count
+        odds = match_odds(fit, self.prior, monotone=self.monotone)
+
+        def weigh(scores: DirectionScores) -> tuple[Tensor, dict[str, Tensor]]:
+            cut = None
+            if margin is not None and self.cut_down != "off":
+                positive = fit.positive_mean if self.cut_down == "global" else scores.positive[:, None]
+                cut = (positive - margin).to(scores.similarity.dtype)
+            posterior = odds.posterior(scores.similarity).mul_(is_ready).masked_fill_(~scores.negative_mask, 0)
+            weights = sampling_weights(
+                scores,
+                posterior,
+                sharpness=self.sharpness,
+                threshold=self.threshold,
+                weighting=self.weighting,
+                cut=cut,
+            )
+            # Over all anchors of these rows: a sum for each takes ten times as long.
+            number, rows = scores.negative_mask.count_nonzero().clamp_min(1), len(posterior)
+            return weights, {
+                "mean_posterior": (posterior.sum() / number).expand(rows),
+                "false_negative_rate": ((posterior > self.threshold).count_nonzero() / number).expand(rows),
+            }
+
+        return weigh
+
+
+def _chunks(similarity: Tensor) -> list[slice]:
+    """Split the rows so that each part fits the caches."""
+    rows = max(1, CHUNK_ELEMENTS.get(similarity.device.type, DEFAULT_CHUNK_ELEMENTS) // max(1, similarity.shape[1]))
+    return [slice(start, start + rows) for start in range(0, len(similarity), rows)]

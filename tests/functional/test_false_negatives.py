@@ -63,7 +63,7 @@ def test_weights_equal_the_published_code(path):
                 posterior if step["pos_count"] > settings["min_count"] else torch.zeros_like(posterior),
                 sharpness=settings["tau"],
                 threshold=settings["posterior_threshold"],
-                cut=(step["pos_mean"] - settings["margin"]).view(1, 1),
+                cut=(step["pos_mean"] - settings["margin"]),
             )
             has_weight = weights.sum(dim=1) > 0
             torch.testing.assert_close(weights[has_weight], expected[has_weight], atol=1e-9, rtol=0)
@@ -182,7 +182,7 @@ class TestWeightsAndDraws:
         scores = make_scores(*size, seed)
         posterior = false_negative_posterior(scores.similarity, **ORDINARY)
         options = {"sharpness": 0.7, "threshold": 0.05, "weighting": weighting}
-        limit = None if cut is None else torch.tensor([[cut]], dtype=torch.float64)
+        limit = None if cut is None else torch.tensor(cut, dtype=torch.float64)
         weights = sampling_weights(scores, posterior, **options, cut=limit)
         numbers = torch.rand(size[0], generator=torch.Generator().manual_seed(seed))
         drawn = draw_negative(scores, weights, numbers)
@@ -233,7 +233,7 @@ class TestWeightsAndDraws:
         scores = make_scores(3, 6, 0)
         scores.similarity[:, 2] = torch.nan
         posterior = false_negative_posterior(scores.similarity, **ORDINARY)
-        weights = sampling_weights(scores, posterior, cut=torch.full((1, 1), -2.0))
+        weights = sampling_weights(scores, posterior, cut=torch.tensor(-2.0))
         assert (weights[:, 2] == 0).all()
         assert weights.isfinite().all()
 

@@ -19,7 +19,7 @@ from lightning_itm import (
     SimilarityStatistics,
     TripletLoss,
 )
-from lightning_itm.functional.false_negatives import DrawnNegative
+from lightning_itm.functional.false_negatives import DrawnNegative, false_negative_posterior
 from lightning_itm.modules import false_negatives as module
 from tests.functional.test_false_negatives import GOLDEN, golden_steps
 
@@ -208,7 +208,17 @@ class TestSampler:
         monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 100)  # one row
         for (drawn, watched), (expected, expected_watched) in zip(self.draws(), whole, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
-            assert all(torch.equal(watched[name], expected_watched[name]) for name in expected_watched)
+            assert torch.equal(watched["fallback_fraction"], expected_watched["fallback_fraction"])
+
+    def test_diagnostics_are_shares_of_the_negatives(self):
+        direction = self.memory.directions(self.pairs)[0]
+        scores, fit = direction.scores(), self.sampler.statistics.fit()
+        posterior = false_negative_posterior(scores.similarity, **fit._asdict())[scores.negative_mask]
+        _, watched = self.sampler.draw(direction, margin=0.2)
+        assert watched["mean_posterior"].mean().item() == pytest.approx(posterior.mean().item(), abs=1e-7)
+        share = (posterior > 1e-3).float().mean().item()
+        assert watched["false_negative_rate"].mean().item() == pytest.approx(share, abs=1e-7)
+        assert share > 0
 
     def test_posteriors_wait_for_enough_positives(self):
         self.sampler.min_count = int(self.sampler.statistics.count[0])
