@@ -1,6 +1,7 @@
 """Better negatives for fine-tuning CLIP and other dual encoders, as a PyTorch Lightning plugin."""
 
 from lightning_itm.callbacks.false_negative_elimination import FalseNegativeElimination
+from lightning_itm.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_itm.callbacks.offline_hard_negative_mining import OfflineHardNegativeMining
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, ImageTextBatch, collate
 from lightning_itm.data.datamodule import ImageTextDataModule
@@ -22,6 +23,7 @@ __all__ = [
     "EmbeddingPairs",
     "FalseNegativeElimination",
     "FalseNegativeSampler",
+    "GradientNormMonitor",
     "HardNegativePairs",
     "HardNegatives",
     "ImageTextBatch",

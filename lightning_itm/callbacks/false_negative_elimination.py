@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_itm.callbacks.whole_weights import check_whole_weights
 from lightning_itm.data.batch import EmbeddingPairs
@@ -28,7 +29,7 @@ class FalseNegativeElimination(Callback):
     A slow copy of the module embeds each batch; the embeddings of the last ``queue_size`` pairs stay in a queue. The losses
     find both in the batch: ``TripletLoss`` draws its negatives there, one an anchor, ``QuintupletLoss`` those of its online
     term; ``InfoNCELoss`` and ``SigmoidLoss`` take them all as further, weighed candidates (ours), so that the other pairs of
-    the batch are there twice. Nothing is added to the module.
+    the batch are there twice, and their loss is of another size from ``start_epoch`` on. Nothing is added to the module.
 
     Args:
         queue_size: Pairs kept, of all processes; at least one global batch.
@@ -42,7 +43,8 @@ class FalseNegativeElimination(Callback):
         monotone: Let the posterior never fall as the similarity rises.
         cut_down: Below which similarity candidates weigh nothing.
         positive: ``"momentum"``: the positives are embeddings of the slow copy, as published, and gradient flows through the
-            anchor alone; ``"online"``: those of the batch, with gradient (ours). Hinges only.
+            anchor alone, so that a locked tower leaves one direction without any; ``"online"``: those of the batch, with
+            gradient (ours). Hinges only.
         fill_during_warmup: Fill the queue in the epochs before ``start_epoch`` too (ours).
         seed: Of the draws.
 
@@ -79,8 +81,8 @@ class FalseNegativeElimination(Callback):
         seed: int = 0,
     ) -> None:
         for name, value, least in (("queue_size", queue_size, 1), ("start_epoch", start_epoch, 0)):
-            if value < least:
-                raise ValueError(f"Expected `{name}` to be at least {least}, got {value}.")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"Expected `{name}` to be an integer of at least {least}, got {value}.")
         check_momentum(momentum)
         check_choice("positive", positive, ("momentum", "online"))
         self.queue_size, self.momentum, self.start_epoch = queue_size, momentum, start_epoch
@@ -97,7 +99,7 @@ class FalseNegativeElimination(Callback):
         )
         self.encoder: MomentumEncoder | None = None
         self.bank: MemoryBank | None = None
-        self._is_fitting = False
+        self._is_fitting, self._is_checked, self._is_told = False, False, False
         self._restored: dict[str, Any] | None = None
         self._incoming: EmbeddingPairs | None = None
         self._optimizer_steps = 0
@@ -124,21 +126,27 @@ class FalseNegativeElimination(Callback):
                 f"Expected a loss that takes `memory`, got {type(loss).__name__}. Use TripletLoss, QuintupletLoss, "
                 "InfoNCELoss, SigmoidLoss or a subclass of `PairLoss`."
             )
-        self._restored, self.encoder, self.bank = None, None, None
+        epochs = range(trainer.max_epochs or 0)
+        if epochs and not trainer.fast_dev_run and not any(map(self.is_active, epochs)):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"With `start_epoch={self.start_epoch}` and `max_epochs={trainer.max_epochs}`, no batch is ever compared with "
+                "the memory bank. For a run of one epoch, set `start_epoch=0`."
+            )
+        self._restored, self.encoder, self.bank, self._is_checked, self._is_told = None, None, None, False, False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the module, or go on with the copy of a checkpoint."""
         restored, self._restored = self._restored, None
         self.encoder = MomentumEncoder(pl_module, self.momentum)
+        self.encoder.module.trainer = trainer  # type: ignore[assignment]  # a module may ask for the epoch
         self.sampler.to(pl_module.device, torch.float32 if pl_module.device.type == "mps" else torch.float64)
         if restored is None:
             self.sampler.start_step(-1, 0)
             return
-        self.encoder.module.load_state_dict(restored["encoder"])
+        self.encoder.module.load_state_dict(restored["encoder"], strict=pl_module.strict_loading)
         self.sampler.load_state_dict(restored["sampler"])
         if restored["bank"] is not None:
-            image = restored["bank"]["image"]
-            self.bank = MemoryBank(*image.shape, dtype=image.dtype).to(pl_module.device)
+            self.bank = MemoryBank(*restored["bank"]["image"].shape)
             self.bank.load_state_dict(restored["bank"])
 
     def on_train_batch_start(
@@ -146,8 +154,8 @@ class FalseNegativeElimination(Callback):
     ) -> None:
         """Embed the batch with the slow copy, and put the candidates into it."""
         self._optimizer_steps, self._incoming = trainer.global_step, None
-        is_active = self.is_active(trainer.current_epoch)
-        if not (is_active or self.fill_during_warmup):
+        is_active = self.is_active(trainer.current_epoch) or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self._is_checked and not (is_active or self.fill_during_warmup):
             return
         if not isinstance(batch, MutableMapping):
             raise TypeError(
@@ -155,13 +163,16 @@ class FalseNegativeElimination(Callback):
             )
         with trainer.precision_plugin.forward_context():
             pairs = self._encoder()(batch)
-        self._incoming = _in_order(pairs.gather(), trainer.world_size)
-        bank = self._bank(self._incoming)
-        bank.check(self._incoming)
+        everything = _in_order(pairs.gather(), trainer.world_size)
+        bank = self._bank(everything)
+        bank.check(everything)
+        self._is_checked = True  # at the fit's first batch, which need not be an active one
+        if is_active or self.fill_during_warmup:
+            self._incoming = everything
         if is_active:
             self.sampler.start_step(trainer.current_epoch, batch_idx)
             positive = pairs if self.positive == "momentum" else None
-            batch["memory"] = MemoryCandidates(*bank.with_batch(self._incoming), positive, self.sampler)
+            batch["memory"] = MemoryCandidates(*bank.with_batch(everything), positive, self.sampler)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -170,16 +181,26 @@ class FalseNegativeElimination(Callback):
         if self._incoming is not None:
             bank = self._bank(self._incoming)
             bank.enqueue(self._incoming)
-            self._log(pl_module, bank, len(self._incoming))
+            if "memory" in batch:
+                self._log(pl_module, bank, len(self._incoming))
+                self._check_asked(pl_module)
             self._incoming = None
         if trainer.global_step > self._optimizer_steps:
             self._encoder().update(pl_module)
-            if trainer.loggers and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            every = trainer.log_every_n_steps if trainer.loggers else 0  # type: ignore[attr-defined]
+            if every and trainer.global_step % every == 0:
                 self._check_finite(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise if an embedding was not finite; between steps, no one would wait for the answer."""
         self._check_finite(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the device; a checkpoint can be saved and the queue plotted after a fit, too."""
+        if stage == "fit":
+            for part in (self.encoder, self.bank, self.sampler):
+                if part is not None:
+                    part.cpu()
 
     def plot(self) -> Any:
         """Draw the similarities in the queue, the two fitted densities, and the posterior.
@@ -239,11 +260,19 @@ class FalseNegativeElimination(Callback):
                 f"{trainer.global_step}. They are not in the queue; lower the learning rate, or clip gradients."
             )
 
+    def _check_asked(self, pl_module: L.LightningModule) -> None:
+        if not (self.sampler.was_asked or self._is_told):
+            self._is_told = True
+            rank_zero_warn(
+                f"The memory bank is not used: nothing asked its sampler in `{type(pl_module).__name__}.training_step`. Pass "
+                "`memory=batch['memory']` on to the loss."
+            )
+
     def _bank(self, pairs: EmbeddingPairs) -> MemoryBank:
         if self.bank is None:
-            self.bank = MemoryBank(self.queue_size, pairs.image.shape[1], dtype=pairs.image.dtype).to(
-                pairs.image.device
-            )
+            self.bank = MemoryBank(self.queue_size, pairs.image.shape[1])
+        if (self.bank.image.dtype, self.bank.image.device) != (pairs.image.dtype, pairs.image.device):
+            self.bank.to(pairs.image.device, pairs.image.dtype)
         return self.bank
 
     def _encoder(self) -> MomentumEncoder:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_itm.data.batch import EmbeddingPairs
 from lightning_itm.functional.false_negatives import DrawnNegative
-from lightning_itm.functional.similarity import DirectionScores, direction_scores
+from lightning_itm.functional.similarity import DirectionScores, full_precision, negative_mask
 
 
 class NegativeSampler(Protocol):
@@ -45,21 +45,23 @@ class MemoryDirection(NamedTuple):
     number: int
     """0: image to text, 1: text to image."""
 
+    def similarity(self) -> Tensor:
+        """Compare the anchors with all candidates, `(anchors, candidates + mined)`, in float32 or more."""
+        with torch.autocast(self.anchor.device.type, enabled=False):
+            anchor = full_precision(self.anchor)
+            similarity = anchor @ self.candidate.to(anchor.dtype).T
+            if self.mined is None:
+                return similarity
+            return torch.cat([similarity, anchor @ full_precision(self.mined).T], dim=1)
+
+    def positive_similarity(self) -> Tensor:
+        """Compare the anchors with their positives, `(anchors,)`."""
+        return (full_precision(self.anchor) * self.positive).sum(dim=1)
+
     def scores(self) -> DirectionScores:
         """Compare the anchors with their positives and all candidates."""
-        ids = {"anchor_id": self.anchor_id, "candidate_id": self.candidate_id}
-        if self.mined is None:
-            return direction_scores(self.anchor, self.positive, self.candidate, **ids)
-        split = self.candidate_id.tensor_split([len(self.candidate)])
-        parts = [
-            direction_scores(self.anchor, self.positive, candidate, anchor_id=self.anchor_id, candidate_id=candidate_id)
-            for candidate, candidate_id in zip((self.candidate, self.mined), split, strict=True)
-        ]
-        return DirectionScores(
-            torch.cat([part.similarity for part in parts], dim=1),
-            parts[0].positive,
-            torch.cat([part.negative_mask for part in parts], dim=1),
-        )
+        mask = negative_mask(self.anchor_id, self.candidate_id)
+        return DirectionScores(self.similarity(), self.positive_similarity(), mask)
 
     def take(self, index: Tensor) -> Tensor:
         """Return candidates by their place, `(anchors, dim)`, with gradient where they have any."""
@@ -82,7 +84,7 @@ class MemoryCandidates:
         image_id: int64 `(candidates,)`.
         valid: bool `(candidates,)`; False for places that hold nothing.
         positive: The momentum embeddings of this rank's own pairs, which take the place of the positives; ``None``: the
-            positives are those of the batch, with gradient.
+            positives are those of the batch, with gradient. Where a row is not finite, that of the batch stands in.
         sampler: Chooses, or weighs.
     """
 
@@ -106,12 +108,18 @@ class MemoryCandidates:
             pairs: The anchors.
             mined: Further candidates.
         """
-        positive = pairs if self.positive is None else self.positive
+        image, text = pairs.image, pairs.text
+        if self.positive is not None:
+            image, text = _finite_or(self.positive.image, image), _finite_or(self.positive.text, text)
         candidate_id = torch.where(self.valid, self.image_id, -1)
         if mined is not None:
             candidate_id = torch.cat([candidate_id, mined.image_id])
         ids = pairs.image_id, candidate_id, pairs.text_id
         return (
-            MemoryDirection(pairs.image, positive.text, self.text, None if mined is None else mined.text, *ids, 0),
-            MemoryDirection(pairs.text, positive.image, self.image, None if mined is None else mined.image, *ids, 1),
+            MemoryDirection(pairs.image, text, self.text, None if mined is None else mined.text, *ids, 0),
+            MemoryDirection(pairs.text, image, self.image, None if mined is None else mined.image, *ids, 1),
         )
+
+
+def _finite_or(rows: Tensor, others: Tensor) -> Tensor:
+    return torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, others.detach())

@@ -17,6 +17,7 @@ from lightning_itm.functional.similarity import (
     negative_mask,
     unit_norm,
 )
+from lightning_itm.functional.switching import Switch, switched
 from lightning_itm.functional.top_k import TopK, score_ceiling, top_k_negatives
 from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
 
@@ -25,6 +26,7 @@ __all__ = [
     "DrawnNegative",
     "OfflineScores",
     "SimilarityFit",
+    "Switch",
     "TopK",
     "direction_scores",
     "draw_negative",
@@ -41,6 +43,7 @@ __all__ = [
     "score_ceiling",
     "selective_cost",
     "sigmoid_cost",
+    "switched",
     "top_k_negatives",
     "unit_norm",
 ]

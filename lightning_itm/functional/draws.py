@@ -1,9 +1,11 @@
 """Uniform numbers that are functions of what they are for."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its integers are beyond what the compiler takes
 def uniform(ids: Int[Tensor, " rows"], *key: int) -> Float[Tensor, " rows"]:
     """Draw a number in [0, 1) for each id: the same on any device, in any batch and after a resume.
 

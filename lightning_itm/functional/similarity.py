@@ -33,7 +33,7 @@ def unit_norm(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows di
         >>> unit_norm(torch.tensor([[3.0, 4.0]]))
         tensor([[0.6000, 0.8000]])
     """
-    return torch.nn.functional.normalize(_full_precision(embeddings), dim=-1)
+    return torch.nn.functional.normalize(full_precision(embeddings), dim=-1)
 
 
 def direction_scores(
@@ -66,7 +66,7 @@ def direction_scores(
                 [ True, False]])
     """
     with torch.autocast(anchor.device.type, enabled=False):
-        anchor, positive, candidate = map(_full_precision, (anchor, positive, candidate))
+        anchor, positive, candidate = map(full_precision, (anchor, positive, candidate))
         return DirectionScores(
             similarity=anchor @ candidate.T,
             positive=(anchor * positive).sum(dim=-1),
@@ -98,5 +98,6 @@ def hardest_negative(scores: DirectionScores) -> Float[Tensor, " anchors"]:
     return scores.similarity.masked_fill(~scores.negative_mask, -torch.inf).max(dim=1).values
 
 
-def _full_precision(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
+    """Return float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -85,6 +85,12 @@ class DualEncoder(L.LightningModule):
         """Return one vector a text, `(pairs, dim)`, of any length. Override."""
         raise NotImplementedError(f"Override `encode_text` in {type(self).__name__}: one vector (pairs, dim) a text.")
 
+    def towers(self) -> dict[str, nn.Module]:
+        """Return the parts whose gradients are watched apart: ``image_encoder`` and ``text_encoder``, if there are, or all."""
+        found = {name: getattr(self, f"{name}_encoder", None) for name in ("image", "text")}
+        modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+        return modules if len(modules) == 2 else {"model": self}
+
     def embed(self, batch: Any) -> EmbeddingPairs:
         """Encode a batch; unit-norm, in float32 whatever the autocast dtype.
 

@@ -17,8 +17,8 @@ from lightning_itm.functional.false_negatives import (
     match_odds,
     sampling_weights,
 )
-from lightning_itm.functional.similarity import DirectionScores, hardest_negative, negative_mask
-from lightning_itm.modules.pair_loss import both_directions, check_choice
+from lightning_itm.functional.similarity import DirectionScores, full_precision, negative_mask
+from lightning_itm.modules.pair_loss import check_choice
 
 CHUNK_ELEMENTS = {"cpu": 1 << 19}  # what fits its caches: three times as fast as all at once
 DEFAULT_CHUNK_ELEMENTS = 1 << 26
@@ -61,10 +61,12 @@ class SimilarityStatistics(nn.Module):
     @torch.no_grad()
     def update(self, pairs: EmbeddingPairs) -> None:
         """Take in the pairs of a batch, of all ranks. Values that are not finite do not count."""
-        i2t, t2i = both_directions(pairs, pairs)
-        hardest = torch.stack([hardest_negative(i2t), hardest_negative(t2i)])
-        mutual = (i2t.positive > hardest).all(dim=0) & hardest.isfinite().all(dim=0)
-        values = torch.stack([torch.stack([i2t.positive, i2t.positive]), hardest]).flatten(1)
+        with torch.autocast(pairs.image.device.type, enabled=False):
+            image, text = full_precision(pairs.image), full_precision(pairs.text)
+            positive = (image * text).sum(dim=1)
+            hardest = _hardest(image, text, pairs.image_id)
+        mutual = (positive > hardest).all(dim=0) & hardest.isfinite().all(dim=0)
+        values = torch.stack([torch.stack([positive, positive]), hardest]).flatten(1)
         counts = torch.stack([mutual, torch.zeros_like(mutual), mutual, mutual]).view(2, -1)
         self.merge(values, counts)
 
@@ -138,23 +140,25 @@ class FalseNegativeSampler(nn.Module):
             if not 0 < value < 1:
                 raise ValueError(f"Expected `{name}` to be between 0 and 1, got {value}.")
         for name, value in (("sharpness", sharpness), ("min_count", min_count)):
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"Expected `{name}` not to be negative, got {value}.")
         self.prior, self.sharpness, self.threshold = prior, sharpness, threshold
         self.min_count, self.weighting, self.monotone, self.cut_down = min_count, weighting, monotone, cut_down
-        self.seed, self.epoch, self.step = seed, 0, 0
+        self.seed, self.epoch, self.step, self.was_asked = seed, 0, 0, False
         self.statistics = SimilarityStatistics()
 
     def start_step(self, epoch: int, step: int) -> None:
         """Say which step comes: statistics are of one epoch, draws of one step."""
         if epoch != self.epoch:
             self.statistics.reset()
-        self.epoch, self.step = epoch, step
+        self.epoch, self.step, self.was_asked = epoch, step, False
 
     def observe(self, candidates: EmbeddingPairs) -> None:
         """Take the pairs of all ranks into the statistics."""
+        self.was_asked = True
         self.statistics.update(candidates)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, it would be anew for every step's number
     @torch.no_grad()
     def draw(self, direction: MemoryDirection, *, margin: float | None) -> tuple[DrawnNegative, dict[str, Tensor]]:
         """Draw one negative for each anchor.
@@ -166,16 +170,11 @@ class FalseNegativeSampler(nn.Module):
         Returns:
             The draws and the diagnostics.
         """
-        with torch.autocast(direction.anchor.device.type, enabled=False):
-            candidate = direction.candidate
-            if direction.mined is not None:
-                candidate = torch.cat([candidate, direction.mined])
-            similarity = direction.anchor @ candidate.T
-            positive = (direction.anchor * direction.positive).sum(dim=1)
+        similarity, positive = direction.similarity(), direction.positive_similarity()
         numbers = uniform(direction.draw_id, self.seed, self.epoch, self.step, direction.number)
         weigh = self._weigher(margin)
         drawn, watched = [], []
-        for rows in _chunks(similarity):
+        for rows in _chunks(len(similarity), similarity.shape[1], similarity.device):
             mask = negative_mask(direction.anchor_id[rows], direction.candidate_id)
             scores = DirectionScores(similarity[rows], positive[rows], mask)
             weights, diagnostics = weigh(scores)
@@ -197,7 +196,7 @@ class FalseNegativeSampler(nn.Module):
             The weights `(anchors, candidates)`, and the diagnostics.
         """
         weigh, weights, watched = self._weigher(margin), torch.empty_like(scores.similarity), []
-        for rows in _chunks(scores.similarity):
+        for rows in _chunks(len(weights), weights.shape[1], weights.device):
             part = DirectionScores(scores.similarity[rows], scores.positive[rows], scores.negative_mask[rows])
             weights[rows], diagnostics = weigh(part)
             watched.append(diagnostics)
@@ -241,7 +240,17 @@ class FalseNegativeSampler(nn.Module):
         return weigh
 
 
-def _chunks(similarity: Tensor) -> list[slice]:
-    """Split the rows so that each part fits the caches."""
-    rows = max(1, CHUNK_ELEMENTS.get(similarity.device.type, DEFAULT_CHUNK_ELEMENTS) // max(1, similarity.shape[1]))
-    return [slice(start, start + rows) for start in range(0, len(similarity), rows)]
+def _hardest(image: Tensor, text: Tensor, image_id: Tensor) -> Tensor:
+    """Return the hardest negative of each image and of each text, `(2, pairs)`; some rows of similarities at once."""
+    of_image, of_text = [], image.new_full((len(text),), -torch.inf)
+    for rows in _chunks(len(image), len(text), image.device):
+        similarity = (image[rows] @ text.T).masked_fill_(~negative_mask(image_id[rows], image_id), -torch.inf)
+        of_image.append(similarity.amax(dim=1))
+        of_text = torch.maximum(of_text, similarity.amax(dim=0))
+    return torch.stack([torch.cat(of_image), of_text])
+
+
+def _chunks(num_rows: int, num_columns: int, device: torch.device) -> list[slice]:
+    """Split rows of scores so that each part fits the caches."""
+    rows = max(1, CHUNK_ELEMENTS.get(device.type, DEFAULT_CHUNK_ELEMENTS) // max(1, num_columns))
+    return [slice(start, start + rows) for start in range(0, num_rows, rows)]

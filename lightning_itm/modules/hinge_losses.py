@@ -58,6 +58,11 @@ class TripletLoss(PairLoss):
                 raise ValueError(f"Expected `{name}` to be positive, got {value}.")
         self.margin, self.negatives, self.epsilon = margin, negatives, epsilon
 
+    @property
+    def has_selective_rule(self) -> bool:
+        """Whether there is a rule to switch: not with the mean over all negatives."""
+        return self.negatives != "mean"
+
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the hinge cost of each anchor; see :mod:`lightning_itm.functional.triplet`."""
         rule = {}
@@ -79,18 +84,18 @@ class TripletLoss(PairLoss):
         mean over the batch instead (ours).
         """
         drawn, rule = memory.sampler.draw(direction, margin=self.margin)
-        positive = _cosine(direction.anchor, direction.positive)
         negative = _cosine(direction.anchor, direction.take(drawn.candidate_index))
-        cost = (self.margin - positive + negative).clamp_min(0).masked_fill(~drawn.is_negative, 0)
+        negative = negative.masked_fill(~drawn.is_negative, -torch.inf)
+        cost = (self.margin - direction.positive_similarity() + negative).clamp_min(0)
         if self._is_selective(selective):
             of_batch, averaged = selective_cost(scores, margin=self.margin, epsilon=self.epsilon, enabled=selective)
             cost = torch.where(averaged, of_batch, cost)
+            negative = torch.where(averaged, hardest_negative(scores), negative)
             rule = {**rule, "averaged_fraction": averaged}
-        negative = negative.masked_fill(~drawn.is_negative, -torch.inf)
         return DirectionCost(cost, {"active_fraction": cost > 0, **rule}, negative)
 
     def _is_selective(self, selective: Tensor | None) -> bool:
-        if self.negatives == "mean" and selective is not None:
+        if not self.has_selective_rule and selective is not None:
             raise ValueError(
                 "TripletLoss(negatives='mean') has no selective rule to switch. Use 'hardest' or 'selective'."
             )
@@ -164,6 +169,11 @@ class QuintupletLoss(PairLoss):
             "clamp_weights": clamp_weights,
             "mask_matched": mask_matched,
         }
+
+    @property
+    def has_selective_rule(self) -> bool:
+        """Whether the online loss has one."""
+        return self.online.has_selective_rule
 
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the online cost; what there is without mined negatives."""

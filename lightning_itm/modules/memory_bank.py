@@ -42,7 +42,7 @@ class MemoryBank(nn.Module):
             self.register_buffer(name, torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("image_id", torch.full((size,), -1))
         self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
-        self.register_buffer("num_refused", torch.zeros((), dtype=torch.long))
+        self.register_buffer("num_refused", torch.zeros((), dtype=torch.long), persistent=False)
 
     def __len__(self) -> int:
         return len(self.image)

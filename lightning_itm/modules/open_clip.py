@@ -89,6 +89,17 @@ class OpenCLIPDualEncoder(DualEncoder):
         """Encode token ids `(pairs, context_length)`."""
         return self.model.encode_text(text)  # type: ignore[no-any-return]
 
+    def towers(self) -> dict[str, nn.Module]:
+        """Return the image tower, and all the rest of the model, which is the text tower."""
+        text = nn.Module()
+        for name, module in self.model.named_children():
+            if name != "visual":
+                text.add_module(name, module)
+        for name, parameter in self.model.named_parameters(recurse=False):
+            if not name.startswith("logit_"):
+                text.register_parameter(name, parameter)
+        return {"image": self.model.visual, "text": text}
+
     def _hand_over_scale(self) -> None:
         if not getattr(self.loss, "takes_pretrained_scale", False):
             return

@@ -41,12 +41,19 @@ class PairLoss(nn.Module, ABC):
         check_choice("reduction", reduction, ("mean", "sum"))
         self.reduction = reduction
 
+    @property
+    def has_selective_rule(self) -> bool:
+        """Whether ``selective`` in :meth:`forward` means anything."""
+        return False
+
     @abstractmethod
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the cost of each anchor of one direction.
 
         Args:
-            scores: The anchors against the candidates.
+            scores: The anchors against the candidates. With a memory bank its candidates are among them, and
+                ``scores.log_weight`` is what to add to their logits: a loss that ignores it weighs likely false negatives like
+                the others.
             selective: bool `(anchors,)`, or None; see :meth:`forward`.
         """
 

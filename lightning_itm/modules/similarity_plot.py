@@ -11,6 +11,7 @@ from lightning_itm.modules.false_negatives import FalseNegativeSampler
 from lightning_itm.modules.memory_bank import MemoryBank
 
 MAX_PAIRS = 2048  # of the queue; four million similarities
+LOW, BINS = -0.2, 120
 
 
 def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
@@ -25,19 +26,19 @@ def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
     """
     import matplotlib.pyplot as plt
 
-    fit = [value.cpu() for value in sampler.statistics.fit()]
-    positive, negative = _similarities(bank)
-    grid = torch.linspace(-0.2, 1, 1201, dtype=torch.float64)
-    (figure, axes), step = plt.subplots(figsize=(9, 5), layout="constrained"), 0.01
-    edges = torch.arange(-0.2, 1 + step, step).tolist()
-    for values, mean, variance, color, name in (
-        (negative, fit[2], fit[3], "tab:red", "negatives"),
-        (positive, fit[0], fit[1], "tab:blue", "positives"),
-    ):
-        axes.hist(values.tolist(), edges, density=True, color=color, alpha=0.25, label=f"all {name} in the queue")
-        density = Normal(mean, variance.clamp_min(MIN_VARIANCE).sqrt()).log_prob(grid).exp()
-        label = "positives, fitted" if name == "positives" else "hardest negatives, fitted"
-        axes.plot(grid, density, color=color, label=label)
+    fit = [value.cpu().double() for value in sampler.statistics.fit()]
+    grid = torch.linspace(LOW, 1, 1201, dtype=torch.float64)
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    kinds = (("negatives", "tab:red", "hardest negatives, fitted"), ("positives", "tab:blue", "positives, fitted"))
+    counts = sampler.statistics.count.flip(0).tolist()
+    for place, (similarities, (name, color, label)) in enumerate(zip(_similarities(bank), kinds, strict=True)):
+        if len(similarities):
+            heights = similarities.clamp(LOW, 1).histc(BINS, LOW, 1) * (BINS / (1 - LOW) / len(similarities))
+            edges = torch.linspace(LOW, 1, BINS + 1)
+            axes.stairs(heights, edges, fill=True, color=color, alpha=0.25, label=f"all {name} in the queue")
+        if counts[place] > 1:
+            mean, variance = fit[2 - 2 * place], fit[3 - 2 * place].clamp_min(MIN_VARIANCE)
+            axes.plot(grid, Normal(mean, variance.sqrt()).log_prob(grid).exp(), color=color, label=label)
     axes.set(xlabel="cosine similarity", ylabel="density", ylim=(0, None), title="Which candidates are likely matches?")
     right = axes.twinx()
     statistics = dict(zip(("positive_mean", "positive_var", "negative_mean", "negative_var"), fit, strict=True))
@@ -56,4 +57,4 @@ def _similarities(bank: MemoryBank) -> tuple[Tensor, Tensor]:
     kept = bank.valid.nonzero().squeeze(1)[:MAX_PAIRS]
     image, text, image_id = bank.image[kept].float(), bank.text[kept].float(), bank.image_id[kept]
     similarity = image @ text.T
-    return similarity.diagonal().cpu(), similarity[image_id[:, None] != image_id].cpu()
+    return similarity[image_id[:, None] != image_id].cpu(), similarity.diagonal().cpu()

@@ -1,7 +1,10 @@
+import threading
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_itm import EmbeddingPairs, MemoryBank, MomentumEncoder
 from tests.tiny import Tiny, tiny_data
@@ -133,10 +136,56 @@ class TestMomentumEncoder:
         with pytest.raises(ValueError, match=rf"Expected `momentum` to be in \[0, 1\), got {momentum}"):
             MomentumEncoder(self.module, momentum)
 
-    def test_an_encoder_that_is_bound_to_the_live_module(self):
-        self.module.encode_image = torch.compile(self.module.encode_image)
-        with pytest.raises(TypeError, match=r"Expected `encode_image` to be a method of Tiny.*Compile the submodules"):
+    def test_a_copy_that_runs_the_live_weights(self):
+        """A compiled method, a closure, a hook: all are found by what they do."""
+
+        def compiled(module):
+            module.encode_image = torch.compile(module.encode_image, backend="eager")
+
+        def closure(module):
+            inner = module.text_encoder.forward
+            module.text_encoder.forward = lambda text: inner(text)
+
+        def hook(module):
+            module.text_encoder.register_forward_hook(lambda *_: module.text_encoder.weight[:4])
+
+        for spoil, kind in ((compiled, "image"), (closure, "text"), (hook, "text")):
+            module = Tiny()
+            spoil(module)
+            with pytest.raises(TypeError, match=f"its {kind} embeddings come from those of the module itself"):
+                MomentumEncoder(module)(self.batch)
+
+    def test_other_attributes_are_no_matter(self):
+        self.module.encode_batch_size = 64
+        self.module.image_encoder.compile(backend="eager")
+        assert len(MomentumEncoder(self.module)(self.batch)) == 4
+
+    def test_buffers_that_are_made_late_or_change_their_shape(self):
+        self.module.text_encoder.register_buffer("cache", None)
+        self.module.text_encoder.register_buffer("grows", torch.zeros(2))
+        encoder = MomentumEncoder(self.module)
+        self.module.text_encoder.cache, self.module.text_encoder.grows = torch.ones(3), torch.ones(5)
+        nn.init.constant_(self.module.image_encoder[2].running_mean, 7)
+        encoder.update(self.module)
+        assert (encoder.module.image_encoder[2].running_mean == 7).all()
+        assert len(encoder.module.text_encoder.grows) == 2
+
+    def test_parameters_that_come_later(self):
+        encoder = MomentumEncoder(self.module)
+        self.module.extra = nn.Linear(2, 2)
+        with pytest.raises(
+            RuntimeError, match=r"to keep its parameters, got \['extra.bias', 'extra.weight'\] new or gone"
+        ):
+            encoder.update(self.module)
+
+    def test_a_module_that_cannot_be_copied(self):
+        self.module.lock = threading.Lock()
+        with pytest.raises(TypeError, match=r"Expected a Tiny that can be copied, got: cannot pickle .*Keep locks"):
             MomentumEncoder(self.module)
+
+    def test_a_frozen_tower_may_be_of_half_precision(self):
+        self.module.text_encoder.requires_grad_(False).bfloat16()
+        assert MomentumEncoder(self.module)(self.batch).text.dtype == torch.float32
 
     def test_weights_of_half_precision(self):
         with pytest.raises(TypeError, match=r"Expected float32 weights, got torch.bfloat16.*bf16-mixed"):
