@@ -11,7 +11,7 @@ from lightning_itm.modules.false_negatives import FalseNegativeSampler
 from lightning_itm.modules.memory_bank import MemoryBank
 
 MAX_PAIRS = 2048  # of the queue; four million similarities
-LOW, BINS = -0.2, 120
+LOW, BINS = -0.5, 150
 
 
 def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
@@ -45,7 +45,7 @@ def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
     posterior = false_negative_posterior(grid, **statistics, prior=sampler.prior, monotone=sampler.monotone)
     right.plot(grid, posterior, color="black", linestyle="--", label="posterior P (right)")
     right.axhline(sampler.threshold, color="gray", linewidth=0.8, linestyle=":", label="threshold (right)")
-    right.set(ylabel="posterior of a match", ylim=(0, 1.02))
+    right.set(ylabel="posterior of a match", yscale="log", ylim=(1e-6, 2))
     lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="upper left")
     axes.spines[["top"]].set_visible(False)
