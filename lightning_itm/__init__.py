@@ -5,8 +5,10 @@ from lightning_itm.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_itm.callbacks.offline_hard_negative_mining import OfflineHardNegativeMining
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, ImageTextBatch, collate
 from lightning_itm.data.datamodule import ImageTextDataModule
+from lightning_itm.data.features import RegionPairs, Vocabulary
 from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.memory import MemoryCandidates, MemoryDirection, NegativeSampler
+from lightning_itm.data.padded import PaddedSequence
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.modules.contrastive_losses import InfoNCELoss, SigmoidLoss
 from lightning_itm.modules.dual_encoder import DualEncoder
@@ -16,6 +18,7 @@ from lightning_itm.modules.memory_bank import MemoryBank
 from lightning_itm.modules.momentum import MomentumEncoder
 from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
 from lightning_itm.modules.pair_loss import PairLoss
+from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "EmbeddingPairs",
     "FalseNegativeElimination",
     "FalseNegativeSampler",
+    "GeneralizedPooling",
     "GradientNormMonitor",
     "HardNegativePairs",
     "HardNegatives",
@@ -39,10 +43,16 @@ __all__ = [
     "NegativeTable",
     "OfflineHardNegativeMining",
     "OpenCLIPDualEncoder",
+    "PaddedSequence",
     "PairLoss",
     "QuintupletLoss",
+    "RegionEncoder",
+    "RegionPairs",
+    "ResidualVSE",
     "SigmoidLoss",
     "SimilarityStatistics",
     "TripletLoss",
+    "Vocabulary",
+    "WordEncoder",
     "collate",
 ]

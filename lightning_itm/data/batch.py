@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from lightning_itm.data.padded import pad_if_ragged
 from lightning_itm.distributed import gather, gather_with_gradient
 
 
@@ -164,7 +165,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         samples: One dict a pair, as :class:`~lightning_itm.ImageTextPairs` returns them.
 
     Returns:
-        A batch: numbers and tensors stacked, strings in a list.
+        A batch: numbers and tensors stacked, strings in a list, sequences of several lengths padded.
 
     Raises:
         ValueError: Images or texts of several shapes, which no batch can hold.
@@ -177,4 +178,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 + ("Give `ImageTextPairs` a `transform` and an `eval_transform` that resize." if key == "image" else "")
                 + ("Give `ImageTextPairs` a `tokenizer` that pads to a fixed length." if key == "text" else "")
             )
-    return default_collate(list(samples))  # type: ignore[no-any-return]
+    padded = {key: pad_if_ragged([sample[key] for sample in samples]) for key in samples[0]}
+    padded = {key: values for key, values in padded.items() if values is not None}
+    rest = [{key: value for key, value in sample.items() if key not in padded} for sample in samples]
+    return {**default_collate(rest), **padded}

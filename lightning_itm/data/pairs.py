@@ -52,8 +52,8 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         eval_transform: Callable[[Image.Image], Any] | None = None,
         tokenizer: Callable[[list[str]], Tensor] | None = None,
     ) -> None:
-        self.images = list(images)  # by position: a pandas Series is indexed by its labels
-        self.texts, self.text_image_id = _flatten(texts, text_image_id, len(self.images))
+        self.images: Sequence[Any] = list(images)  # by position: a pandas Series is indexed by its labels
+        self.texts, self.text_image_id = flatten_texts(texts, text_image_id, len(self.images))
         self.transform = transform or to_tensor
         self.eval_transform = eval_transform or self.transform
         self.tokenizer = tokenizer
@@ -235,9 +235,15 @@ class UnreadablePairError(RuntimeError):
     """A pair that can't be used: its image does not open, or its text is empty."""
 
 
-def _flatten(
+def flatten_texts(
     texts: Sequence[str] | Sequence[Sequence[str]], text_image_id: Sequence[int] | None, num_images: int
 ) -> tuple[list[str], Tensor]:
+    """Return the texts one after the other, and the image of each.
+
+    Raises:
+        ValueError: They do not match the images in number; ids that are not dense.
+        TypeError: A text that is no string.
+    """
     if num_images == 0:
         raise ValueError("Expected at least one image, got none.")
     texts = list(texts)

@@ -10,10 +10,11 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from lightning_itm.data.batch import HardNegatives
+from lightning_itm.data.padded import pad_if_ragged
 from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
 from lightning_itm.distributed import gather
 from lightning_itm.functional.draws import uniform
@@ -203,9 +204,16 @@ def _loader(
         batch_size,
         sampler=mine,
         num_workers=num_workers,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # of its own: no number is drawn from the streams of the run
     )
+
+
+def _collate(items: list[tuple[Any, bool]]) -> tuple[Any, Tensor]:
+    inputs, is_valid = zip(*items, strict=True)
+    padded = pad_if_ragged(inputs)
+    return default_collate(list(inputs)) if padded is None else padded, torch.tensor(is_valid)
 
 
 def _encode(trainer: L.Trainer, module: Any, kind: str, loader: DataLoader[Any], number: int) -> tuple[Tensor, Tensor]:
