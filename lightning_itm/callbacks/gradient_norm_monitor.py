@@ -53,7 +53,7 @@ class GradientNormMonitor(Callback):
         The rule: arXiv 2303.00181 (2023), where it is always on. The switch is ours.
     """
 
-    def __init__(self, low: float = 0.25, high: float = 0.75, *, smoothing: float = 0.9, min_steps: int = 5) -> None:
+    def __init__(self, low: float = 0.5, high: float = 0.8, *, smoothing: float = 0.9, min_steps: int = 5) -> None:
         self.options: dict[str, Any] = {"low": low, "high": high, "smoothing": smoothing, "min_steps": min_steps}
         GradientSwitch(1, **self.options)  # says at once if one is out of its range
         self.towers: dict[str, list[nn.Parameter]] = {}

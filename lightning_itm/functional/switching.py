@@ -29,7 +29,7 @@ def switched(switch: Switch, level: Float[Tensor, ""], *, low: float, high: floa
 
     Example:
         >>> off = Switch(torch.tensor(False), torch.tensor(9))
-        >>> switched(off, torch.tensor(0.1), low=0.25, high=0.75, min_steps=5)
+        >>> switched(off, torch.tensor(0.1), low=0.5, high=0.8, min_steps=5)
         Switch(is_on=tensor(True), age=tensor(0))
     """
     wants_turn = torch.where(switch.is_on, level > high, level < low)
