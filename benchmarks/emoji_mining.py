@@ -35,7 +35,8 @@ def load_example() -> Any:
 
 def run_seed(example: Any, seed: int, out: Path, epochs: int) -> dict[str, tuple[float, float]]:
     """Return rsum and seconds of every row."""
-    args = example.parse_arguments(["--seed", str(seed), "--out", str(out), "--finetune-epochs", str(epochs)])
+    fixed = ["--epochs", "8", "--finetune-epochs", str(epochs)]
+    args = example.parse_arguments(["--seed", str(seed), "--out", str(out), *fixed])
     start = example.train_row(args, "from scratch", "InfoNCE")
     rows = {"start": start}
     for name, loss, inject in (
