@@ -277,7 +277,7 @@ def plot(rows: list[Row], path: Path) -> None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=7, help="from scratch (7)")
+    parser.add_argument("--epochs", type=int, default=6, help="from scratch (6)")
     parser.add_argument("--finetune-epochs", type=int, default=2, help="of fine-tuning (2)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="from scratch (5e-4)")
     parser.add_argument("--finetune-learning-rate", type=float, default=2e-4, help="of fine-tuning (2e-4)")
