@@ -115,7 +115,7 @@ class GradientNormMonitor(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Measure: after unscaling, before clipping."""
-        self._measured = torch.stack([_measure(parameters) for parameters in self.towers.values()], dim=1)
+        self._measured = torch.stack([measure_gradient(parameters) for parameters in self.towers.values()], dim=1)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             # Such an optimizer unscales for itself, later. Asking for the scale by its name would wait for the device.
@@ -185,7 +185,7 @@ class GradientNormMonitor(Callback):
         return self.switch
 
 
-def _measure(parameters: list[nn.Parameter]) -> Tensor:
+def measure_gradient(parameters: list[nn.Parameter]) -> Tensor:
     """Return the norm of a tower's gradient, and the RMS over its matrices of gradient norm times weight norm."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     if not trained:
