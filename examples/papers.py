@@ -33,7 +33,7 @@ from lightning_itm import (
 
 
 class StepDecayedVSE(ResidualVSE):
-    """RVSE++ with the published schedule: no warm-up, a tenth of the learning rate from half of the epochs on."""
+    """RVSE++ with the published optimizer: AdamW as it comes, a tenth of the learning rate from half of the epochs on."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and its schedule."""
@@ -82,7 +82,7 @@ def aoq(args: argparse.Namespace) -> Recipe:
 def fne(args: argparse.Namespace) -> Recipe:
     """Set up FNE. Ours: the towers (the paper's are a ViT and BERT), batch, learning rate, epochs and the filled queue."""
     loss = TripletLoss(0.2)  # the margin of the paper's code
-    model = OpenCLIPDualEncoder(args.model, args.pretrained, loss, learning_rate=1e-5)  # ours
+    model = OpenCLIPDualEncoder(args.model, args.pretrained or None, loss, learning_rate=1e-5)  # ours
     sets = [
         ImageTextPairs.from_karpathy(args.data, args.images, split, **model.transforms)
         for split in ("train", "val", "test")
@@ -102,7 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="a folder of features, or for fne a Karpathy JSON")
     parser.add_argument("--images", type=Path, default=Path(), help="for fne: the folder of images")
     parser.add_argument("--model", default="ViT-B-16", help="for fne: a model of open_clip (ViT-B-16)")
-    parser.add_argument("--pretrained", default=None, help="for fne: its weights, a tag of open_clip or a file")
+    parser.add_argument("--pretrained", default="laion2b_s34b_b88k", help="for fne: its weights, a tag or a file")
     parser.add_argument("--monitor", action="store_true", help="for rvse: hardest negatives, and the monitor switches")
     parser.add_argument("--embed-dim", type=int, default=1024, help="for rvse and aoq (1024)")
     parser.add_argument("--batch-size", type=int, default=None, help="128, if not given")
@@ -112,7 +112,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true", help="bf16-mixed on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/papers"))
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.monitor and args.paper != "rvse":
+        parser.error("--monitor is for rvse")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Watch the gradients, and switch selective hard negatives on where they vanish."""
 
-from collections.abc import MutableMapping
 from typing import Any
 
 import lightning as L
@@ -10,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_itm.callbacks.whole_weights import check_whole_weights
+from lightning_itm.data.batch import check_batch
 from lightning_itm.distributed import gather
 from lightning_itm.modules.gradient_plot import plot_gradients
 from lightning_itm.modules.gradient_switch import GradientSwitch
@@ -24,12 +24,13 @@ class GradientNormMonitor(Callback):
     goes to zero. In a model that has converged, both are small. So the norm is judged relative to the loss, and to the
     weights, matrix by matrix:
 
-    .. math:: \kappa = \frac{1}{\ell} \sqrt{\frac{1}{M} \sum_{k=1}^{M} \|\nabla_{W_k} \ell\|^2 \|W_k\|^2}
+    .. math:: \kappa = \frac{1}{\ell} \max_k \|\nabla_{W_k} \ell\| \, \|W_k\|
 
-    is, per tower, by how many percent the loss can change with one percent of a weight matrix. It has no unit: a network of
-    another size, a loss of another scale or reduction, a layer with larger weights have the same κ. Both its parts are
-    exponential averages. The *level* of a tower is κ over its healthy value: the highest seen so far, but at least 3 and at
-    most 30. The lowest level of the towers decides: below ``low`` the rule goes on for all pairs, above ``high`` it goes off.
+    is, per tower, by how many percent the loss changes at most with one percent of a weight matrix. It has no unit: a loss of
+    another scale or reduction, or a layer with larger weights, has the same κ, and networks of very different sizes have
+    similar ones (``benchmarks/relative_gradient.py``). Both its parts are exponential averages. The *level* of a tower is κ
+    over its healthy value: the highest seen so far, but at least 3 and at most 30. The lowest level of the towers decides:
+    below ``low`` the rule goes on for all pairs, above ``high`` it goes off, as where the loss is below half of the margin.
 
     The switch travels in the batch as ``selective``; it rules ``TripletLoss(negatives="hardest")`` and ``"selective"`` alike,
     alone or in ``QuintupletLoss``. It is a tensor, and no host waits for it.
@@ -41,13 +42,13 @@ class GradientNormMonitor(Callback):
         min_steps: The least number of optimizer steps before the first turn, and between two.
 
     Logs ``gradient/<tower>_norm`` (L2, unscaled, before clipping), ``gradient/<tower>_relative`` (κ), ``gradient/level``,
-    ``gradient/selective`` (1 where the rule is on) and ``gradient/num_skipped``: steps whose gradient was not finite, which
-    count for nothing else.
+    ``gradient/selective`` (1 where the rule is on) and ``gradient/num_skipped``: steps whose gradient or loss was not
+    finite, which count for nothing else. A fit starts with the rule off, unless it resumes.
 
     Raises:
         ValueError: An argument out of its range; all parameters frozen; a checkpoint with other towers.
-        MisconfigurationException: A loss without a selective rule, a module that is no ``DualEncoder``, or a strategy that
-            shards the weights.
+        MisconfigurationException: A loss without a selective rule, a module that is no ``DualEncoder`` or steps its optimizers
+            itself, or a strategy that shards the weights.
 
     References:
         The rule: arXiv 2303.00181 (2023), where it is always on. The switch is ours.
@@ -61,6 +62,8 @@ class GradientNormMonitor(Callback):
         self._restored: dict[str, Any] | None = None
         self._is_fitting = False
         self._measured: Tensor | None = None
+        self._loss: Tensor | None = None  # of the batches of a step so far
+        self._num_batches = 0
         self._history: list[Tensor] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -79,7 +82,13 @@ class GradientNormMonitor(Callback):
                 f"Expected a loss with a selective rule to switch, got {type(loss).__name__}. "
                 "Use `TripletLoss(negatives='hardest')` or 'selective', or `QuintupletLoss` around one."
             )
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"Expected automatic optimization, got a {type(pl_module).__name__} that steps its optimizers itself: no step "
+                "would say which gradients belong to it. Leave `automatic_optimization` True."
+            )
         self._restored, self._history, self._measured = None, [], None
+        self._loss, self._num_batches = None, 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start with the rule off, or go on as a checkpoint says."""
@@ -107,32 +116,44 @@ class GradientNormMonitor(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Put the switch into the batch."""
-        if not isinstance(batch, MutableMapping) or "image_id" not in batch:
-            raise TypeError(f"Expected the batch to be a dict with `image_id`, got {type(batch).__name__}.")
+        check_batch(batch)
+        self._measured = None
         batch["selective"] = self._switch().is_on.expand(len(batch["image_id"]))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Measure: after unscaling, before clipping."""
-        self._measured = torch.stack([measure_gradient(parameters) for parameters in self.towers.values()], dim=1)
+        self._measured = torch.stack(
+            [measure_gradient(parameters, pl_module.device) for parameters in self.towers.values()], dim=1
+        )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             # Such an optimizer unscales for itself, later. Asking for the scale by its name would wait for the device.
-            self._measured = self._measured / scaler.scale(torch.ones((), device=self._measured.device))
+            scale = scaler.scale(torch.ones((), device=self._measured.device))
+            self._measured = torch.where(self._measured < 0, self._measured, self._measured / scale)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step, decide; all ranks alike."""
-        if self._measured is None or not isinstance(outputs, dict) or outputs.get("loss") is None:
+        if not isinstance(outputs, dict) or outputs.get("loss") is None:
             return
-        loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
+        loss = outputs["loss"].detach().float()
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._num_batches += 1
+        if self._measured is None:
+            return
+        # Lightning divides by the number of batches of a full window, also in the last one of an epoch.
+        correction = trainer.accumulate_grad_batches / self._num_batches
+        loss, self._loss, self._num_batches = self._loss * correction, None, 0
+        self._measured = torch.where(self._measured < 0, self._measured, self._measured * correction)
         values = gather(torch.cat([self._measured.flatten(), loss.view(1)])[None]).mean(dim=0)
         (norms, sizes), loss, self._measured = values[:-1].view(2, -1), values[-1], None
         switch = self._switch()
         is_on = switch.is_on.float()  # as it was in this step
-        level = switch.update(sizes, loss)
+        level = switch.update(sizes, loss, self._margin(pl_module, len(batch["image_id"]) * trainer.world_size))
+        norms = norms.clamp_min(0)
         logged = {f"gradient/{name}_norm": norm for name, norm in zip(self.towers, norms, strict=True)}
         logged |= {f"gradient/{name}_relative": one for name, one in zip(self.towers, switch.relative(), strict=True)}
         logged |= {
@@ -169,12 +190,19 @@ class GradientNormMonitor(Callback):
         """Return averages, switch and history."""
         if self.switch is None:
             return {}
-        return {"switch": self.switch.state_dict(), "history": self._rows().cpu(), "towers": list(self.towers)}
+        switch = {name: value.clone() for name, value in self.switch.state_dict().items()}
+        return {"switch": switch, "history": self._rows().cpu(), "towers": list(self.towers)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a run that goes on needs."""
         if self._is_fitting and state_dict:
             self._restored = state_dict
+
+    def _margin(self, pl_module: Any, num_anchors: int) -> float:
+        """Return the margin of the hinge in the units of the loss."""
+        loss = pl_module.loss
+        margin = float(getattr(loss, "online", loss).margin)
+        return margin * 2 * num_anchors if loss.reduction == "sum" else margin
 
     def _rows(self) -> Tensor:
         return torch.cat(self._history) if self._history else torch.zeros(0, 4 + len(self.towers))
@@ -185,20 +213,22 @@ class GradientNormMonitor(Callback):
         return self.switch
 
 
-def measure_gradient(parameters: list[nn.Parameter]) -> Tensor:
-    """Return the norm of a tower's gradient, and the RMS over its matrices of gradient norm times weight norm."""
+def measure_gradient(parameters: list[nn.Parameter], device: torch.device | None = None) -> Tensor:
+    """Return a tower's gradient norm, and the largest of its matrices' gradient norm times weight norm; −1 without any."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     if not trained:
-        return torch.zeros(2, device=parameters[0].device if parameters else None)
+        return torch.full((2,), -1.0, device=device)
     # Without any matrix, as where biases alone are trained, all of them.
     matrices = [parameter for parameter in trained if parameter.ndim >= 2] or trained
     others = [parameter for parameter in trained if parameter.ndim < 2] if matrices is not trained else []
     of_matrices = _norms([one.grad for one in matrices])
-    size, norm = (of_matrices * _norms(matrices)).square().mean().sqrt(), of_matrices.norm()
+    size, norm = (of_matrices * _norms(matrices)).max(), of_matrices.norm()
     if others:
         norm = torch.hypot(norm, _norms([one.grad for one in others]).norm())
     return torch.stack([norm, size])
 
 
 def _norms(tensors: list[Any]) -> Tensor:
-    return torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors])).float()
+    is_half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+    dtype = torch.float32 if is_half else None  # squares of half precision overflow
+    return torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors], 2, dtype)).float()

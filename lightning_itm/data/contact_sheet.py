@@ -68,6 +68,9 @@ def contact_sheet(
 
 
 def _show(ax: Any, pairs: ImageTextPairs, image_id: int) -> None:
+    if isinstance(pairs.images, range):  # features, by number: there is nothing to see
+        ax.text(0.5, 0.5, f"image {image_id}", ha="center", va="center", fontsize=8, transform=ax.transAxes)
+        return
     try:
         ax.imshow(open_rgb(pairs.images[image_id]))
     except UnreadableImageError:

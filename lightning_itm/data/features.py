@@ -80,7 +80,8 @@ class RegionPairs(ImageTextPairs):
     """Sets of region features with captions, for :class:`~lightning_itm.ResidualVSE`. One item is one caption with its image.
 
     The features are mapped, not loaded: a file of any size takes no more memory than the batches read from it. They come as
-    float32 whatever the file holds. In training, regions are dropped and words changed at random, as published.
+    float32 whatever the file holds. In training, regions are dropped and words changed at random, as published. A loader of
+    your own needs ``collate_fn=lightning_itm.collate``, which pads.
 
     Args:
         features: A ``.npy`` file `(images, regions, dim)`, or such an array.
@@ -158,7 +159,8 @@ class RegionPairs(ImageTextPairs):
                 raise FileNotFoundError(
                     f"Expected {path}, found none. Is `folder` {folder} right, and `split` {split!r}?"
                 )
-        texts = captions.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`, which takes signs within a caption for the end of a line.
+        texts = captions.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
         rows = FeatureRows(images)
         repeats = captions_per_image if len(rows) == len(texts) and _is_repeated(rows, captions_per_image) else 1
         per_row = 1 if len(rows) == len(texts) and repeats == 1 else captions_per_image
@@ -197,6 +199,10 @@ class FeatureRows:
     """
 
     def __init__(self, source: "str | PathLike[str] | np.ndarray[Any, Any]", step: int = 1) -> None:
+        if not isinstance(source, str | PathLike | np.ndarray):
+            raise TypeError(
+                f"Expected features as an array or the path of a .npy file, got {type(source).__name__}. Use `numpy.asarray`."
+            )
         self.source = source if isinstance(source, np.ndarray) else Path(source)
         self.step = step
         self._map()
@@ -235,4 +241,7 @@ def split_words(text: str) -> list[str]:
 
 
 def _is_repeated(rows: FeatureRows, number: int) -> bool:
-    return len(rows) % number == 0 and all(np.array_equal(rows[0], rows[place]) for place in range(1, number))
+    groups = range(0, min(len(rows), 20 * number), number)
+    return len(rows) % number == 0 and all(
+        np.array_equal(rows[start], rows[start + place]) for start in groups for place in range(1, number)
+    )

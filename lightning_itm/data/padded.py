@@ -45,6 +45,10 @@ class PaddedSequence:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def pin_memory(self) -> "PaddedSequence":
+        """Copy both to pinned memory, from where a device reads without the host waiting; PyTorch's loaders call this."""
+        return PaddedSequence(self.values.pin_memory(), self.lengths.pin_memory())
+
     @classmethod
     def pad(cls, sequences: Sequence[Tensor]) -> "PaddedSequence":
         """Put tensors `(length, ...)` together."""

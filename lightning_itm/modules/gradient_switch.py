@@ -12,6 +12,8 @@ HEALTHY = (3.0, 30.0)
 class GradientSwitch(nn.Module):
     """Turn on where a tower's gradient, relative to the loss, falls to a fraction of its healthy value; off above another.
 
+    And off where the loss itself is below half of the margin: such a model has not collapsed.
+
     See :class:`~lightning_itm.GradientNormMonitor` for the statistic. All state is tensors on the device.
 
     Args:
@@ -27,6 +29,7 @@ class GradientSwitch(nn.Module):
 
     size: Tensor
     loss: Tensor
+    weight: Tensor
     highest: Tensor
     is_on: Tensor
     age: Tensor
@@ -41,38 +44,44 @@ class GradientSwitch(nn.Module):
         if min_steps < 1:
             raise ValueError(f"Expected `min_steps` to be at least 1, got {min_steps}.")
         self.low, self.high, self.smoothing, self.min_steps = low, high, smoothing, min_steps
-        self.register_buffer("size", torch.zeros(num_towers))
-        self.register_buffer("loss", torch.zeros(()))
-        self.register_buffer("highest", torch.zeros(num_towers))
+        for name in ("size", "loss", "weight", "highest"):  # averages; that of one is their bias
+            self.register_buffer(name, torch.zeros(num_towers))
         self.register_buffer("is_on", torch.tensor(False))
         self.register_buffer("age", torch.tensor(0))
         self.register_buffer("num_skipped", torch.tensor(0))
 
     def relative(self) -> Tensor:
-        """Return κ of each tower, `(towers,)`; both parts of the quotient are averaged, from the same start."""
+        """Return κ of each tower, `(towers,)`; both parts of the quotient are averaged, over the same steps."""
         return self.size / self.loss.clamp_min(torch.finfo(self.loss.dtype).tiny)
 
     @torch.no_grad()
-    def update(self, size: Tensor, loss: Tensor) -> Tensor:
+    def update(self, size: Tensor, loss: Tensor, margin: float) -> Tensor:
         """Take in one step, and turn if it is time.
 
         Args:
-            size: `(towers,)`; root mean square, over the weight matrices, of gradient norm times weight norm. 0 for a tower
-                that is not trained.
+            size: `(towers,)`; gradient norm times weight norm of the matrix where it is largest. −1 for a tower that is not
+                trained in this step, which changes nothing of what is known of it.
             loss: The loss of the step.
+            margin: Of the hinge, in the units of the loss.
 
         Returns:
-            The level, the lowest of the towers. A step that is not finite is counted in ``num_skipped``, and changes nothing.
+            The level, the lowest of the towers that are trained. A step that is not finite is counted in ``num_skipped``, and
+            changes nothing; nor does one without any loss.
         """
-        counts = size.isfinite().all() & loss.isfinite()
-        self.num_skipped += ~counts
-        for average, value in ((self.size, size), (self.loss, loss)):
-            average.copy_(torch.where(counts, average * self.smoothing + value * (1 - self.smoothing), average))
+        is_finite = size.isfinite().all() & loss.isfinite()
+        self.num_skipped += ~is_finite
+        counts = is_finite & (loss > 0)
+        is_trained = size >= 0
+        for average, value in ((self.size, size), (self.loss, loss), (self.weight, 1.0)):
+            new = average * self.smoothing + value * (1 - self.smoothing)
+            average.copy_(torch.where(counts & is_trained, new, average))
         relative = self.relative()
         self.highest.copy_(torch.maximum(self.highest, relative))
-        level = torch.where(self.size > 0, relative / self.highest.clamp(*HEALTHY), torch.inf).min()
+        level = torch.where(is_trained, relative / self.highest.clamp(*HEALTHY), torch.inf).min()
+        has_converged = torch.where(is_trained, self.loss / self.weight, 0).max() < margin / 2
         before = Switch(self.is_on, self.age)
-        after = switched(before, level, low=self.low, high=self.high, min_steps=self.min_steps)
+        decisive = torch.where(has_converged, torch.inf, level)
+        after = switched(before, decisive, low=self.low, high=self.high, min_steps=self.min_steps)
         self.is_on.copy_(torch.where(counts, after.is_on, before.is_on))
         self.age.copy_(torch.where(counts, after.age, before.age))
         return level

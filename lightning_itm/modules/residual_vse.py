@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_itm.data.padded import PaddedSequence
+from lightning_itm.functional.similarity import full_precision
 from lightning_itm.modules.dual_encoder import DualEncoder
 from lightning_itm.modules.hinge_losses import TripletLoss
 
@@ -233,5 +234,6 @@ def _position_codes(length: int, dim: int, like: Tensor) -> Tensor:
 
 
 def _unit_norm(x: Tensor) -> Tensor:
+    x = full_precision(x)
     scaled: Tensor = x / (x.norm(dim=1, keepdim=True) + 1e-8)
     return scaled

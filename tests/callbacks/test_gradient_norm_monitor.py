@@ -85,11 +85,26 @@ class TestNorms:
         assert min(got) > 0
 
     def test_with_accumulation_once_a_step_and_of_the_mean(self):
-        _, monitor, grads, _ = fit(accumulate_grad_batches=4)
+        """Windows of five batches and a last one of two, which Lightning divides by five, too."""
+        _, monitor, grads, _ = fit(accumulate_grad_batches=5)
         curves = monitor.curves()
         assert curves["step"] == [1, 2, 3, 4, 5, 6]
-        assert curves["image_norm"] == pytest.approx(grads.norms[::2], rel=1e-5)
-        assert min(curves["loss"]) > 0.1  # not divided by the number of batches
+        expected = [norm * (2.5 if step % 3 == 2 else 1) for step, norm in enumerate(grads.norms[::2])]
+        assert curves["image_norm"] == pytest.approx(expected, rel=1e-5)
+        assert min(curves["loss"]) > 0.1
+
+    def test_a_tower_that_is_frozen_in_mid_run(self):
+        class Freeze(Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                pl_module.image_encoder.requires_grad_(trainer.current_epoch != 1)
+                pl_module.zero_grad()
+
+        _, monitor, *_ = fit(callbacks=[Freeze()], max_epochs=3)
+        curves = monitor.curves()
+        assert curves["image_norm"][12:24] == [0] * 12
+        assert min(curves["image_norm"][24:]) > 0
+        assert min(curves["level"]) > 0.01
+        assert max(curves["level"]) < float("inf")
 
     def test_before_clipping(self):
         _, monitor, *_ = fit(gradient_clip_val=1e-3)
@@ -307,6 +322,15 @@ class TestBadInput:
         trainer = L.Trainer(**SILENT)
         with pytest.raises(Exception, match="Expected a `DualEncoder`, got LightningModule"):
             GradientNormMonitor().setup(trainer, L.LightningModule(), "fit")
+
+    def test_manual_optimization(self):
+        class Manual(Tiny):
+            automatic_optimization = False
+
+        with pytest.raises(
+            Exception, match="Expected automatic optimization, got a Manual that steps its optimizers itself"
+        ):
+            fit(model=Manual(TripletLoss()))
 
     def test_sharded_weights(self):
         trainer = L.Trainer(**SILENT)

@@ -102,6 +102,12 @@ class TestFiles:
         pairs = RegionPairs.from_scan(tmp_path)
         assert (len(pairs.images), len(pairs.texts)) == (10, 10)
 
+    def test_signs_within_a_caption_end_no_line(self, tmp_path):
+        self.write(tmp_path, num_images=2)
+        lines = ["a\u2028b", "a\x85b", "a\x0cb", *(f"c{i}" for i in range(7))]
+        (tmp_path / "train_caps.txt").write_text("\r\n".join(lines) + "\r\n\r\n", encoding="utf-8-sig", newline="")
+        assert RegionPairs.from_scan(tmp_path).texts == lines
+
     def test_numbers_that_do_not_match(self, tmp_path):
         self.write(tmp_path, captions=4)
         with pytest.raises(
@@ -151,6 +157,10 @@ class TestBadInput:
     def test_wrong_arguments(self, shape, texts, options, message):
         with pytest.raises(ValueError, match=message):
             RegionPairs(np.zeros(shape, dtype=np.float32), [f"text {i}" for i in range(texts)], **options)
+
+    def test_features_of_another_kind(self):
+        with pytest.raises(TypeError, match=r"an array or the path of a .npy file, got list. Use `numpy.asarray`"):
+            RegionPairs([[1.0]], ["a"])
 
     def test_an_empty_caption_is_replaced_and_counted(self):
         pairs = RegionPairs(np.zeros((2, 4, 2), dtype=np.float32), ["", "a text"])

@@ -59,7 +59,17 @@ def test_on_images(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"images": entries}))
     (tmp_path / "tiny-vit.json").write_text(json.dumps(CONFIGS["tiny-vit"]))
     open_clip.add_model_config(tmp_path / "tiny-vit.json")
-    arguments = ["fne", "--data", str(tmp_path / "dataset.json"), "--images", str(tmp_path), "--model", "tiny-vit"]
+    arguments = [
+        "fne",
+        "--data",
+        str(tmp_path / "dataset.json"),
+        "--images",
+        str(tmp_path),
+        "--model",
+        "tiny-vit",
+        "--pretrained",
+        "",
+    ]
     more = [
         "--batch-size",
         "32",

@@ -26,9 +26,9 @@ class TestGradientSwitch:
     def make(self, **options):
         return GradientSwitch(2, **{"low": 0.25, "high": 0.75, "smoothing": 0.5, "min_steps": 1, **options})
 
-    def run(self, switch, sizes, loss=1.0, steps=1):
+    def run(self, switch, sizes, loss=1.0, steps=1, margin=0.0):
         for _ in range(steps):
-            level = switch.update(torch.tensor(sizes), torch.tensor(loss))
+            level = switch.update(torch.tensor(sizes), torch.tensor(loss), margin)
         return float(level)
 
     def test_the_lowest_tower_decides(self):
@@ -67,8 +67,37 @@ class TestGradientSwitch:
 
     def test_a_tower_that_is_not_trained_decides_nothing(self):
         switch = self.make()
-        assert self.run(switch, [0.0, 5.0], 0.2, steps=20) == pytest.approx(25 / 25)
+        assert self.run(switch, [-1.0, 5.0], 0.2, steps=20) == pytest.approx(25 / 25)
         assert not switch.is_on
+
+    def test_a_tower_that_is_frozen_or_freed_in_between(self):
+        switch = self.make(smoothing=0.9)
+        self.run(switch, [5.0, 5.0], 0.2, steps=20)
+        assert self.run(switch, [-1.0, 5.0], 0.2, steps=50) > 0.9
+        switch = self.make(smoothing=0.9)
+        self.run(switch, [-1.0, 5.0], 0.2, steps=50)
+        assert self.run(switch, [5.0, 5.0], 0.2) > 0.9
+
+    def test_a_gradient_of_exactly_nothing_is_a_collapse(self):
+        switch = self.make()
+        self.run(switch, [0.0, 0.0], 0.2)
+        assert switch.is_on
+
+    def test_below_half_of_the_margin_nothing_has_collapsed(self):
+        switch = self.make()
+        self.run(switch, [0.02, 0.02], 0.09, margin=0.2, steps=9)
+        assert not switch.is_on
+        self.run(switch, [0.02, 0.02], 0.2, margin=0.2, steps=9)
+        assert switch.is_on
+        self.run(switch, [0.02, 0.02], 0.02, margin=0.2, steps=9)
+        assert not switch.is_on
+
+    def test_steps_without_any_loss_change_nothing(self):
+        switch = self.make()
+        self.run(switch, [8.0, 8.0], 0.2, steps=5)
+        self.run(switch, [0.0, 0.0], 0.0, steps=2000)
+        assert not switch.is_on
+        assert switch.num_skipped == 0
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_steps_that_are_not_finite_are_counted_and_change_nothing(self, bad):

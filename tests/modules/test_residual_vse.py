@@ -55,7 +55,7 @@ def test_embeddings_equal_the_published_code():
 def test_both_ways_equal_a_packed_gru():
     """PyTorch's own, which reads the lengths on the host."""
     ours, packed = BidirectionalGRU(3, 4), nn.GRU(3, 4, batch_first=True, bidirectional=True)
-    state = {name.replace("_l0", "_l0"): value for name, value in ours.forward_gru.state_dict().items()}
+    state = dict(ours.forward_gru.state_dict())
     state |= {f"{name}_reverse": value for name, value in ours.backward_gru.state_dict().items()}
     packed.load_state_dict(state)
     values, lengths = torch.randn(5, 7, 3), torch.tensor([7, 1, 4, 2, 6])
@@ -124,6 +124,7 @@ def test_with_the_callbacks(inject, precision):
     model, trainer = fit(QuintupletLoss(), callbacks)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert "mining/gap" in trainer.callback_metrics
+    assert callbacks[0].plot(3, num_negatives=2).axes
 
 
 def test_loads_its_checkpoint(tmp_path):
