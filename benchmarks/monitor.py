@@ -1,6 +1,6 @@
 """What GradientNormMonitor costs beside a step of a model of ten million parameters.
 
-A CLIP of small transformers (open_clip), batch 64, 64 x 64 pictures of noise. Runs with and without the callback take turns;
+A CLIP of small transformers (open_clip), batch 128, 64 x 64 pictures of noise. Runs with and without the callback take turns;
 the ratio is the median over the pairs, and its spread says how far to trust it on a shared machine. The time inside its
 hooks, in the same runs, is all it adds on a CPU but the selective rule itself: one pass over batch x batch scores.
 
@@ -97,9 +97,9 @@ def run(model_name: str, steps: int, batch_size: int, monitor: Timed | None) -> 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
