@@ -29,7 +29,7 @@ class GradientNormMonitor(Callback):
     is, per tower, by how many percent the loss changes at most with one percent of a weight matrix. It has no unit: a loss of
     another scale or reduction, or a layer with larger weights, has the same κ, and networks of very different sizes have
     similar ones (``benchmarks/relative_gradient.py``). Both its parts are exponential averages. The *level* of a tower is κ
-    over its healthy value: the highest seen so far, but at least 3 and at most 30. The lowest level of the towers decides:
+    over its healthy value: the highest seen so far, but at least 3 and at most 300. The lowest level of the towers decides:
     below ``low`` the rule goes on for all pairs, above ``high`` it goes off, as where the loss is below half of the margin.
 
     The switch travels in the batch as ``selective``; it rules ``TripletLoss(negatives="hardest")`` and ``"selective"`` alike,

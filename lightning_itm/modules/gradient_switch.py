@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lightning_itm.functional.switching import Switch, switched
 
-HEALTHY = (3.0, 30.0)
+HEALTHY = (3.0, 300.0)
 """Between which the healthy value of a tower's relative gradient lies; the highest seen so far says where."""
 
 

@@ -113,8 +113,8 @@ class TestGradientSwitch:
 
     def test_the_healthy_value_is_kept_within_bounds(self):
         switch = self.make()
-        self.run(switch, [500.0, 500.0], steps=5)
-        assert self.run(switch, [40.0, 40.0], steps=30) == pytest.approx(40 / HEALTHY[1], rel=1e-3)
+        self.run(switch, [5000.0, 5000.0], steps=5)
+        assert self.run(switch, [400.0, 400.0], steps=30) == pytest.approx(400 / HEALTHY[1], rel=1e-3)
 
     @pytest.mark.parametrize(
         ("options", "message"),
