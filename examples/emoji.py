@@ -169,7 +169,9 @@ def train_row(
     name = f"{stage}-{loss}".replace(" ", "-")
     logger = CSVLogger(args.out, name, version="")
     miner = OfflineHardNegativeMining(num_texts=30, num_images=6, relative_margin=0.05, inject=inject)
-    memory = FalseNegativeElimination(queue_size=2048, momentum=0.99, fill_during_warmup=True, seed=args.seed)
+    memory = FalseNegativeElimination(
+        queue_size=2048, momentum=0.99, start_epoch=0 if start else 1, fill_during_warmup=True, seed=args.seed
+    )
     with_miner, with_memory = loss in {**MINING_LOSSES, **ALL_AT_ONCE}, loss in {**MEMORY_LOSSES, **ALL_AT_ONCE}
     monitor = GradientNormMonitor()
     trainer = L.Trainer(
