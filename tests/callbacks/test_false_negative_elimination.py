@@ -177,9 +177,12 @@ class TestOneRun:
     def test_a_module_may_ask_for_the_epoch(self):
         class Asks(Tiny):
             def encode_image(self, image):
-                return super().encode_image(image) * (1 + self.trainer.current_epoch)
+                asked.append((self.training, self.trainer.current_epoch))
+                return super().encode_image(image)
 
-        fit(model=Asks(TripletLoss()), max_epochs=2)
+        asked = []
+        fit(model=Asks(TripletLoss()), max_epochs=2, limit_val_batches=0)
+        assert asked[-2:] == [(False, 1), (True, 1)]  # the slow copy, in eval mode, and the module
 
     def test_a_schedule_of_ones_own(self):
         class Later(FalseNegativeElimination):
