@@ -14,7 +14,6 @@ class MemoryBank(nn.Module):
     Args:
         size: How many pairs it holds.
         dim: The width of the embeddings.
-        dtype: Of the embeddings.
 
     Raises:
         ValueError: A count that is not positive.
@@ -32,14 +31,14 @@ class MemoryBank(nn.Module):
     valid: Tensor
     num_refused: Tensor
 
-    def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if value < 1:
                 raise ValueError(f"Expected `{name}` to be positive, got {value}.")
         self.position = 0  # on the host, which would have to ask the device otherwise
         for name in ("image", "text"):
-            self.register_buffer(name, torch.zeros(size, dim, dtype=dtype))
+            self.register_buffer(name, torch.zeros(size, dim))
         self.register_buffer("image_id", torch.full((size,), -1))
         self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
         self.register_buffer("num_refused", torch.zeros((), dtype=torch.long), persistent=False)
