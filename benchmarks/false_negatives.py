@@ -8,7 +8,7 @@ first table has the share of false negatives that each rule draws from the same 
 rule from its third epoch on; the second the share in the rule's own run, and rsum on held-out emoji, where every image or
 text of the right caption counts as right. Split, epochs, rules and rates were set before these runs were looked at.
 
-    python benchmarks/false_negatives.py --seeds 0 1 2     # about eleven minutes a seed on two cores
+    python benchmarks/false_negatives.py --seeds 0 1 2     # about nine minutes a seed on two cores
 """
 
 import argparse

@@ -5,7 +5,7 @@ the hardest-negative loss with margin 0.2. A random network is nearly collapsed 
 and scaled to length one ("spread"), and then pulled into one point: times η, plus one common vector. Printed: the loss, how
 far the images spread around their mean, and κ of each tower, healthy in the first line of a model and collapsed in its last.
 
-    python benchmarks/relative_gradient.py                        # three minutes; 8 GB of memory
+    python benchmarks/relative_gradient.py                        # a few minutes, most of them ViT-L/14
     python benchmarks/relative_gradient.py --models mlp emoji-clip
 """
 

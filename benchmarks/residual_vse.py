@@ -10,7 +10,7 @@ Emoji are cut into 6 x 6 patches; a patch's pixels, 432 numbers, are a region's 
 Rsum on held-out emoji for each seed, mean and standard deviation. Split, epochs and learning rate (that of the paper) were set
 before these runs were looked at.
 
-    python benchmarks/residual_vse.py --seeds 0 1 2      # about seven minutes on two cores
+    python benchmarks/residual_vse.py --seeds 0 1 2      # about eight minutes on two cores
 """
 
 import argparse

