@@ -10,6 +10,8 @@ from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.memory import MemoryCandidates, MemoryDirection, NegativeSampler
 from lightning_itm.data.padded import PaddedSequence
 from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.shard_stream import ShardStream
+from lightning_itm.data.shards import ShardPairs, verify_shards, write_shards
 from lightning_itm.modules.contrastive_losses import InfoNCELoss, SigmoidLoss
 from lightning_itm.modules.dual_encoder import DualEncoder
 from lightning_itm.modules.false_negatives import FalseNegativeSampler, SimilarityStatistics
@@ -49,10 +51,14 @@ __all__ = [
     "RegionEncoder",
     "RegionPairs",
     "ResidualVSE",
+    "ShardPairs",
+    "ShardStream",
     "SigmoidLoss",
     "SimilarityStatistics",
     "TripletLoss",
     "Vocabulary",
     "WordEncoder",
     "collate",
+    "verify_shards",
+    "write_shards",
 ]

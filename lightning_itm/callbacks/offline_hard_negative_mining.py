@@ -14,6 +14,7 @@ from lightning_itm.callbacks.whole_weights import check_whole_weights
 from lightning_itm.data.contact_sheet import contact_sheet
 from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.shard_stream import ShardStream
 from lightning_itm.modules.mining import (
     EmbeddedNegatives,
     encode_pairs,
@@ -33,8 +34,9 @@ class OfflineHardNegativeMining(Callback):
     it; the others take the mined pairs as further candidates.
 
     Args:
-        dataset: What is mined, if it is not the datamodule's ``train_dataset``: an :class:`~lightning_itm.ImageTextPairs`, or
-            the :class:`~lightning_itm.HardNegativePairs` around it that the train loader reads.
+        dataset: What is mined, if it is not the datamodule's ``train_dataset``: an :class:`~lightning_itm.ImageTextPairs`, the
+            :class:`~lightning_itm.HardNegativePairs` around it that the train loader reads, or the
+            :class:`~lightning_itm.ShardStream` that is trained on; of remote shards with ``inject="embeddings"`` alone.
         num_texts: Texts kept for an image.
         num_images: Images kept for a text.
         every_n_epochs: Mine anew after so many epochs; ``None``: once, as published.
@@ -122,7 +124,7 @@ class OfflineHardNegativeMining(Callback):
         check_whole_weights(trainer, "mining encodes with the whole module")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = self.dataset if self.dataset is not None else getattr(datamodule, "train_dataset", None)
-        pairs = dataset.pairs if isinstance(dataset, HardNegativePairs) else dataset
+        pairs = dataset.pairs if isinstance(dataset, HardNegativePairs | ShardStream) else dataset
         if not isinstance(pairs, ImageTextPairs):
             raise MisconfigurationException(
                 f"Expected pairs to mine, got {type(pairs).__name__}. Give `dataset=ImageTextPairs(...)`, or fit with an "
@@ -136,6 +138,9 @@ class OfflineHardNegativeMining(Callback):
         )
         self.table.is_pending = True
         self._epoch, self._is_finished, self._restored, self.embedded = 0, False, None, None
+        if isinstance(dataset, ShardStream):
+            self._draw_in(dataset)
+            return
         if self.inject == "embeddings":
             if datamodule is not None and dataset is datamodule.train_dataset:
                 datamodule.train_dataset = pairs  # without the draws of an earlier callback
@@ -150,6 +155,17 @@ class OfflineHardNegativeMining(Callback):
                 "that the train loader reads; got neither, and no negative would reach a batch."
             )
 
+    def _draw_in(self, stream: ShardStream) -> None:
+        if self.inject == "embeddings":
+            stream.negatives = None  # of an earlier callback
+            return
+        if not stream.pairs.is_local:
+            raise MisconfigurationException(
+                f"Expected local shards with `inject='samples'`, which reads mined images at random, got "
+                f"{stream.pairs.contents.shards[0]}. Use `inject='embeddings'`, or copy the shards."
+            )
+        stream.negatives = HardNegativePairs(stream.pairs, self._table(), coupled_ranks=self.coupled_ranks)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the datamodule as it was, and no file behind; the table stays, to be looked at."""
         if stage != "fit" or self.table is None:
@@ -158,6 +174,9 @@ class OfflineHardNegativeMining(Callback):
         dataset = getattr(datamodule, "train_dataset", None)
         if isinstance(dataset, HardNegativePairs) and dataset is not self.dataset and dataset.table is self.table:
             datamodule.train_dataset = dataset.pairs
+        stream = dataset if self.dataset is None else self.dataset
+        if isinstance(stream, ShardStream) and stream.negatives is not None and stream.negatives.table is self.table:
+            stream.negatives = None
         self.table.remove()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

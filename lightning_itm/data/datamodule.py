@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_itm.data.batch import collate
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
+from lightning_itm.data.shard_stream import ShardStream, StreamedBatches, StreamLoader
 
 
 class ImageTextDataModule(L.LightningDataModule):
@@ -22,7 +23,8 @@ class ImageTextDataModule(L.LightningDataModule):
     the uninterrupted run would have seen.
 
     Args:
-        train_dataset: What is trained on; may be wrapped later (by a callback, in ``setup``).
+        train_dataset: What is trained on, by number, or a :class:`~lightning_itm.ShardStream`; may be wrapped later (by a
+            callback, in ``setup``).
         val_dataset: What is validated on; an :class:`~lightning_itm.ImageTextPairs`, or a ``Subset`` of one, is read through
             its ``evaluation()``.
         test_dataset: What is tested on, likewise.
@@ -67,9 +69,11 @@ class ImageTextDataModule(L.LightningDataModule):
         """Forget where an earlier run was resumed."""
         self._restored = None
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Return the loader of this rank's share of each epoch; without a Trainer, a plain one."""
         dataset, trainer = _given(self.train_dataset, "train_dataset"), self.trainer
+        if isinstance(dataset, ShardStream):
+            return self._stream_loader(dataset, trainer)
         if trainer is None:
             return DataLoader(
                 dataset, self.batch_size, shuffle=True, drop_last=self.drop_last, **self._loader_options()
@@ -83,11 +87,7 @@ class ImageTextDataModule(L.LightningDataModule):
             rank=trainer.global_rank,
             seed=self.seed,
         )
-        if self.drop_last and len(sampler) < self.batch_size:
-            raise MisconfigurationException(
-                f"Expected at least one batch of {self.batch_size} pairs a rank, got {len(sampler)} pairs. "
-                "Lower `batch_size`, or set `drop_last=False`."
-            )
+        self._check_one_batch(len(sampler))
         return ResumableLoader(
             seeded, self.batch_size, sampler=sampler, drop_last=self.drop_last, **self._loader_options()
         )
@@ -118,6 +118,7 @@ class ImageTextDataModule(L.LightningDataModule):
             "total": batches.total.processed,
             "batch_size": self.batch_size,
             "world_size": trainer.world_size,
+            "num_workers": self.num_workers if isinstance(self.train_dataset, ShardStream) else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -137,6 +138,13 @@ class ImageTextDataModule(L.LightningDataModule):
                 f"{state_dict['batch']} of epoch {state_dict['epoch']}, got {now[0]} on {now[1]}: pairs would be left out or "
                 "come twice. Resume with the same, or from the end of an epoch."
             )
+        workers = state_dict.get("num_workers")  # of a checkpoint of a stream
+        if state_dict["batch"] > 0 and workers is not None and max(workers, 1) != max(self.num_workers, 1):
+            raise MisconfigurationException(
+                f"Expected `num_workers` {workers}, as when the run stopped after batch {state_dict['batch']} of epoch "
+                f"{state_dict['epoch']}, got {self.num_workers}: each worker reads a part of the shards. Resume with the "
+                "same, or from the end of an epoch."
+            )
         self._restored = dict(state_dict)
 
     def _position(self) -> tuple[int, int]:
@@ -147,6 +155,22 @@ class ImageTextDataModule(L.LightningDataModule):
         if restored is not None and fit_loop.epoch_loop.batch_progress.total.processed <= restored["total"]:
             return restored["epoch"], restored["batch"]
         return fit_loop.epoch_progress.current.processed, 0
+
+    def _stream_loader(self, stream: ShardStream, trainer: L.Trainer | None) -> StreamLoader:
+        world_size, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        self._check_one_batch(-(-len(stream) // world_size))
+        batches = StreamedBatches(
+            stream, self.batch_size, drop_last=self.drop_last, rank=rank, world_size=world_size, seed=self.seed
+        )
+        options = {name: value for name, value in self._loader_options().items() if name != "collate_fn"}
+        return StreamLoader(batches, self._position if trainer else lambda: (0, 0), **options)
+
+    def _check_one_batch(self, num_pairs: int) -> None:
+        if self.drop_last and num_pairs < self.batch_size:
+            raise MisconfigurationException(
+                f"Expected at least one batch of {self.batch_size} pairs a rank, got {num_pairs} pairs. "
+                "Lower `batch_size`, or set `drop_last=False`."
+            )
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         return DataLoader(_evaluation_view(dataset), self.eval_batch_size, **self._loader_options())

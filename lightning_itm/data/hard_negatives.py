@@ -137,8 +137,11 @@ class HardNegativePairs(Dataset[dict[str, Any]]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.with_negatives(self.pairs[index])
+
+    def with_negatives(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Add a draw to a pair."""
         self.table.wait()
-        sample = self.pairs[index]
         text_id, image_id = self._draw(self.table.texts[sample["image_id"]], self.table.images[sample["text_id"]])
         of_text = int(self.pairs.text_image_id[text_id]) if text_id >= 0 else -1
         of_image = self._some_text(image_id) if image_id >= 0 else -1

@@ -10,8 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-ImageSource = str | PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any]
-"""A path, the bytes of an image file, a PIL image, or a uint8 array `(height, width[, channels])`."""
+from lightning_itm.data.tar import TarMember
+
+ImageSource = str | PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | TarMember
+"""A path, the bytes of an image file, a PIL image, a uint8 array `(height, width[, channels])`, or a file in a tar."""
 
 
 class UnreadableImageError(RuntimeError):
@@ -33,10 +35,11 @@ def open_rgb(source: ImageSource) -> Image.Image:
             return _to_rgb(source)
         if isinstance(source, np.ndarray):
             return _to_rgb(Image.fromarray(source.squeeze(2) if source.ndim == 3 and source.shape[2] == 1 else source))
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        data = source.read_bytes() if isinstance(source, TarMember) else source
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             return _to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's names for broken files
-        name = source if isinstance(source, str | PathLike) else type(source).__name__
+        name = source if isinstance(source, str | PathLike | TarMember) else type(source).__name__
         raise UnreadableImageError(f"{name} does not open: {error}") from error
 
 
@@ -54,7 +57,7 @@ def check_sources(images: Iterable[Any]) -> None:
     """
     first_place: dict[str, int] = {}
     for image_id, image in enumerate(images):
-        if not isinstance(image, str | PathLike | bytes | Image.Image | np.ndarray):
+        if not isinstance(image, str | PathLike | bytes | Image.Image | np.ndarray | TarMember):
             raise TypeError(
                 f"Expected images to be paths, bytes, PIL images or arrays, got {type(image).__name__} for image {image_id}."
             )

@@ -53,15 +53,23 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         tokenizer: Callable[[list[str]], Tensor] | None = None,
     ) -> None:
         self.images: Sequence[Any] = list(images)  # by position: a pandas Series is indexed by its labels
+        self.texts: Sequence[str]
         self.texts, self.text_image_id = flatten_texts(texts, text_image_id, len(self.images))
+        self._set_up(transform, eval_transform, tokenizer)
+        check_sources(self.images)
+
+    def _set_up(
+        self,
+        transform: Callable[[Image.Image], Any] | None,
+        eval_transform: Callable[[Image.Image], Any] | None,
+        tokenizer: Callable[[list[str]], Tensor] | None,
+    ) -> None:
         self.transform = transform or to_tensor
         self.eval_transform = eval_transform or self.transform
         self.tokenizer = tokenizer
         self.is_evaluation = False
-        self.num_replaced = torch.zeros(
-            (), dtype=torch.int64
-        ).share_memory_()  # workers count, the main process sees it
-        check_sources(self.images)
+        # Shared: workers count, the main process sees it.
+        self.num_replaced = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @classmethod
     def from_karpathy(
@@ -190,8 +198,11 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         Raises:
             UnreadablePairError: It does not open.
         """
+        return self._open(image_id, self.images[image_id])
+
+    def _open(self, image_id: int, source: ImageSource) -> Any:
         try:
-            image = open_rgb(self.images[image_id])
+            image = open_rgb(source)
         except UnreadableImageError as error:
             raise UnreadablePairError(f"Image {image_id}: {error}") from error
         return (self.eval_transform if self.is_evaluation else self.transform)(image)

@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from lightning_itm.data.batch import HardNegatives
 from lightning_itm.data.padded import pad_if_ragged
 from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
+from lightning_itm.data.shard_stream import StreamedImages
+from lightning_itm.data.shards import ShardPairs
 from lightning_itm.distributed import gather
 from lightning_itm.functional.draws import uniform
 from lightning_itm.functional.similarity import unit_norm
@@ -76,7 +78,12 @@ def encode_pairs(
             ("image", view.load_image, int(text_image_id.max()) + 1),
             ("text", view.load_text, num_texts),
         ):
-            loader = _loader(trainer, _Items(load, number), number, batch_size=batch_size, num_workers=num_workers)
+            options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+            if kind == "image" and isinstance(view, ShardPairs) and not view.is_local:
+                loader = _stream(trainer, view, **options)
+                number = len(view.images)
+            else:
+                loader = _loader(trainer, _Items(load, number), number, **options)
             encoded[kind] = _encode(trainer, module, kind, loader, number)
     (image, image_is_valid), (text, text_is_valid) = encoded["image"], encoded["text"]
     # A text is mined with its image, and an image with a text of it.
@@ -179,53 +186,64 @@ class EmbeddedNegatives:
         )
 
 
-class _Items(Dataset[tuple[Any, bool]]):
-    """All images, or all texts; an unreadable one is stood in for by another, and said to be invalid."""
+class _Items(Dataset[tuple[Any, int, bool]]):
+    """All images, or all texts, by number; an unreadable one is stood in for by another, and said to be invalid."""
 
     def __init__(self, load: Callable[[int], Any], number: int) -> None:
         self.load, self.number = load, number
 
-    def __getitem__(self, index: int) -> tuple[Any, bool]:
+    def __getitem__(self, index: int) -> tuple[Any, int, bool]:
         for other in range(index, index + self.number):
             try:
-                return self.load(other % self.number), other == index
+                return self.load(other % self.number), index, other == index
             except UnreadablePairError:
                 continue
         raise UnreadablePairError(f"None of the {self.number} inputs can be read. Is the path of the images right?")
 
 
-def _loader(
-    trainer: L.Trainer, items: _Items, number: int, *, batch_size: int, num_workers: int
-) -> DataLoader[tuple[Any, bool]]:
+def _loader(trainer: L.Trainer, items: _Items, number: int, **options: Any) -> DataLoader[Any]:
     share = -(-number // trainer.world_size)  # every rank as many: the last ones may come twice
     mine = [min(place * trainer.world_size + trainer.global_rank, number - 1) for place in range(share)]
-    return DataLoader(
-        items,
-        batch_size,
-        sampler=mine,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # of its own: no number is drawn from the streams of the run
-    )
+    return DataLoader(items, sampler=mine, **_options(), **options)
 
 
-def _collate(items: list[tuple[Any, bool]]) -> tuple[Any, Tensor]:
-    inputs, is_valid = zip(*items, strict=True)
+def _stream(trainer: L.Trainer, pairs: ShardPairs, **options: Any) -> DataLoader[Any]:
+    images = StreamedImages(pairs, rank=trainer.global_rank, world_size=trainer.world_size)
+    return DataLoader(images, **_options(), **options)
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "collate_fn": _collate,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator(),  # of its own: no number is drawn from the streams of the run
+    }
+
+
+def _collate(items: list[tuple[Any, int, bool]]) -> tuple[Any, Tensor, Tensor]:
+    inputs, index, is_valid = zip(*items, strict=True)
     padded = pad_if_ragged(inputs)
-    return default_collate(list(inputs)) if padded is None else padded, torch.tensor(is_valid)
+    return (
+        default_collate(list(inputs)) if padded is None else padded,
+        torch.tensor(index),
+        torch.tensor(is_valid),
+    )
 
 
 def _encode(trainer: L.Trainer, module: Any, kind: str, loader: DataLoader[Any], number: int) -> tuple[Tensor, Tensor]:
     encode = getattr(module, f"encode_{kind}")
-    vectors, valid = [], []
-    for inputs, is_valid in tqdm(loader, f"Mining: {kind}s", leave=False, disable=not is_progress_shown(trainer)):
+    vectors, places, valid = [], [], []
+    for inputs, index, is_valid in tqdm(
+        loader, f"Mining: {kind}s", leave=False, disable=not is_progress_shown(trainer)
+    ):
         inputs = move_data_to_device(trainer.precision_plugin.convert_input(inputs), module.device)
         vectors.append(unit_norm(encode(inputs)).float())
+        places.append(index.to(module.device))
         valid.append(is_valid.to(module.device))
+    place = gather(torch.cat(places))
     everything = [
-        gather(torch.cat(part)).unflatten(0, (trainer.world_size, -1)).transpose(0, 1).flatten(0, 1)[:number]
-        for part in (vectors, valid)
+        part.new_zeros(number, *part.shape[1:]).index_copy_(0, place, part)
+        for part in (gather(torch.cat(parts)) for parts in (vectors, valid))
     ]
     if not bool(everything[0].isfinite().all()):
         raise ValueError(

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import Subset
 
@@ -16,10 +17,13 @@ from lightning_itm import (
     ImageTextDataModule,
     OfflineHardNegativeMining,
     QuintupletLoss,
+    ShardPairs,
+    ShardStream,
     TripletLoss,
+    write_shards,
 )
 from lightning_itm.data.sampler import SeededDataset
-from tests.tiny import PLAIN, SILENT, Tiny, tiny_data, tiny_pairs
+from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
 
 STEPS = 12  # 46 pairs in batches of four, the last of two
 EPOCHS = 3
@@ -74,7 +78,11 @@ def fit(
     miners = [] if mining is None else [OfflineHardNegativeMining(num_texts=12, num_images=8, **mining)]
     banks = [] if memory is None else [FalseNegativeElimination(16, min_count=4, **memory)]
     trainer = L.Trainer(callbacks=[*banks, watch, *miners, checkpoint], **options)
-    trainer.fit(model, datamodule=tiny_data(**loader), ckpt_path=resume_from, weights_only=True)
+    data = tiny_data(**{name: value for name, value in loader.items() if name != "shards"})
+    if "shards" in loader:
+        transforms = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": tokenize}
+        data.train_dataset = ShardStream(ShardPairs(loader["shards"], **transforms), shuffle_buffer=9)
+    trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
     return model.state_dict(), watch.seen
 
 
@@ -118,8 +126,8 @@ def test_resumed_equals_uninterrupted(model_class, loader, stop, tmp_path):
     check_resumed(model_class, loader, stop, tmp_path)
 
 
-def check_resumed(model_class, loader, stop, tmp_path, **more):
-    loader, (save, step, options) = LOADERS[loader], STOPS[stop]
+def check_resumed(model_class, loader, stop, tmp_path, *, shards=None, **more):
+    loader, (save, step, options) = LOADERS[loader] | ({"shards": shards} if shards else {}), STOPS[stop]
     kill_at, options = options.get("kill_at"), {name: value for name, value in options.items() if name != "kill_at"}
     options.update(more)
     expected, seen = fit(model_class, loader, tmp_path / "whole", save=save, **options)
@@ -171,6 +179,33 @@ def test_with_mining_too(loader, mining, stop, tmp_path):
 )
 def test_with_a_memory_bank_too(memory, mining, stop, tmp_path):
     check_resumed(Quintuplet, "workers", stop, tmp_path, mining=mining, memory=memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["end of an epoch", "middle of an epoch", "last batch of an epoch", "kill -9", "bf16"])
+@pytest.mark.parametrize(
+    ("loader", "mining"),
+    [
+        ("no workers", None),
+        ("workers", None),
+        ("persistent workers", None),
+        ("persistent workers", {}),
+        ("workers", {"inject": "embeddings"}),
+    ],
+)
+def test_streams_too(loader, mining, stop, tmp_path):
+    write_shards(tiny_pairs(), tmp_path / "shards", images_per_shard=5)
+    check_resumed(Quintuplet, loader, stop, tmp_path, shards=tmp_path / "shards", mining=mining)
+
+
+def test_a_stream_goes_on_with_as_many_workers(tmp_path):
+    write_shards(tiny_pairs(), tmp_path / "shards", images_per_shard=5)
+    loader = {"shards": tmp_path / "shards", "num_workers": 2}
+    fit(Tiny, loader, tmp_path / "run", save={"every_n_train_steps": 5})
+    with pytest.raises(
+        MisconfigurationException, match="Expected `num_workers` 2, as when the run stopped after batch 3"
+    ):
+        fit(Tiny, {**loader, "num_workers": 0}, tmp_path / "run", resume_from=tmp_path / "run" / "step=15.ckpt")
 
 
 @pytest.mark.parametrize("mining", [{}, {"inject": "embeddings"}])
