@@ -1,12 +1,10 @@
 """The LightningModule that users subclass."""
 
 import math
-import random
 from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, check_batch
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.modules.contrastive_losses import InfoNCELoss
+from lightning_itm.modules.random_streams import part_random_streams, random_streams, restore_random_streams
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 
 LOSS_INPUTS = ("memory", "hard", "selective")
@@ -190,14 +189,7 @@ class DualEncoder(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random streams: Lightning does not."""
-        version, words, gauss = random.getstate()
-        name, keys, *rest = np.random.get_state(legacy=True)
-        checkpoint["rng"] = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-            "python": [version, list(words), gauss],
-            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        }
+        checkpoint["rng"] = random_streams()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random streams of a resumed run until training starts: the sanity check would use them up."""
@@ -218,7 +210,8 @@ class DualEncoder(L.LightningModule):
     def on_train_start(self) -> None:
         """Go on with the random streams of the checkpoint."""
         if self._restored_rng is not None:
-            _restore_rng(self._restored_rng, rank=self.global_rank)
+            restore_random_streams(self._restored_rng)
+            part_random_streams(self.global_rank)
             self._restored_rng = None
 
     def _metric(self, stage: str, dataloader_idx: int) -> ImageTextRetrieval:
@@ -239,18 +232,3 @@ class DualEncoder(L.LightningModule):
         for (of_stage, _), metric in self._metrics.items():
             if of_stage == stage:
                 metric.reset()
-
-
-def _restore_rng(state: dict[str, Any], *, rank: int) -> None:
-    version, words, gauss = state["python"]
-    name, keys, *rest = state["numpy"]
-    torch.set_rng_state(state["torch"].cpu())
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-    if rank > 0:  # the checkpoint has the streams of rank 0; the others must not draw the same
-        seed = int(torch.randint(2**31, ())) + rank
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
