@@ -1,12 +1,10 @@
 """The LightningModule that users subclass."""
 
 import math
-import random
 from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,6 +14,8 @@ from torch import Tensor, nn
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, check_batch
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.modules.contrastive_losses import InfoNCELoss
+from lightning_itm.modules.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
+from lightning_itm.modules.random_streams import part_random_streams, random_streams, restore_random_streams
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 
 LOSS_INPUTS = ("memory", "hard", "selective")
@@ -36,9 +36,12 @@ class DualEncoder(L.LightningModule):
         weight_decay: Of AdamW. Norms, biases and ``logit_scale`` are exempt.
         warmup_steps: Optimizer steps over which the learning rate rises; a cosine takes it to zero from there. A run that
             is shorter gets a warning.
+        chunk_size: The most images, or texts, encoded at once. The gradient is that of the whole batch, the memory that of a
+            chunk, which is encoded again in the backward pass (``modules/gradient_cache.py``). BatchNorm in training mode
+            normalises over chunks, and takes each into its running statistics twice: a fit warns of it. ``None``: all at once.
 
     Raises:
-        ValueError: A negative argument.
+        ValueError: A negative argument; a ``chunk_size`` that is no positive integer.
         TypeError: The loss is no module.
 
     Example:
@@ -61,6 +64,7 @@ class DualEncoder(L.LightningModule):
         learning_rate: float = 1e-5,
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
@@ -69,8 +73,10 @@ class DualEncoder(L.LightningModule):
                 raise ValueError(f"Expected `{name}` not to be negative, got {value}.")
         if loss is not None and not isinstance(loss, nn.Module):
             raise TypeError(f"Expected `loss` to be a torch.nn.Module, got {type(loss).__name__}.")
-        self.save_hyperparameters(*settings)  # by name: modules among a subclass's arguments stay out
+        check_chunk_size(chunk_size)
+        self.save_hyperparameters(*settings, "chunk_size")  # by name: modules among a subclass's arguments stay out
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
+        self.chunk_size = chunk_size
         self.loss = InfoNCELoss() if loss is None else loss
         self._metrics: dict[tuple[str, int], ImageTextRetrieval] = {}
         self._restored_rng: dict[str, Any] | None = None
@@ -99,17 +105,17 @@ class DualEncoder(L.LightningModule):
             ValueError: A key is missing, or the two encoders do not return vectors of one width.
         """
         check_batch(batch)
-        image, text = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        return EmbeddingPairs(unit_norm(image), unit_norm(text), batch["image_id"], batch["text_id"])
+        image, text = self._unit_vectors("image", batch["image"]), self._unit_vectors("text", batch["text"])
+        return EmbeddingPairs(image, text, batch["image_id"], batch["text_id"])
 
     def embed_hard(self, batch: Any) -> HardNegatives:
         """Encode the mined negatives that came with a batch (:class:`~lightning_itm.HardNegativePairs`), with gradient."""
         return HardNegatives(
-            text=unit_norm(self.encode_text(batch["hard_text"])),
-            text_image=unit_norm(self.encode_image(batch["hard_text_image"])),
+            text=self._unit_vectors("text", batch["hard_text"]),
+            text_image=self._unit_vectors("image", batch["hard_text_image"]),
             text_image_id=batch["hard_text_image_id"],
-            image=unit_norm(self.encode_image(batch["hard_image"])),
-            image_text=unit_norm(self.encode_text(batch["hard_image_text"])),
+            image=self._unit_vectors("image", batch["hard_image"]),
+            image_text=self._unit_vectors("text", batch["hard_image_text"]),
             image_id=batch["hard_image_id"],
         )
 
@@ -190,14 +196,7 @@ class DualEncoder(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random streams: Lightning does not."""
-        version, words, gauss = random.getstate()
-        name, keys, *rest = np.random.get_state(legacy=True)
-        checkpoint["rng"] = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-            "python": [version, list(words), gauss],
-            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        }
+        checkpoint["rng"] = random_streams()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random streams of a resumed run until training starts: the sanity check would use them up."""
@@ -216,10 +215,15 @@ class DualEncoder(L.LightningModule):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def on_train_start(self) -> None:
-        """Go on with the random streams of the checkpoint."""
+        """Go on with the random streams of the checkpoint, and say where chunks change the result."""
+        warn_of_batch_norm(self, self.chunk_size)
         if self._restored_rng is not None:
-            _restore_rng(self._restored_rng, rank=self.global_rank)
+            restore_random_streams(self._restored_rng)
+            part_random_streams(self.global_rank)
             self._restored_rng = None
+
+    def _unit_vectors(self, kind: str, inputs: Any) -> Tensor:
+        return unit_norm(encode_in_chunks(getattr(self, f"encode_{kind}"), inputs, self.chunk_size))
 
     def _metric(self, stage: str, dataloader_idx: int) -> ImageTextRetrieval:
         key = stage, dataloader_idx
@@ -239,18 +243,3 @@ class DualEncoder(L.LightningModule):
         for (of_stage, _), metric in self._metrics.items():
             if of_stage == stage:
                 metric.reset()
-
-
-def _restore_rng(state: dict[str, Any], *, rank: int) -> None:
-    version, words, gauss = state["python"]
-    name, keys, *rest = state["numpy"]
-    torch.set_rng_state(state["torch"].cpu())
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-    if rank > 0:  # the checkpoint has the streams of rank 0; the others must not draw the same
-        seed = int(torch.randint(2**31, ())) + rank
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)

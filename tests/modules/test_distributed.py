@@ -29,8 +29,8 @@ LOSSES = {
 
 
 class Linear(DualEncoder):
-    def __init__(self, loss):
-        super().__init__(loss, warmup_steps=0)
+    def __init__(self, loss, **kwargs):
+        super().__init__(loss, warmup_steps=0, **kwargs)
         self.image_encoder, self.text_encoder = nn.Linear(6, 4), nn.Linear(5, 4)
 
     def encode_image(self, image):
@@ -72,9 +72,9 @@ def mined_samples():
     return data
 
 
-def one_step(make_loss, devices, data):
+def one_step(make_loss, devices, data, **kwargs):
     L.seed_everything(1, verbose=False)
-    model = Linear(make_loss())
+    model = Linear(make_loss(), **kwargs)
     trainer = L.Trainer(
         max_steps=1,
         devices=devices,
@@ -99,8 +99,14 @@ def test_gradients_with_mined_negatives(name):
     )
 
 
-def check_equal(make_loss, data):
-    expected, got = one_step(make_loss, 1, data), one_step(make_loss, 2, data)
+@pytest.mark.parametrize("make_loss", [InfoNCELoss, LOSSES["selective"]])
+def test_gradients_in_chunks(make_loss):
+    """Six pairs a process, and as many mined ones, in chunks of three; one process has the whole batch at once."""
+    check_equal(make_loss, mined_samples(), chunk_size=4)
+
+
+def check_equal(make_loss, data, **kwargs):
+    expected, got = one_step(make_loss, 1, data), one_step(make_loss, 2, data, **kwargs)
     assert expected.keys() == got.keys()
     for parameter, gradient in expected.items():
         assert gradient.abs().max() > 0, parameter
