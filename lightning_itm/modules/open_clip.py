@@ -30,6 +30,8 @@ class OpenCLIPDualEncoder(DualEncoder):
         layer_decay: What the learning rate is multiplied by at each layer on the way down a tower, in (0, 1], such as 0.8;
             see :func:`~lightning_itm.modules.layer_decay.layer_depths`. Projections, final norms and the loss keep the full
             one. ``None``, as 1, means one learning rate for all.
+        compile: Compile the towers with ``torch.compile``, at the first batch. Weights keep their names; copies of the
+            module, such as the one of :class:`~lightning_itm.FalseNegativeElimination`, are not compiled.
         augmentation: Arguments of ``open_clip.AugmentationCfg`` for the training transform, such as ``{"scale": (0.5, 1)}``.
         **kwargs: As in :class:`DualEncoder`.
 
@@ -57,6 +59,7 @@ class OpenCLIPDualEncoder(DualEncoder):
         lock_text: bool = False,
         gradient_checkpointing: bool = False,
         layer_decay: float | None = None,
+        compile: bool = False,
         augmentation: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -97,6 +100,14 @@ class OpenCLIPDualEncoder(DualEncoder):
         for name, parameter in self.model.named_parameters():
             if name.split(".")[0] in {"logit_scale", "logit_bias", "text_decoder"}:  # the last is CoCa's captioner
                 parameter.requires_grad_(False)
+        if compile:
+            for tower in (
+                "visual",
+                "text",
+                "transformer",
+            ):  # a text tower that is spread over the model is called in parts
+                if hasattr(self.model, tower):
+                    getattr(self.model, tower).compile()
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images `(pairs, 3, height, width)` as the model's ``transforms`` give them."""
