@@ -20,6 +20,7 @@ from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
 from lightning_itm.modules.pair_loss import PairLoss
 from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
 from lightning_itm.modules.retrieval import ImageTextRetrieval
+from lightning_itm.modules.weight_interpolation import interpolate_weights
 
 __all__ = [
     "DualEncoder",
@@ -55,4 +56,5 @@ __all__ = [
     "Vocabulary",
     "WordEncoder",
     "collate",
+    "interpolate_weights",
 ]
