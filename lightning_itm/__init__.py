@@ -21,6 +21,7 @@ from lightning_itm.modules.pair_loss import PairLoss
 from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 from lightning_itm.modules.weight_interpolation import interpolate_weights
+from lightning_itm.modules.zero_shot import zero_shot_accuracy
 
 __all__ = [
     "DualEncoder",
@@ -57,4 +58,5 @@ __all__ = [
     "WordEncoder",
     "collate",
     "interpolate_weights",
+    "zero_shot_accuracy",
 ]
