@@ -63,13 +63,7 @@ def zero_shot_accuracy(
             names = open_clip.build_zero_shot_classifier(
                 encoder, tokenizer, class_names, templates, device=module.device
             )
-            seen = [
-                (
-                    torch.as_tensor(labels).cpu(),
-                    (unit_norm(module.encode_image(images.to(module.device))) @ names).argmax(1).cpu(),
-                )
-                for images, labels, *_ in batches
-            ]
+            seen = [(torch.as_tensor(labels).cpu(), _nearest(module, images, names)) for images, labels, *_ in batches]
     finally:
         for part, mode in modes.items():
             part.training = mode
@@ -85,3 +79,9 @@ def zero_shot_accuracy(
     right = label[label == guess].bincount(minlength=len(class_names))
     per_class = right[size > 0] / size[size > 0]
     return {"top1": 100 * float(right.sum() / size.sum()), "mean_per_class": 100 * float(per_class.mean())}
+
+
+def _nearest(module: DualEncoder, images: Any, names: Tensor) -> Tensor:
+    image = unit_norm(module.encode_image(images.to(module.device)))
+    with torch.autocast(image.device.type, enabled=False):  # near names would tie in half precision
+        return (image @ names).argmax(dim=1).cpu()

@@ -132,8 +132,15 @@ def test_plain_on_a_karpathy_split(example, folder, capsys):
     assert "text_projection" not in same
 
 
-@pytest.mark.parametrize("loss", ["infonce", "sigmoid", "hardest", "selective"])
-@pytest.mark.parametrize("lock", ["--lock-text", "--lock-image"])
+@pytest.mark.parametrize(
+    ("loss", "lock"),
+    [
+        ("infonce", "--lock-text"),
+        ("sigmoid", "--lock-image"),
+        ("hardest", "--lock-image"),
+        ("selective", "--lock-text"),
+    ],
+)
 def test_any_loss_with_all_that_it_can_be_combined_with(example, folder, loss, lock):
     hinge = ["--monitor"] if loss in ("hardest", "selective") else []
     more = ["--mining", "--memory", "64", "--ema", "0.5", "--layer-decay", "0.9", lock, *hinge]

@@ -129,6 +129,22 @@ def test_errors(model):
         zero_shot_accuracy(Tiny(), [], NAMES)
 
 
+def test_near_names_do_not_tie_under_autocast():
+    class Angles(DualEncoder):
+        def encode_image(self, image):
+            return torch.stack([image.cos(), image.sin()], dim=1)
+
+        encode_text = encode_image
+
+    batches = [(torch.tensor([0.02, 0.04]), torch.tensor([1, 2]))]  # cosines of 0.9998 and 1: one number in bfloat16
+    names = ["0.00", "0.02", "0.04"]
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = zero_shot_accuracy(
+            Angles(), batches, names, templates=["{}"], tokenizer=lambda texts: torch.tensor([float(t) for t in texts])
+        )
+    assert measured["top1"] == 100
+
+
 def test_another_module_with_its_own_tokenizer():
     batches = [(torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]))]
     assert 0 <= zero_shot_accuracy(Tiny(), batches, NAMES, tokenizer=tokenize)["top1"] <= 100
