@@ -194,6 +194,7 @@ class TestCompile:
         fitter = trainer(limit_train_batches=0, limit_val_batches=0)
         fitter.fit(compiled, datamodule=data_for(compiled))
         fitter.save_checkpoint(tmp_path / "a.ckpt")
+        assert OpenCLIPDualEncoder.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True).hparams.compile
         loaded = OpenCLIPDualEncoder.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, compile=False)
         assert loaded.state_dict().keys() == plain.state_dict().keys() == compiled.state_dict().keys()
         assert all(torch.equal(value, compiled.state_dict()[name]) for name, value in loaded.state_dict().items())
