@@ -24,7 +24,7 @@ class OpenCLIPDualEncoder(DualEncoder):
         model_name: A name of ``open_clip.list_models()``, ``hf-hub:...`` or ``local-dir:...``.
         pretrained: A tag of ``open_clip.list_pretrained_tags_by_model(model_name)``, the path of a checkpoint, or ``None``.
         loss: As in :class:`DualEncoder`.
-        lock_image: Freeze the image tower (LiT), batch statistics included; open_clip leaves the projection on a timm trunk free.
+        lock_image: Freeze the image tower (LiT), batch statistics included; of a timm model the trunk alone.
         lock_text: Freeze the text tower.
         gradient_checkpointing: Compute activations twice to keep fewer of them.
         layer_decay: What the learning rate is multiplied by at each layer on the way down a tower, in (0, 1], such as 0.8;
