@@ -22,6 +22,8 @@ from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
 from lightning_itm.modules.pair_loss import PairLoss
 from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
 from lightning_itm.modules.retrieval import ImageTextRetrieval
+from lightning_itm.modules.weight_interpolation import interpolate_weights
+from lightning_itm.modules.zero_shot import zero_shot_accuracy
 
 __all__ = [
     "DualEncoder",
@@ -59,6 +61,8 @@ __all__ = [
     "Vocabulary",
     "WordEncoder",
     "collate",
+    "interpolate_weights",
     "verify_shards",
     "write_shards",
+    "zero_shot_accuracy",
 ]

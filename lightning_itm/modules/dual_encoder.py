@@ -165,18 +165,25 @@ class DualEncoder(L.LightningModule):
         """Log retrieval over the whole test set."""
         self._log_metrics("test")
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with warm-up and cosine; no decay on norms, biases and ``logit_scale``."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of AdamW: no decay on norms, biases and ``logit_scale``. Override for others, or other rates.
+
+        Raises:
+            ValueError: Nothing is trained.
+        """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError(
                 "Expected a parameter that is trained, got none: all are frozen. Leave one tower unlocked."
             )
-        groups: list[dict[str, Any]] = [
+        return [
             {"params": [parameter for parameter in trained if parameter.ndim >= 2]},
             {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW over :meth:`parameter_groups`, with warm-up and cosine."""
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.learning_rate, weight_decay=self.weight_decay)
         total, warmup = self.trainer.estimated_stepping_batches, self.warmup_steps
         if 0 < total <= warmup:
             rank_zero_warn(

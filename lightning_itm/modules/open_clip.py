@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_itm.modules.dual_encoder import DualEncoder
+from lightning_itm.modules.layer_decay import layer_depths, split_by_depth
 
 
 class OpenCLIPDualEncoder(DualEncoder):
@@ -23,9 +24,14 @@ class OpenCLIPDualEncoder(DualEncoder):
         model_name: A name of ``open_clip.list_models()``, ``hf-hub:...`` or ``local-dir:...``.
         pretrained: A tag of ``open_clip.list_pretrained_tags_by_model(model_name)``, the path of a checkpoint, or ``None``.
         loss: As in :class:`DualEncoder`.
-        lock_image: Freeze the image tower (LiT), batch statistics included.
+        lock_image: Freeze the image tower (LiT), batch statistics included; of a timm model the trunk alone.
         lock_text: Freeze the text tower.
         gradient_checkpointing: Compute activations twice to keep fewer of them.
+        layer_decay: What the learning rate is multiplied by at each layer on the way down a tower, in (0, 1], such as 0.8;
+            see :func:`~lightning_itm.modules.layer_decay.layer_depths`. Projections, final norms and the loss keep the full
+            one. ``None``, as 1, means one learning rate for all.
+        compile: Compile the towers with ``torch.compile``, at the first batch. Weights keep their names; copies of the
+            module, such as the one of :class:`~lightning_itm.FalseNegativeElimination`, are not compiled.
         augmentation: Arguments of ``open_clip.AugmentationCfg`` for the training transform, such as ``{"scale": (0.5, 1)}``.
         **kwargs: As in :class:`DualEncoder`.
 
@@ -35,9 +41,11 @@ class OpenCLIPDualEncoder(DualEncoder):
             ``ImageTextPairs(..., **model.transforms)``.
 
     Raises:
-        ValueError: open_clip has no model, or no weights, of that name.
+        ValueError: open_clip has no model, or no weights, of that name; ``layer_decay`` is outside (0, 1].
 
     References:
+        Layer-wise decay: Bao et al., *BEiT*, ICLR 2022, arXiv 2106.08254; of CLIP: Dong et al., *CLIP Itself is a Strong
+        Fine-tuner*, arXiv 2212.06138. There one tower is trained; here either one counts its own layers.
         LiT: Zhai et al., *Zero-Shot Transfer with Locked-image text Tuning*, CVPR 2022.
     """
 
@@ -50,6 +58,8 @@ class OpenCLIPDualEncoder(DualEncoder):
         lock_image: bool = False,
         lock_text: bool = False,
         gradient_checkpointing: bool = False,
+        layer_decay: float | None = None,
+        compile: bool = False,
         augmentation: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -57,8 +67,15 @@ class OpenCLIPDualEncoder(DualEncoder):
         pretrained = None if pretrained is None else fspath(pretrained)
         self.save_hyperparameters(
             {"model_name": model_name, "pretrained": pretrained, "lock_image": lock_image, "lock_text": lock_text}
-            | {"gradient_checkpointing": gradient_checkpointing, "augmentation": augmentation}
+            | {"gradient_checkpointing": gradient_checkpointing, "layer_decay": layer_decay, "compile": compile}
+            | {"augmentation": augmentation}
         )
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(
+                f"Expected `layer_decay` to be in (0, 1], got {layer_decay}. It multiplies the learning rate at each layer "
+                "on the way down; freeze a tower with `lock_image` or `lock_text`."
+            )
+        self.layer_decay = layer_decay
         if ":" not in model_name and model_name not in open_clip.list_models():
             raise ValueError(
                 f"Expected `model_name` to be one of open_clip.list_models() or to start with 'hf-hub:' or 'local-dir:', "
@@ -80,6 +97,10 @@ class OpenCLIPDualEncoder(DualEncoder):
         for name, parameter in self.model.named_parameters():
             if name.split(".")[0] in {"logit_scale", "logit_bias", "text_decoder"}:  # the last is CoCa's captioner
                 parameter.requires_grad_(False)
+        if compile:
+            for name in ("visual", "text", "transformer"):  # the last: of a text tower that is spread over the model
+                if hasattr(self.model, name):
+                    getattr(self.model, name).compile()
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images `(pairs, 3, height, width)` as the model's ``transforms`` give them."""
@@ -99,6 +120,17 @@ class OpenCLIPDualEncoder(DualEncoder):
             if not name.startswith("logit_"):
                 text.register_parameter(name, parameter)
         return {"image": self.model.visual, "text": text}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of :class:`DualEncoder`, split by depth where ``layer_decay`` is given."""
+        groups = super().parameter_groups()
+        if self.layer_decay in (None, 1):
+            return groups
+        depths: dict[nn.Parameter, int] = {}
+        for tower in self.towers().values():
+            of_name = dict(tower.named_parameters())
+            depths |= {of_name[name]: depth for name, depth in layer_depths(tower).items()}
+        return split_by_depth(groups, depths, self.learning_rate, self.layer_decay)
 
     def _hand_over_scale(self) -> None:
         if not getattr(self.loss, "takes_pretrained_scale", False):

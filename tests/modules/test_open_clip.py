@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_itm import (
+    FalseNegativeElimination,
     ImageTextDataModule,
     ImageTextPairs,
     InfoNCELoss,
@@ -184,6 +185,55 @@ def test_augmentation_is_of_training_only():
     first = pairs[0]["image"]
     assert not torch.equal(first, pairs[0]["image"])
     assert torch.equal(pairs.evaluation()[0]["image"], model.transforms["eval_transform"](cut_outs(2, 40)[0]))
+
+
+class TestCompile:
+    def test_names_and_values_are_those_of_the_eager_model(self, tmp_path):
+        """Nothing is run, so nothing is compiled yet."""
+        plain, compiled = OpenCLIPDualEncoder("tiny-bias"), OpenCLIPDualEncoder("tiny-bias", compile=True)
+        fitter = trainer(limit_train_batches=0, limit_val_batches=0)
+        fitter.fit(compiled, datamodule=data_for(compiled))
+        fitter.save_checkpoint(tmp_path / "a.ckpt")
+        assert OpenCLIPDualEncoder.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True).hparams.compile
+        loaded = OpenCLIPDualEncoder.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, compile=False)
+        assert loaded.state_dict().keys() == plain.state_dict().keys() == compiled.state_dict().keys()
+        assert all(torch.equal(value, compiled.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf"
+    )  # dynamo looks at it itself
+    def test_trains_as_the_eager_model_does_and_copies_have_their_own_weights(self, tmp_path):
+        config = CONFIGS["tiny-vit"]
+        config = {key: {**part, "layers": 1} if isinstance(part, dict) else part for key, part in config.items()}
+        (tmp_path / "tiny-flat.json").write_text(json.dumps(config))  # compiled sooner
+        open_clip.add_model_config(tmp_path / "tiny-flat.json")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        losses = {}
+        for compiles in (False, True):
+            torch.manual_seed(1)
+            model = OpenCLIPDualEncoder(
+                "tiny-flat", loss=TripletLoss(), learning_rate=1e-3, warmup_steps=0, compile=compiles
+            )
+            memory = FalseNegativeElimination(queue_size=16, momentum=0.5, start_epoch=0)
+            fitter = trainer(callbacks=[memory], limit_val_batches=0)
+            fitter.fit(model, datamodule=data_for(model))
+            assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiles
+            losses[compiles] = fitter.callback_metrics["train/loss"]
+        torch.testing.assert_close(losses[True], losses[False], rtol=1e-3, atol=1e-4)
+        batch = next(iter(data_for(model).val_dataloader()))
+        eager = OpenCLIPDualEncoder("tiny-flat", loss=TripletLoss()).eval()
+        with torch.no_grad():
+            slow, live = memory.encoder(batch), model.eval().embed(batch)
+            eager.load_state_dict(memory.encoder.module.state_dict())
+            own = eager.embed(batch)
+            eager.load_state_dict(model.state_dict())
+            of_model = eager.embed(batch)
+        for side in ("image", "text"):
+            torch.testing.assert_close(getattr(slow, side), getattr(own, side))
+            torch.testing.assert_close(getattr(live, side), getattr(of_model, side))
+            assert not torch.allclose(getattr(slow, side), getattr(live, side), atol=1e-3)
 
 
 def test_unknown_model():
