@@ -1,11 +1,14 @@
 """Better negatives for fine-tuning CLIP and other dual encoders, as a PyTorch Lightning plugin."""
 
+from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.callbacks.false_negative_elimination import FalseNegativeElimination
 from lightning_itm.callbacks.gradient_norm_monitor import GradientNormMonitor
+from lightning_itm.callbacks.negative_writer import NegativeWriter
 from lightning_itm.callbacks.offline_hard_negative_mining import OfflineHardNegativeMining
 from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, ImageTextBatch, collate
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.features import RegionPairs, Vocabulary
+from lightning_itm.data.files import ImageTextFiles, open_clip_transforms, read_pairs
 from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.memory import MemoryCandidates, MemoryDirection, NegativeSampler
 from lightning_itm.data.padded import PaddedSequence
@@ -28,6 +31,7 @@ from lightning_itm.modules.zero_shot import zero_shot_accuracy
 __all__ = [
     "DualEncoder",
     "EmbeddingPairs",
+    "EmbeddingWriter",
     "FalseNegativeElimination",
     "FalseNegativeSampler",
     "GeneralizedPooling",
@@ -36,6 +40,7 @@ __all__ = [
     "HardNegatives",
     "ImageTextBatch",
     "ImageTextDataModule",
+    "ImageTextFiles",
     "ImageTextPairs",
     "ImageTextRetrieval",
     "InfoNCELoss",
@@ -45,6 +50,7 @@ __all__ = [
     "MomentumEncoder",
     "NegativeSampler",
     "NegativeTable",
+    "NegativeWriter",
     "OfflineHardNegativeMining",
     "OpenCLIPDualEncoder",
     "PaddedSequence",
@@ -62,6 +68,8 @@ __all__ = [
     "WordEncoder",
     "collate",
     "interpolate_weights",
+    "open_clip_transforms",
+    "read_pairs",
     "verify_shards",
     "write_shards",
     "zero_shot_accuracy",

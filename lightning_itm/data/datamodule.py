@@ -1,7 +1,7 @@
 """A datamodule that knows where it is, so that a run can stop anywhere and go on."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_itm.data.batch import collate
+from lightning_itm.data.hard_negatives import HardNegativePairs
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
 from lightning_itm.data.shard_stream import ShardStream, StreamedBatches, StreamLoader
@@ -34,6 +35,9 @@ class ImageTextDataModule(L.LightningDataModule):
         persistent_workers: Keep the workers from one epoch to the next.
         drop_last: Leave out the pairs that do not fill a batch. They are others in each epoch.
         seed: Order and augmentation of an epoch are functions of it.
+
+    Attributes:
+        predict_split: Which of the three ``Trainer.predict`` reads: ``"train"``, ``"val"`` or ``"test"``.
 
     Raises:
         ValueError: ``batch_size`` is not positive.
@@ -63,6 +67,7 @@ class ImageTextDataModule(L.LightningDataModule):
         self.persistent_workers = persistent_workers
         self.drop_last = drop_last
         self.seed = seed
+        self.predict_split: Literal["train", "val", "test"] = "test"
         self._restored: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
@@ -99,6 +104,26 @@ class ImageTextDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of ``test_dataset``, in order, with evaluation transforms."""
         return self._evaluation_loader(_given(self.test_dataset, "test_dataset"))
+
+    def predict_pairs(self) -> ImageTextPairs:
+        """Return the pairs of the set that is predicted (:attr:`predict_split`), with evaluation transforms.
+
+        Raises:
+            MisconfigurationException: There is none, or it is of another kind.
+        """
+        dataset = _given(getattr(self, f"{self.predict_split}_dataset"), f"{self.predict_split}_dataset")
+        pairs = dataset.pairs if isinstance(dataset, HardNegativePairs | ShardStream) else dataset
+        if not isinstance(pairs, ImageTextPairs):
+            raise MisconfigurationException(f"Expected ImageTextPairs to predict, got {type(pairs).__name__}.")
+        return pairs.evaluation()
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """Return two loaders, one of all images and one of all texts, each once: ``{"image", "image_id"}``, and so on."""
+        pairs = self.predict_pairs()
+        return [
+            DataLoader(_Parts(pairs, kind), batch_size=self.eval_batch_size, **self._loader_options())
+            for kind in ("image", "text")
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training is: the epoch, how many of its batches are done, and how many there ever were."""
@@ -173,7 +198,7 @@ class ImageTextDataModule(L.LightningDataModule):
             )
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        return DataLoader(_evaluation_view(dataset), self.eval_batch_size, **self._loader_options())
+        return DataLoader(_evaluation_view(dataset), batch_size=self.eval_batch_size, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {
@@ -184,6 +209,21 @@ class ImageTextDataModule(L.LightningDataModule):
             # Of its own: the workers' seed is drawn from it, and not from the stream that dropout draws from.
             "generator": torch.Generator().manual_seed(self.seed),
         }
+
+
+class _Parts(Dataset[dict[str, Any]]):
+    """The images, or the texts, of a set, each with its id."""
+
+    def __init__(self, pairs: ImageTextPairs, kind: str) -> None:
+        self.kind = kind
+        self.load = pairs.load_image if kind == "image" else pairs.load_text
+        self.number = len(pairs.images if kind == "image" else pairs.texts)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {self.kind: self.load(index), f"{self.kind}_id": index}
 
 
 def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:

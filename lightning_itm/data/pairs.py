@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.data.image import ImageSource, UnreadableImageError, check_sources, open_rgb, to_tensor
+from lightning_itm.data.tar import IMAGE_ENDINGS
 
 
 class ImageTextPairs(Dataset[dict[str, Any]]):
@@ -147,6 +148,30 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file if line.strip()]
         return cls._from_rows(rows, path, image_root, image_column, text_column, **kwargs)
+
+    @classmethod
+    def from_folder(cls, folder: str | PathLike[str], **kwargs: Any) -> "ImageTextPairs":
+        """Read a folder of images, each with a ``.txt`` of the same name beside it, one text a line; subfolders too.
+
+        Args:
+            folder: Where they are; in the order of their names.
+            **kwargs: As for the class.
+
+        Raises:
+            FileNotFoundError: An image without a ``.txt``, or no image.
+        """
+        endings = {f".{ending}" for ending in IMAGE_ENDINGS}
+        images = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+        if not images:
+            raise FileNotFoundError(f"Expected images ({', '.join(sorted(endings))}) in {folder}, found none.")
+        lacking = [path for path in images if not path.with_suffix(".txt").is_file()]
+        if lacking:
+            raise FileNotFoundError(
+                f"Expected {lacking[0].with_suffix('.txt')} beside {lacking[0].name}, found none ({len(lacking)} of "
+                f"{len(images)} images have no text). Write it, or move the image elsewhere."
+            )
+        lines = [path.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines() for path in images]
+        return cls(images, [[line for line in of_image if line.strip()] for of_image in lines], **kwargs)
 
     @classmethod
     def _from_rows(

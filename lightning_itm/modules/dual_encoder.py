@@ -120,8 +120,16 @@ class DualEncoder(L.LightningModule):
         )
 
     def forward(self, batch: Any) -> EmbeddingPairs:
-        """Encode a batch; what ``predict`` returns."""
+        """Encode a batch."""
         return self.embed(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> EmbeddingPairs | dict[str, Tensor]:
+        """Encode a batch of pairs, or one of images or texts alone: then a dict of unit vectors and ids."""
+        alone = [kind for kind in ("image", "text") if kind in batch and f"{kind}_id" in batch]
+        if len(alone) != 1:
+            return self.embed(batch)
+        (kind,) = alone
+        return {kind: self._unit_vectors(kind, batch[kind]), f"{kind}_id": batch[f"{kind}_id"]}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the loss of a batch, against the candidates of all ranks."""

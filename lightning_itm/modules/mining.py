@@ -50,6 +50,8 @@ class FoundNegatives:
 
     texts: Tensor
     images: Tensor
+    text_scores: Tensor
+    image_scores: Tensor
     gap: float
     rejected_share: float
 
@@ -124,7 +126,8 @@ def find_negatives(
     )
     gap = torch.cat([of_image - texts.scores[:, 0], of_text - images.scores[:, 0]])
     gap = gap[gap.isfinite()]
-    return FoundNegatives(texts.index, images.index, float(gap.mean()), (rejected_texts + rejected_images) / 2)
+    rejected = (rejected_texts + rejected_images) / 2
+    return FoundNegatives(texts.index, images.index, texts.scores, images.scores, float(gap.mean()), rejected)
 
 
 class EmbeddedNegatives:

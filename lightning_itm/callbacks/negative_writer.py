@@ -1,0 +1,81 @@
+"""Negatives mined over a whole set, in files, for use anywhere."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
+from lightning_itm.data.export import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
+from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.modules.mining import EncodedPairs, find_negatives
+
+
+class NegativeWriter(EmbeddingWriter):
+    """Write the hardest texts of every image and the hardest images of every text, with their similarities.
+
+    ``texts_of_images`` and ``images_of_texts``, as ``.jsonl`` or ``.parquet``: one row an image, or a text, with a list of
+    what was mined for it, the hardest first. They are what :class:`~lightning_itm.OfflineHardNegativeMining` draws from.
+
+    Args:
+        folder: Where to; it must not hold results already.
+        num_texts: Texts kept for an image.
+        num_images: Images kept for a text.
+        format: ``"jsonl"`` or ``"parquet"``, which needs pyarrow.
+        **guards: Of :func:`~lightning_itm.functional.top_k_negatives`.
+
+    Raises:
+        ValueError: Another format.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        num_texts: int = 300,
+        num_images: int = 60,
+        *,
+        format: Literal["jsonl", "parquet"] = "jsonl",
+        **guards: Any,
+    ) -> None:
+        super().__init__(folder)
+        if format not in ("jsonl", "parquet"):
+            raise ValueError(f"Expected `format` to be 'jsonl' or 'parquet', got {format!r}.")
+        if format == "parquet":
+            pyarrow()  # before anything is encoded
+        self.num_texts, self.num_images, self.format, self.guards = num_texts, num_images, format, guards
+        self.results = tuple(f"{name}.{format}" for name in ("texts_of_images", "images_of_texts"))
+
+    def write(self, trainer: L.Trainer, pairs: ImageTextPairs, image: Tensor, text: Tensor) -> None:
+        """Search, each rank its share, and write what was found."""
+        everything = [torch.ones(len(part), dtype=torch.bool, device=part.device) for part in (image, text)]
+        encoded = EncodedPairs(image, text, pairs.text_image_id.to(image.device), *everything)
+        found = find_negatives(
+            encoded,
+            self.num_texts,
+            self.num_images,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            is_shown=trainer.is_global_zero,
+            **self.guards,
+        )
+        if not trainer.is_global_zero:
+            return
+        put = write_jsonl if self.format == "jsonl" else write_parquet
+        put(self.folder / self.results[0], _rows(pairs, "image", "text", found.texts, found.text_scores))
+        put(self.folder / self.results[1], _rows(pairs, "text", "image", found.images, found.image_scores))
+
+
+DESCRIBE = {"image": describe_image, "text": describe_text}
+
+
+def _rows(pairs: ImageTextPairs, of: str, mined: str, index: Tensor, scores: Tensor) -> Iterator[dict[str, Any]]:
+    for anchor, (numbers, values) in enumerate(zip(index.cpu(), scores.float().cpu(), strict=True)):
+        hardest = [
+            {**DESCRIBE[mined](pairs, number), "score": round(value, 6)}
+            for number, value in zip(numbers.tolist(), values.tolist(), strict=True)
+            if number >= 0
+        ]
+        yield {**DESCRIBE[of](pairs, anchor), f"{mined}s": hardest}

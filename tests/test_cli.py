@@ -1,0 +1,318 @@
+"""The command line, as a user would call it, on a small data set in Karpathy's format."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import open_clip
+import pytest
+import torch
+import yaml
+
+import lightning_itm as itm
+from lightning_itm.cli import Trainer, main
+from tests.karpathy import write_karpathy
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # of Lightning's CLI
+    pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed"),
+    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_model(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["lightning-itm"]
+    )  # Lightning compares what it is given with the real command line
+    open_clip.add_model_config(EXAMPLES / "models" / "emoji-clip.json")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A YAML with a loss and every callback by class path, and two epochs on twelve images."""
+    write_karpathy(tmp_path)
+    values = {
+        "seed_everything": 3,
+        "model": {
+            "class_path": "lightning_itm.OpenCLIPDualEncoder",
+            "init_args": {
+                "model_name": "emoji-clip",
+                "learning_rate": 1e-4,
+                "augmentation": {"scale": [0.5, 1.0]},
+                "loss": {
+                    "class_path": "lightning_itm.QuintupletLoss",
+                    "init_args": {
+                        "online": {"class_path": "lightning_itm.TripletLoss", "init_args": {"negatives": "selective"}}
+                    },
+                },
+            },
+        },
+        "data": {
+            "class_path": "lightning_itm.ImageTextFiles",
+            "init_args": {
+                **dict.fromkeys(("train", "val", "test"), "dataset.json"),
+                "batch_size": 12,
+                "num_workers": 0,
+                "seed": 3,
+            },
+        },
+        "trainer": {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {
+                    "class_path": "lightning_itm.OfflineHardNegativeMining",
+                    "init_args": {"num_texts": 6, "num_images": 4},
+                },
+                {
+                    "class_path": "lightning_itm.FalseNegativeElimination",
+                    "init_args": {"queue_size": 24, "min_count": 4},
+                },
+                {"class_path": "lightning_itm.GradientNormMonitor"},
+            ],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def checkpoint():
+    (path,) = Path("lightning_logs").glob("version_0/checkpoints/*.ckpt")
+    return path
+
+
+@pytest.mark.slow
+def test_a_run_from_yaml_equals_the_same_run_from_python(config):
+    main(["fit", "--config", str(config)])
+    found = torch.load(checkpoint(), weights_only=True)["state_dict"]
+
+    L.seed_everything(3, workers=True, verbose=False)
+    model = itm.OpenCLIPDualEncoder(
+        "emoji-clip",
+        loss=itm.QuintupletLoss(itm.TripletLoss(negatives="selective")),
+        learning_rate=1e-4,
+        augmentation={"scale": [0.5, 1.0]},
+    )
+    pairs = [
+        itm.ImageTextPairs.from_karpathy("dataset.json", ".", split, **model.transforms) for split in ("train", "val")
+    ]
+    callbacks = [
+        itm.OfflineHardNegativeMining(num_texts=6, num_images=4),
+        itm.FalseNegativeElimination(24, min_count=4),
+        itm.GradientNormMonitor(),
+    ]
+    trainer = L.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=itm.ImageTextDataModule(*pairs, batch_size=12, num_workers=0, seed=3))
+    expected = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.slow
+def test_every_command(config, capsys, tmp_path):
+    """Shards, fit, validate, test, predict and mine, one after the other, with what the one wrote for the next."""
+    main(["shards", "write", "dataset.json", "shards/train", "--images_per_shard", "5"])
+    assert "12 images and 60 texts in 3 shards" in capsys.readouterr().out
+    main(["shards", "index", "shards/train/{00000..00001}.tar"])
+    assert "10 images and 50 texts in 2 shards" in capsys.readouterr().out
+    main(["shards", "verify", "shards/train"])
+    given = ["--config", str(config), "--data.train", "shards/train"]
+    main(["fit", *given, "--data.stream", "true", "--data.shuffle_buffer", "20"])
+    trained = ["--ckpt_path", str(checkpoint())]
+    for command in ("validate", "test"):
+        main([command, *given, *trained])
+        assert "rsum" in capsys.readouterr().out
+    main(["predict", *given, *trained, "--output", "embeddings", "--split", "train"])
+    image, text = (np.load(f"embeddings/{kind}.npy") for kind in ("image", "text"))
+    rows = [json.loads(line) for line in Path("embeddings/texts.jsonl").read_text().splitlines()]
+    assert (image.shape[0], text.shape[0], len(rows)) == (12, 60, 60)
+    loss = itm.QuintupletLoss(itm.TripletLoss(negatives="selective"))
+    model = itm.OpenCLIPDualEncoder.load_from_checkpoint(checkpoint(), weights_only=True, loss=loss).eval()
+    pairs = itm.read_pairs("shards/train", **model.transforms).evaluation()
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.encode_image(torch.stack([pairs.load_image(7)])))
+    np.testing.assert_allclose(image[7], expected[0], atol=1e-6)
+    assert rows[7] == {"text_id": 7, "image_id": 1, "text": pairs.texts[7]}
+
+    scores = image @ text.T
+    for format in ("jsonl", "parquet"):
+        main(["mine", *given, *trained, "--output", f"mined-{format}", "--format", format, "--num_texts", "4"])
+    lines = Path("mined-jsonl/texts_of_images.jsonl").read_text().splitlines()
+    images = [json.loads(line) for line in Path("mined-jsonl/images_of_texts.jsonl").read_text().splitlines()]
+    assert (len(lines), len(images)) == (12, 60)
+    for row in map(json.loads, lines):
+        others = [number for number in range(60) if rows[number]["image_id"] != row["image_id"]]
+        hardest = sorted(others, key=lambda number: -scores[row["image_id"], number])[:4]
+        found = [scores[row["image_id"], entry["text_id"]] for entry in row["texts"]]
+        np.testing.assert_allclose(found, scores[row["image_id"], hardest], atol=1e-6)
+        np.testing.assert_allclose([entry["score"] for entry in row["texts"]], found, atol=1e-5)
+        assert row["image"].endswith(f"{row['image_id']:09d}")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table("mined-parquet/images_of_texts.parquet").to_pylist()
+    assert [row["text"] for row in table] == [row["text"] for row in images]
+    assert [[entry["image_id"] for entry in row["images"]] for row in table] == [
+        [entry["image_id"] for entry in row["images"]] for row in images
+    ]
+    with pytest.raises(FileExistsError, match=r"folder without results, got embeddings with image\.npy"):
+        main(["predict", *given, *trained, "--output", "embeddings", "--split", "train"])
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
+def test_two_processes_write_what_one_writes(tmp_path):
+    write_karpathy(tmp_path)
+    L.seed_everything(0, verbose=False)
+    model = itm.OpenCLIPDualEncoder("emoji-clip")
+    for devices in (1, 2):
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(devices=devices, strategy="ddp_fork" if devices > 1 else "auto", accelerator="cpu", **options)
+        data = itm.ImageTextFiles("dataset.json", batch_size=5, num_workers=0)
+        trainer.mine(model, data, output=f"mined-{devices}", num_texts=5, num_images=4)
+    for name, mined, key in (("texts_of_images", "texts", "text_id"), ("images_of_texts", "images", "image_id")):
+        one, two = (
+            [json.loads(line)[mined] for line in Path(f"mined-{devices}", f"{name}.jsonl").read_text().splitlines()]
+            for devices in (1, 2)
+        )
+        assert [[entry[key] for entry in row] for row in one] == [[entry[key] for entry in row] for row in two]
+        scores = [[entry["score"] for row in rows for entry in row] for rows in (one, two)]
+        np.testing.assert_allclose(*scores, atol=2e-6)  # of six digits in the file
+
+
+class TestConfigs:
+    @pytest.mark.parametrize("name", ["clip_flickr30k.yaml", "clip_coco.yaml"])
+    def test_examples_are_read_with_nothing_left_over(self, name):
+        """By the program itself, in a process of its own: every class is found, every argument is known."""
+        command = [sys.executable, "-m", "lightning_itm.cli", "fit", "--config", str(EXAMPLES / "configs" / name)]
+        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+        done = subprocess.run([*command, "--print_config"], capture_output=True, text=True, env=environment, check=True)
+        values = yaml.safe_load(done.stdout)
+        assert values["model"]["class_path"].endswith("OpenCLIPDualEncoder")
+        assert values["data"]["init_args"]["batch_size"] == 256
+        assert values["trainer"]["callbacks"]
+
+    def test_unknown_options_are_named(self, config, capsys):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(config), "--model.learning_rat", "1"])
+        assert "learning_rat" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("command", [[], ["fit"], ["mine"], ["shards"], ["shards", "write"]])
+    def test_help(self, command, capsys):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert "usage: lightning-itm" in text
+        if not command:
+            assert "\n  lightning-itm mine     --config" in text
+
+
+class TestFiles:
+    def test_karpathy_with_every_split(self, tmp_path):
+        for style, counts in (
+            ("coco", {"train": 12, "val": 4, "test": 4}),
+            ("flickr", {"train": 12, "val": 4, "test": 4}),
+        ):
+            (tmp_path / style).mkdir()
+            path = write_karpathy(tmp_path / style, style=style)
+            seen = []
+            for split, number in counts.items():
+                pairs = itm.read_pairs(path, split=split)
+                assert (len(pairs.images), len(pairs)) == (number, 5 * number)
+                seen += [str(image) for image in pairs.images]
+                for text_id in range(0, len(pairs), 5):
+                    sample = pairs[text_id + 3]
+                    assert sample["text"].endswith("sentence 3.")
+                    assert sample["image"].shape[0] == 3
+            assert len(set(seen)) == 20
+        alone = itm.ImageTextPairs.from_karpathy(tmp_path / "coco" / "dataset.json", tmp_path / "coco", ["train"])
+        assert len(alone.images) == 8
+        assert all("train2014" in str(image) for image in alone.images)
+        with pytest.raises(ValueError, match=r"one of \['restval', 'test', 'train', 'val'\], .* got 'dev'"):
+            itm.read_pairs(tmp_path / "coco" / "dataset.json", split="dev")
+
+    def test_every_form_gives_the_same_pairs(self, tmp_path):
+        write_karpathy(tmp_path)
+        expected = itm.read_pairs("dataset.json", split="val")
+        rows = [
+            (os.path.relpath(image, tmp_path), text)
+            for image, texts in zip(
+                expected.images, [list(expected.texts[5 * i : 5 * i + 5]) for i in range(4)], strict=True
+            )
+            for text in texts
+        ]
+        Path("pairs.csv").write_text("image,text\n" + "".join(f'{image},"{text}"\n' for image, text in rows))
+        Path("pairs.tsv").write_text("filepath\ttitle\n" + "".join(f"{image}\t{text}\n" for image, text in rows))
+        Path("pairs.jsonl").write_text("".join(json.dumps({"image": i, "text": t}) + "\n" for i, t in rows))
+        Path("folder").mkdir()
+        for number, image in enumerate(expected.images):
+            Path("folder", f"{number}.jpg").write_bytes(Path(image).read_bytes())
+            Path("folder", f"{number}.txt").write_text(
+                "".join(f"{text}\n" for _, text in rows[5 * number : 5 * number + 5])
+            )
+        itm.write_shards(expected, "shards", images_per_shard=3)
+        forms = {
+            "pairs.csv": {},
+            "pairs.tsv": {"image_column": "filepath", "text_column": "title"},
+            "pairs.jsonl": {},
+            "folder": {},
+            "shards": {},
+            "shards/{00000..00001}.tar": {},
+        }
+        for source, options in forms.items():
+            pairs = itm.read_pairs(source, **options)
+            assert list(pairs.texts) == list(expected.texts), source
+            assert torch.equal(pairs.text_image_id, expected.text_image_id)
+            assert torch.equal(pairs[7]["image"], expected[7]["image"])
+
+    @pytest.mark.parametrize("name", ["ViT-B-32", "emoji-clip"])
+    def test_transforms_by_name_are_those_of_the_model(self, name):
+        _, train, evaluation = open_clip.create_model_and_transforms(name, aug_cfg={"scale": (0.5, 1.0)})
+        ours = itm.open_clip_transforms(name, augmentation={"scale": (0.5, 1.0)})
+        assert str(ours["transform"]) == str(train)
+        assert str(ours["eval_transform"]) == str(evaluation)
+
+    def test_transforms_by_name_know_what_weights_were_trained_with(self):
+        plain, trained = (itm.open_clip_transforms("PE-Core-T-16-384", tag) for tag in (None, "meta"))
+        assert "mean=(0.5, 0.5, 0.5)" in str(trained["eval_transform"])
+        assert "bilinear" in str(trained["eval_transform"])
+        assert "mean=(0.5, 0.5, 0.5)" not in str(plain["eval_transform"])
+
+    def test_bad_input(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"Expected nothing\.json, found none"):
+            itm.read_pairs("nothing.json")
+        with pytest.raises(ValueError, match=r"or a folder, got pairs\.xlsx"):
+            itm.read_pairs("pairs.xlsx")
+        Path("empty").mkdir()
+        with pytest.raises(FileNotFoundError, match="Expected images"):
+            itm.read_pairs("empty")
+        write_karpathy(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"\(12 of 12 images have no text\)"):
+            itm.ImageTextPairs.from_folder("val2014")
+        options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
+        model = itm.OpenCLIPDualEncoder("emoji-clip")
+        with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="shards with `stream=True`"):
+            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFiles("dataset.json", stream=True))
+        with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="Expected `test_dataset`"):
+            L.Trainer(**options).predict(model, datamodule=itm.ImageTextFiles("dataset.json"))
+        model.transforms = None
+        with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="Expected `model_name`"):
+            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFiles("dataset.json"))
