@@ -31,7 +31,6 @@ from lightning_itm import (
     FalseNegativeElimination,
     GradientNormMonitor,
     ImageTextDataModule,
-    ImageTextPairs,
     InfoNCELoss,
     OfflineHardNegativeMining,
     OpenCLIPDualEncoder,
@@ -39,6 +38,7 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
     interpolate_weights,
+    read_pairs,
     zero_shot_accuracy,
 )
 from lightning_itm.data.image import open_rgb
@@ -79,19 +79,10 @@ def make_callbacks(args: argparse.Namespace) -> list[L.Callback]:
     return callbacks
 
 
-def read_pairs(path: Path, split: str, images: Path, transforms: dict[str, Any]) -> ImageTextPairs:
-    """Read a set, in the form that the end of its name says."""
-    if path.suffix == ".json":
-        return ImageTextPairs.from_karpathy(path, images, split, **transforms)
-    if path.suffix == ".jsonl":
-        return ImageTextPairs.from_jsonl(path, images, **transforms)
-    return ImageTextPairs.from_csv(path, images, delimiter="\t" if path.suffix == ".tsv" else ",", **transforms)
-
-
 def make_data(args: argparse.Namespace, transforms: dict[str, Any]) -> ImageTextDataModule:
     """Read the three sets."""
     paths = {"train": args.train, "val": args.val or args.train, "test": args.test or args.train}
-    sets = [read_pairs(path, split, args.images, transforms) for split, path in paths.items()]
+    sets = [read_pairs(path, args.images, split=split, **transforms) for split, path in paths.items()]
     return ImageTextDataModule(*sets, batch_size=args.batch_size, num_workers=args.num_workers, seed=args.seed)
 
 
@@ -158,6 +149,7 @@ def run(args: argparse.Namespace) -> tuple[dict[float, Row], float]:
         gradient_checkpointing=args.gradient_checkpointing,
         layer_decay=args.layer_decay,
         compile=args.compile,
+        chunk_size=args.chunk_size,
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
         warmup_steps=args.warmup_steps,
@@ -191,10 +183,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--train", type=Path, required=True, help="Karpathy's .json, or .csv, .tsv, .jsonl with `image` and `text`")
-    add("--val", type=Path, help="the same; for Karpathy's .json, not needed")
-    add("--test", type=Path, help="the same")
-    add("--images", type=Path, default=Path(), help="the folder that the image paths start from")
+    add(
+        "--train",
+        required=True,
+        help="Karpathy's .json; .csv, .tsv, .jsonl with `image` and `text`; a folder; .tar shards",
+    )
+    add("--val", help="the same; for Karpathy's .json, not needed")
+    add("--test", help="the same")
+    add("--images", type=Path, help="the folder that image paths start from (where the file is)")
     add("--classes", type=Path, help="a folder of images for each class, named as the class: zero-shot accuracy")
     add("--template", action="append", help="a prompt with {} for the class; may come again (CLIP's seven simple ones)")
     add("--model", default="ViT-B-32", help="a model of open_clip (ViT-B-32)")
@@ -217,6 +213,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lock-image", action="store_true", help="freeze the image tower")
     add("--lock-text", action="store_true", help="freeze the text tower")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--chunk-size", type=int, help="encode so many pairs at a time: large batches on a small GPU")
     add("--compile", action="store_true", help="torch.compile the towers: minutes at first, then faster steps")
     add("--share", type=float, help="save this share of the fine-tuned weights, not the best in validation")
     add("--epochs", type=int, default=5)
@@ -238,7 +235,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/finetune-clip"), help="where weights.pt and metrics.csv go")
     args = parser.parse_args(arguments)
-    if args.train.suffix != ".json" and not (args.val and args.test):
+    if not args.train.endswith(".json") and not (args.val and args.test):
         parser.error("--val and --test are needed, because only a Karpathy .json has all three sets")
     if args.share is not None and not 0 <= args.share <= 1:
         parser.error(f"--share must be in [0, 1], got {args.share}")
