@@ -13,7 +13,8 @@ from lightning_itm.data.batch import collate
 from lightning_itm.data.hard_negatives import HardNegativePairs
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
-from lightning_itm.data.shard_stream import ShardStream, StreamedBatches, StreamLoader
+from lightning_itm.data.shard_stream import ShardStream
+from lightning_itm.data.streamed import StreamedBatches, StreamLoader
 
 
 class ImageTextDataModule(L.LightningDataModule):

@@ -22,7 +22,8 @@ from lightning_itm import (
     ShardStream,
     write_shards,
 )
-from lightning_itm.data.shard_stream import StreamedBatches, StreamLoader, batch_sizes, share_of
+from lightning_itm.data.epoch_plan import batch_sizes, share_of
+from lightning_itm.data.streamed import StreamedBatches, StreamLoader
 from tests.data.test_shards import img2dataset_sample, write_tar
 from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_pairs, tokenize
 
