@@ -228,6 +228,8 @@ class _Parts(Dataset[dict[str, Any]]):
 
 
 def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:
+    if isinstance(dataset, ShardStream):
+        dataset = dataset.pairs
     if isinstance(dataset, ImageTextPairs):
         return dataset.evaluation()
     if isinstance(dataset, Subset):
