@@ -1,6 +1,7 @@
 """The command line: Lightning's own, with mining and shards."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -206,6 +207,8 @@ def verify(folder: str) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
+    if os.getcwd() not in sys.path:  # or a class of the user's own, in a file beside the data, would not be found
+        sys.path.append(os.getcwd())
     given = sys.argv[1:] if args is None else args
     if given[:1] == ["shards"]:
         jsonargparse.auto_cli(

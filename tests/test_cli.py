@@ -197,6 +197,30 @@ def test_two_processes_write_what_one_writes(tmp_path):
         np.testing.assert_allclose(*scores, atol=2e-6)  # of six digits in the file
 
 
+@pytest.mark.slow
+def test_an_encoder_of_ones_own_beside_the_data(tmp_path):
+    """By the installed program, in a process of its own; `model_name` says which transforms its images get."""
+    write_karpathy(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "from lightning_itm import DualEncoder\n"
+        "class Mine(DualEncoder):\n"
+        "    def __init__(self, width: int = 8, **kwargs):\n"
+        "        super().__init__(**kwargs)\n"
+        "        self.image_encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, width))\n"
+        "        self.text_encoder = nn.EmbeddingBag(49408, width)\n"
+        "    def encode_image(self, image): return self.image_encoder(image)\n"
+        "    def encode_text(self, text): return self.text_encoder(text)\n"
+    )
+    given = ["--model", "mine.Mine", "--model.width", "4", "--model.loss", "lightning_itm.SigmoidLoss"]
+    given += ["--data.train", "dataset.json", "--data.val", "dataset.json", "--data.model_name", "ViT-B-32"]
+    given += ["--data.batch_size", "20", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    command = [str(Path(sys.executable).parent / "lightning-itm"), "fit", *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert torch.load(checkpoint(), weights_only=True)["state_dict"]["text_encoder.weight"].shape == (49408, 4)
+
+
 class TestConfigs:
     @pytest.mark.parametrize("name", ["clip_flickr30k.yaml", "clip_coco.yaml"])
     def test_examples_are_read_with_nothing_left_over(self, name):
@@ -311,7 +335,7 @@ class TestFiles:
         model = itm.OpenCLIPDualEncoder("emoji-clip")
         with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="shards with `stream=True`"):
             L.Trainer(**options).fit(model, datamodule=itm.ImageTextFiles("dataset.json", stream=True))
-        with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="Expected `test_dataset`"):
+        with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="Expected `test`, a file"):
             L.Trainer(**options).predict(model, datamodule=itm.ImageTextFiles("dataset.json"))
         model.transforms = None
         with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="Expected `model_name`"):

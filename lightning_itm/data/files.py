@@ -176,6 +176,10 @@ class ImageTextFiles(ImageTextDataModule):
         needed: list[str] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}.get(
             stage, [self.predict_split]
         )
+        if self.sources[needed[0]] is None:
+            raise MisconfigurationException(
+                f"Expected `{needed[0]}`, a file, a folder or shards to read, for the stage {stage!r}, got None."
+            )
         for split in needed:
             if self.sources[split] is not None and self._read_with.get(split) is not self.transforms:
                 setattr(self, f"{split}_dataset", self._read(split))
