@@ -1,6 +1,5 @@
 """The LightningModule that users subclass."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_itm.modules.contrastive_losses import InfoNCELoss
 from lightning_itm.modules.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
 from lightning_itm.modules.random_streams import part_random_streams, random_streams, restore_random_streams
 from lightning_itm.modules.retrieval import ImageTextRetrieval
+from lightning_itm.modules.schedule import warmup_cosine
 
 LOSS_INPUTS = ("memory", "hard", "selective")
 """What callbacks may put into a batch for the loss, beside the pairs."""
@@ -198,15 +198,7 @@ class DualEncoder(L.LightningModule):
                 f"The run has {total} optimizer steps and `warmup_steps={warmup}`: the learning rate never reaches "
                 f"{self.learning_rate}. Lower `warmup_steps`."
             )
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            if math.isinf(total):  # no end is known
-                return 1.0
-            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
