@@ -64,6 +64,10 @@ class Trainer(L.Trainer):
             output: A new folder.
             split: The set.
         """
+        if dataloaders is not None:
+            raise ValueError(
+                "Expected `datamodule`, which knows what each row is, got `dataloaders`. Use Lightning's Trainer."
+            )
         writer = EmbeddingWriter(output)
         return self._predict_with(writer, split, model, datamodule, return_predictions, ckpt_path, weights_only)
 
@@ -137,6 +141,7 @@ class ItmCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},  # or a second command without a versioned logger would not run
             parser_kwargs={"prog": "lightning-itm", "description": DESCRIPTION, "formatter_class": HelpFormatter},
             **kwargs,
         )
@@ -149,6 +154,9 @@ class ItmCLI(LightningCLI):
                 "data": {"class_path": f"{ImageTextFiles.__module__}.{ImageTextFiles.__name__}"},
             }
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model from the configuration alone: Lightning would put the checkpoint's arguments over it."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -219,6 +219,29 @@ def test_an_encoder_of_ones_own_beside_the_data(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert torch.load(checkpoint(), weights_only=True)["state_dict"]["text_encoder.weight"].shape == (49408, 4)
+    for more in (["validate"], ["predict", "--split", "val"], ["mine"], ["validate", "--trainer.logger", "false"]):
+        again = [command[0], more[0], *given, *more[1:], "--ckpt_path", str(checkpoint())]
+        done = subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_what_can_not_be_read_is_left_out_of_mining_and_named(tmp_path):
+    write_karpathy(tmp_path)
+    (tmp_path / "train2014" / f"{5:012d}.jpg").write_bytes(b"no picture")
+    L.seed_everything(0, verbose=False)
+    model = itm.OpenCLIPDualEncoder("emoji-clip")
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    data = itm.ImageTextFiles("dataset.json", batch_size=5, num_workers=0)
+    with pytest.warns(UserWarning, match=r"1 of 12 images can't be read, the first: .*000005\.jpg.* nobody's negative"):
+        Trainer(**options).mine(model, data, output="mined", num_texts=55, num_images=11)
+    rows = [json.loads(line) for line in Path("mined/texts_of_images.jsonl").read_text().splitlines()]
+    assert [len(row["texts"]) for row in rows] == [50] * 5 + [55] + [50] * 6
+    assert all(entry["image_id"] != 5 for row in rows for entry in row["texts"])
+    with pytest.warns(UserWarning, match=r"1 of 12 images can't be read.* Their rows are NaN"):
+        Trainer(**options).predict(model, datamodule=data, output="embeddings", split="train")
+    assert np.isnan(np.load("embeddings/image.npy")).all(axis=1).nonzero()[0].tolist() == [5]
+    with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="`limit_predict_batches=1`"):
+        Trainer(**options, limit_predict_batches=1).mine(model, data, output="more")
 
 
 class TestConfigs:
@@ -328,6 +351,10 @@ class TestFiles:
         Path("empty").mkdir()
         with pytest.raises(FileNotFoundError, match="Expected images"):
             itm.read_pairs("empty")
+        with pytest.raises(FileNotFoundError, match="Expected nowhere, found none"):
+            itm.read_pairs("nowhere")
+        with pytest.warns(UserWarning, match="`train` and `val` are the same, folder, which has no splits"):
+            itm.ImageTextFiles("folder", "folder")
         write_karpathy(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"\(12 of 12 images have no text\)"):
             itm.ImageTextPairs.from_folder("val2014")

@@ -70,6 +70,7 @@ def test_first_snippets(tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:`train` and `val` are the same, FOLDER")
 @pytest.mark.filterwarnings("ignore:The run has 10 optimizer steps and `warmup_steps=200`")
 @pytest.mark.usefixtures("flickr30k")
 def test_commands(tmp_path, monkeypatch):

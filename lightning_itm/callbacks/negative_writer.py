@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
@@ -31,6 +30,8 @@ class NegativeWriter(EmbeddingWriter):
         ValueError: Another format.
     """
 
+    consequence = "They are nobody's negative, nor are the texts of such an image."
+
     def __init__(
         self,
         folder: str | Path,
@@ -48,10 +49,17 @@ class NegativeWriter(EmbeddingWriter):
         self.num_texts, self.num_images, self.format, self.guards = num_texts, num_images, format, guards
         self.results = tuple(f"{name}.{format}" for name in ("texts_of_images", "images_of_texts"))
 
-    def write(self, trainer: L.Trainer, pairs: ImageTextPairs, image: Tensor, text: Tensor) -> None:
+    def write(
+        self,
+        trainer: L.Trainer,
+        pairs: ImageTextPairs,
+        image: Tensor,
+        image_is_valid: Tensor,
+        text: Tensor,
+        text_is_valid: Tensor,
+    ) -> None:
         """Search, each rank its share, and write what was found."""
-        everything = [torch.ones(len(part), dtype=torch.bool, device=part.device) for part in (image, text)]
-        encoded = EncodedPairs(image, text, pairs.text_image_id.to(image.device), *everything)
+        encoded = EncodedPairs(image, text, pairs.text_image_id.to(image.device), image_is_valid, text_is_valid)
         found = find_negatives(
             encoded,
             self.num_texts,

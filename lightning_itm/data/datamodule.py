@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_itm.data.batch import collate
 from lightning_itm.data.hard_negatives import HardNegativePairs
-from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
 from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
 from lightning_itm.data.shard_stream import ShardStream
 from lightning_itm.data.streamed import StreamedBatches, StreamLoader
@@ -119,7 +119,7 @@ class ImageTextDataModule(L.LightningDataModule):
         return pairs.evaluation()
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """Return two loaders, one of all images and one of all texts, each once: ``{"image", "image_id"}``, and so on."""
+        """Return two loaders, of all images and of all texts, each once: ``{"image", "image_id", "image_is_valid"}``."""
         pairs = self.predict_pairs()
         return [
             DataLoader(_Parts(pairs, kind), batch_size=self.eval_batch_size, **self._loader_options())
@@ -144,7 +144,8 @@ class ImageTextDataModule(L.LightningDataModule):
             "total": batches.total.processed,
             "batch_size": self.batch_size,
             "world_size": trainer.world_size,
-            "num_workers": self.num_workers if isinstance(self.train_dataset, ShardStream) else None,
+            "num_workers": self.num_workers,
+            "stream": self.train_dataset.settings() if isinstance(self.train_dataset, ShardStream) else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -164,14 +165,22 @@ class ImageTextDataModule(L.LightningDataModule):
                 f"{state_dict['batch']} of epoch {state_dict['epoch']}, got {now[0]} on {now[1]}: pairs would be left out or "
                 "come twice. Resume with the same, or from the end of an epoch."
             )
-        workers = state_dict.get("num_workers")  # of a checkpoint of a stream
-        if state_dict["batch"] > 0 and workers is not None and max(workers, 1) != max(self.num_workers, 1):
-            raise MisconfigurationException(
-                f"Expected `num_workers` {workers}, as when the run stopped after batch {state_dict['batch']} of epoch "
-                f"{state_dict['epoch']}, got {self.num_workers}: each worker reads a part of the shards. Resume with the "
-                "same, or from the end of an epoch."
-            )
+        if state_dict["batch"] > 0 and state_dict.get("stream") is not None:
+            self._check_stream(state_dict)
         self._restored = dict(state_dict)
+
+    def _check_stream(self, state_dict: dict[str, Any]) -> None:
+        """Compare what the order of a stream depends on with the checkpoint of the middle of an epoch."""
+        settings = self.train_dataset.settings() if isinstance(self.train_dataset, ShardStream) else {}
+        then = {**state_dict["stream"], "num_workers": max(1, state_dict["num_workers"])}
+        now = {**settings, "num_workers": max(1, self.num_workers)}
+        other = [name for name, value in then.items() if now.get(name) != value]
+        if other:
+            raise MisconfigurationException(
+                f"Expected a stream with the `{other[0]}` {then[other[0]]}, as when the run stopped after batch "
+                f"{state_dict['batch']} of epoch {state_dict['epoch']}, got {now.get(other[0])}: other pairs would follow. "
+                "Resume with the same, or from the end of an epoch."
+            )
 
     def _position(self) -> tuple[int, int]:
         """Return the epoch of the iterator that is about to be made, and how many of its batches are done."""
@@ -189,7 +198,13 @@ class ImageTextDataModule(L.LightningDataModule):
             stream, self.batch_size, drop_last=self.drop_last, rank=rank, world_size=world_size, seed=self.seed
         )
         options = {name: value for name, value in self._loader_options().items() if name != "collate_fn"}
-        return StreamLoader(batches, self._position if trainer else lambda: (0, 0), **options)
+        return StreamLoader(batches, self._stream_position, **options)
+
+    def _stream_position(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 0
+        epoch, batch = self._position()
+        return (0 if self.trainer.overfit_batches > 0 else epoch), batch  # type: ignore[attr-defined]
 
     def _check_one_batch(self, num_pairs: int) -> None:
         if self.drop_last and num_pairs < self.batch_size:
@@ -213,7 +228,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
 
 class _Parts(Dataset[dict[str, Any]]):
-    """The images, or the texts, of a set, each with its id."""
+    """The images, or the texts, of a set, each with its id; another stands in for one that can't be read, which is invalid."""
 
     def __init__(self, pairs: ImageTextPairs, kind: str) -> None:
         self.kind = kind
@@ -224,7 +239,15 @@ class _Parts(Dataset[dict[str, Any]]):
         return self.number
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {self.kind: self.load(index), f"{self.kind}_id": index}
+        for other in range(index, index + self.number):
+            try:
+                loaded = self.load(other % self.number)
+            except UnreadablePairError:
+                continue
+            return {self.kind: loaded, f"{self.kind}_id": index, f"{self.kind}_is_valid": other == index}
+        raise UnreadablePairError(
+            f"None of the {self.number} {self.kind}s can be read. Is the path of the images right?"
+        )
 
 
 def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:

@@ -1,5 +1,6 @@
 """Image-text data in the form that people have it: one function to read it, and a datamodule that needs only paths."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from os import PathLike, fspath
@@ -8,9 +9,11 @@ from typing import Any
 
 import open_clip
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.shard_index import ShardIndex
 from lightning_itm.data.shard_stream import ShardStream
 from lightning_itm.data.shards import ShardPairs
 from lightning_itm.data.tar import is_remote
@@ -44,11 +47,11 @@ def read_pairs(
         ValueError: A source of none of these forms.
         FileNotFoundError: It is not there.
     """
-    if not isinstance(source, str | PathLike):
+    if is_shards(source) or not isinstance(source, str | PathLike):
         return ShardPairs(source, index=index, **kwargs)
     path, ending = Path(source), Path(source).suffix.lower()
-    if ending == ".tar" or is_remote(fspath(source)) or (path.is_dir() and any(path.glob("*.tar"))):
-        return ShardPairs(source, index=index, **kwargs)
+    if not ending and not path.exists():
+        raise FileNotFoundError(f"Expected {source}, found none.")
     if path.is_dir():
         return ImageTextPairs.from_folder(path, **kwargs)
     if ending not in (".json", ".jsonl", ".csv", ".tsv"):
@@ -64,6 +67,14 @@ def read_pairs(
     if ending == ".jsonl":
         return ImageTextPairs.from_jsonl(path, root, **columns, **kwargs)
     return ImageTextPairs.from_csv(path, root, delimiter="," if ending == ".csv" else "\t", **columns, **kwargs)
+
+
+def is_shards(source: Source) -> bool:
+    """Return whether a source is tar shards: a folder of them, a pattern, an address or a list."""
+    if not isinstance(source, str | PathLike):
+        return True
+    path = Path(source)
+    return path.suffix.lower() == ".tar" or is_remote(fspath(source)) or (path.is_dir() and any(path.glob("*.tar")))
 
 
 def open_clip_transforms(
@@ -106,7 +117,8 @@ class ImageTextFiles(ImageTextDataModule):
         shuffle_buffer: Of the stream.
         resampled: Of the stream.
         pairs_per_epoch: Of the stream, if it is resampled.
-        index: The file that says what is in remote shards of ``train``.
+        index: The file that says what is in the shards of ``train``, or ``{"train": ..., "val": ...}``; remote shards, and
+            those in a folder that can't be written, need one.
         model_name: The open_clip model whose transforms and tokenizer are used; default: those of the module that is trained
             (``module.transforms``).
         pretrained: The tag of its weights, if ``model_name`` is given.
@@ -135,7 +147,7 @@ class ImageTextFiles(ImageTextDataModule):
         shuffle_buffer: int = 4096,
         resampled: bool = False,
         pairs_per_epoch: int | None = None,
-        index: str | None = None,
+        index: str | dict[str, str] | None = None,
         model_name: str | None = None,
         pretrained: str | None = None,
         augmentation: dict[str, Any] | None = None,
@@ -155,12 +167,19 @@ class ImageTextFiles(ImageTextDataModule):
             seed=seed,
         )
         self.sources: dict[str, Any] = {"train": train, "val": val, "test": test}
+        for one, other in itertools.combinations(self.sources, 2):
+            source = self.sources[one]
+            if source is not None and source == self.sources[other] and not str(source).endswith(".json"):
+                rank_zero_warn(
+                    f"`{one}` and `{other}` are the same, {source}, which has no splits as a Karpathy .json has: both will be "
+                    "all of it."
+                )
         self.options: dict[str, Any] = {
             "image_root": image_root,
             "image_column": image_column,
             "text_column": text_column,
         }
-        self.stream, self.index = stream, index
+        self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
         self.stream_options: dict[str, Any] = {
             "shuffle_buffer": shuffle_buffer,
             "resampled": resampled,
@@ -169,6 +188,12 @@ class ImageTextFiles(ImageTextDataModule):
         self.model_name, self.pretrained, self.augmentation = model_name, pretrained, augmentation
         self._own_transforms: dict[str, Any] | None = None
         self._read_with: dict[str, Any] = {}
+
+    def prepare_data(self) -> None:
+        """Find out what is in the shards, in one process."""
+        for split, source in self.sources.items():
+            if source is not None and is_shards(source):
+                ShardIndex.open(source, self.index.get(split))
 
     def setup(self, stage: str) -> None:
         """Read the sets that a stage needs, unless they were read before, with these transforms."""
@@ -206,7 +231,7 @@ class ImageTextFiles(ImageTextDataModule):
         return transforms
 
     def _read(self, split: str) -> ImageTextPairs | ShardStream:
-        index = self.index if split == "train" else None
+        index = self.index.get(split)
         pairs = read_pairs(self.sources[split], split=split, index=index, **self.options, **self.transforms)
         if not self.stream or split != "train":
             return pairs

@@ -26,7 +26,7 @@ class PackedStrings(Sequence[str]):
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "PackedStrings":
         """Put strings one after the other."""
-        encoded = [string.encode() for string in strings]
+        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]  # names of files may be no UTF-8
         data = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
         return cls(data, torch.tensor([len(part) for part in encoded], dtype=torch.int64).cumsum(0))
 
@@ -40,4 +40,4 @@ class PackedStrings(Sequence[str]):
             raise IndexError(f"Expected an index below {len(self)}, got {index}.")
         index %= len(self)
         start = int(self.end[index - 1]) if index else 0
-        return self.data[start : int(self.end[index])].numpy().tobytes().decode()
+        return self.data[start : int(self.end[index])].numpy().tobytes().decode("utf-8", "surrogatepass")

@@ -1,7 +1,8 @@
 """What is where in a set of tar shards: found once, kept in a file, mapped by every process."""
 
 import os
-import tempfile
+import pickle
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,19 +131,25 @@ class ShardIndex:
             "faults": self.faults,
             "first_fault": self.first_fault,
         }
+        part = path.with_name(f".{path.name}-{os.getpid()}-{time.time_ns()}")
         try:
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+            with open(part, "xb") as file:
+                torch.save(values, file)
+            os.replace(part, path)  # at once: several processes may build it, and nobody may read half of it
         except OSError as error:
+            part.unlink(missing_ok=True)
             raise PermissionError(
                 f"Expected to write the index of the shards to {path}, got: {error}. Name another file with `index`."
             ) from error
-        with os.fdopen(handle, "wb") as file:
-            torch.save(values, file)
-        os.replace(name, path)  # at once: several processes may build it, and nobody may read half of it
 
     @classmethod
     def _load(cls, path: Path, shards: list[str], seen: list[list[int]]) -> "ShardIndex | None":
-        values = torch.load(path, mmap=True, weights_only=True)
+        if not os.access(path, os.R_OK):
+            raise PermissionError(f"Expected to read {path}, the index of the shards. Name another file with `index`.")
+        try:
+            values = torch.load(path, mmap=True, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError):  # damaged: it is built anew
+            return None
         is_ours = isinstance(values, dict) and values.get("version") == INDEX_VERSION
         if not is_ours or values["shards"] != [Path(shard).name for shard in shards] or values["seen"] != seen:
             return None

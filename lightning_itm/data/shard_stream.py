@@ -1,5 +1,6 @@
 """Shards read from front to back, in an order and a number of batches that are known beforehand."""
 
+import itertools
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -7,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import tar_file_expander
 
 from lightning_itm.data.hard_negatives import HardNegativePairs
 from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.sampler import seeded
 from lightning_itm.data.shard_index import ShardIndex
 from lightning_itm.data.shards import ShardPairs
-from lightning_itm.data.tar import IMAGE_ENDINGS, check_fetched, open_shard
+from lightning_itm.data.tar import IMAGE_ENDINGS, check_fetched, group_samples, open_shard
 
 
 class ShardStream(Dataset[Any]):
@@ -68,6 +69,15 @@ class ShardStream(Dataset[Any]):
     def __len__(self) -> int:
         return self.num_pairs
 
+    def settings(self) -> dict[str, Any]:
+        """Return what the order of an epoch depends on, beside seed, ranks and workers."""
+        return {
+            "shuffle_buffer": self.shuffle_buffer,
+            "resampled": self.resampled,
+            "pairs_per_epoch": self.num_pairs,
+            "pairs before each shard": self.bounds,
+        }
+
     def shard_order(self, seed: int, epoch: int) -> list[int]:
         """Return the shards in the order of an epoch, as many as fill it."""
         sizes = [end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)]
@@ -82,9 +92,14 @@ class ShardStream(Dataset[Any]):
             return drawn
 
     def parts(self, order: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the shards, and the texts of each, that lie between two places in the row of all pairs of an epoch."""
+        """Yield the shards, and the texts of each, that lie between two places in the row of all pairs of an epoch.
+
+        The row starts anew at its end, where ranks would be unequal.
+        """
         place = 0
-        for shard in order:
+        for shard in itertools.cycle(order):
+            if place >= stop:
+                return
             low, high = self.bounds[shard], self.bounds[shard + 1]
             first, last = max(start - place, 0), min(stop - place, high - low)
             if first < last:
@@ -128,8 +143,8 @@ def read_images(contents: ShardIndex, shard: int, image_ids: Iterable[int]) -> I
     image_of, url = {contents.key[image_id]: image_id for image_id in image_ids}, contents.shards[shard]
     with open_shard(url) as file:
         files = tar_file_expander([{"url": url, "stream": file}], handler=_is_broken_off)
-        for sample in group_by_keys(files):
-            image_id = image_of.pop(sample["__key__"], None)
+        for key, sample in group_samples((entry["fname"], entry["data"]) for entry in files if entry):
+            image_id = image_of.pop(key, None)
             if image_id is not None:
                 yield image_id, next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
             if not image_of:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -25,9 +26,9 @@ FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 class ShardPairs(ImageTextPairs):
     """Image-text pairs in uncompressed tar shards, by number. One item is one text with its image.
 
-    A sample of a shard is an image (``.jpg``, ``.png``, ``.webp``) and a ``.txt``, or a ``.json`` with ``"texts"`` or
-    ``"caption"``: what :func:`write_shards` and img2dataset write. What is where is read once and kept beside the shards;
-    images are read from local shards at random, texts are mapped from the index. Remote shards are for
+    A sample of a shard is an image (``.jpg``, ``.png``, ``.webp``) and a ``.txt``, which is one text, or a ``.json`` with
+    ``"texts"`` or ``"caption"``: what :func:`write_shards` and img2dataset write. What is where is read once and kept beside
+    the shards; images are read from local shards at random, texts are mapped from the index. Remote shards are for
     :class:`~lightning_itm.ShardStream` alone.
 
     Samples without image or without text are left out, counted in ``contents.faults``, and named in a warning. A text keeps
@@ -130,7 +131,6 @@ def write_shards(
     Raises:
         FileExistsError: There are shards in the folder.
         ValueError: ``images_per_shard`` is not positive.
-        UnreadableImageError: An image does not open.
     """
     if images_per_shard < 1:
         raise ValueError(f"Expected `images_per_shard` to be at least 1, got {images_per_shard}.")
@@ -142,22 +142,33 @@ def write_shards(
         )
     order = pairs.text_image_id.argsort(stable=True)
     text_ids = [ids.tolist() for ids in order.split(torch.bincount(pairs.text_image_id).tolist())]
-    shards = []
+    shards: list[dict[str, Any]] = []
+    left_out: list[str] = []
     for number, start in enumerate(range(0, len(pairs.images), images_per_shard)):
-        path, image_ids = (
-            folder / f"{prefix}{number:05d}.tar",
-            range(len(pairs.images))[start : start + images_per_shard],
-        )
-        with open(path, "xb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
-            for image_id in image_ids:
+        name, counts = f"{prefix}{number:05d}.tar", {"images": 0, "pairs": 0}
+        part = folder / f"{name}.part"
+        with open(part, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+            for image_id in range(len(pairs.images))[start : start + images_per_shard]:
+                try:
+                    data, ending = encoded_image(pairs.images[image_id])
+                except UnreadableImageError as error:
+                    left_out.append(f"image {image_id}: {error}")
+                    continue
                 ids = text_ids[image_id]
                 facts = {"image_id": image_id, "text_ids": ids, "texts": [pairs.texts[text_id] for text_id in ids]}
-                data, ending = encoded_image(pairs.images[image_id])
-                content = json.dumps(facts, ensure_ascii=False).encode()
-                writer.write({"__key__": f"{image_id:09d}", ending: data, "json": content})
-        counts = {"images": len(image_ids), "pairs": sum(len(text_ids[image_id]) for image_id in image_ids)}
-        shards.append({"name": path.name, **counts, "bytes": path.stat().st_size, "sha256": checksum(path)})
-    manifest = {"images": len(pairs.images), "pairs": len(pairs), "shards": shards}
+                writer.write({"__key__": f"{image_id:09d}", ending: data, "json": json.dumps(facts).encode()})
+                counts = {"images": counts["images"] + 1, "pairs": counts["pairs"] + len(ids)}
+        shards.append({"name": name, **counts, "bytes": part.stat().st_size, "sha256": checksum(part)})
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} of {len(pairs.images)} images do not open and are left out with their texts, the first: "
+            f"{left_out[0]}. Where texts are missing, ids count anew from 0.",
+            stacklevel=2,
+        )
+    for entry in shards:  # all at the end: what broke off in between is no set
+        os.replace(folder / f"{entry['name']}.part", folder / entry["name"])
+    totals = {name: sum(entry[name] for entry in shards) for name in ("images", "pairs")}
+    manifest = {**totals, "shards": shards}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -225,6 +236,6 @@ def warn_of_faults(index: ShardIndex) -> None:
         )
         warnings.warn(
             f"{number} samples of {len(index.shards)} shards can't be used and are left out, beside "
-            f"{len(index.key)} that can: {kinds}.",
+            f"{len(index.key)} that can: {kinds}. A key is a name up to its first dot; the files of a key stand side by side.",
             stacklevel=3,
         )

@@ -59,7 +59,6 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
     def _pairs(self, epoch: int, worker: int, share: Share, num_skipped: int) -> Iterator[dict[str, Any]]:
         """Yield as many pairs as the share has; a neighbour stands in for one that can't be used."""
         order = self.stream.shard_order(self.seed, epoch)
-        order = order + order  # the row starts anew where ranks would be unequal
         with seeded(self.seed, epoch, self.rank, worker):
             rng = random.Random(random.getrandbits(64))
         buffer = self.stream.shuffle_buffer
@@ -164,6 +163,15 @@ class StreamLoader:
         # A generator: Lightning makes an iterator only to see whether it can, and workers would start for it.
         self.batches.position.copy_(torch.tensor(self.position()))
         yield from self.loader
+
+    @property
+    def _iterator(self) -> Any:
+        """What Lightning shuts down after a fit: the workers."""
+        return self.loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self.loader._iterator = value
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the position is in the datamodule's state."""

@@ -3,12 +3,13 @@
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from glob import glob
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from braceexpand import braceexpand
 from webdataset import gopen
@@ -54,7 +55,7 @@ def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> 
 
     Args:
         shards: A folder (all of its ``.tar`` files, or those of its ``manifest.json``), a pattern such as
-            ``"train/{00000..00031}.tar"``, the path or the address of one shard, or a list of these.
+            ``"train/{00000..00031}.tar"`` or ``"train/*.tar"``, the path or the address of one shard, or a list of these.
 
     Raises:
         FileNotFoundError: A shard is not there, or there is none.
@@ -70,7 +71,7 @@ def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> 
         names = [entry["name"] for entry in manifest["shards"]] if manifest else _tar_files(Path(shards))
         found = [str(Path(shards, name)) for name in names]
     else:
-        found = list(braceexpand(fspath(shards)))
+        found = [path for name in braceexpand(fspath(shards)) for path in _matches(name)]
     missing = [shard for shard in found if not is_remote(shard) and not Path(shard).is_file()]
     if missing or not found:
         raise FileNotFoundError(
@@ -98,7 +99,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def read_shard(shard: str) -> ShardContents:
     """Read which samples a shard has; of a local one, only headers and texts."""
     contents = ShardContents()
-    for key, members in _samples(shard, contents):
+    for key, members in group_samples(_members(shard, contents), contents.faults):
         images = [members[ending] for ending in IMAGE_ENDINGS if ending in members]
         texts, text_ids = _texts(members)
         if not images:
@@ -118,34 +119,47 @@ def read_shard(shard: str) -> ShardContents:
 Member = tuple[int, int, bytes | None]
 """Offset, size, and the content of what is no image."""
 
+Content = TypeVar("Content")
 
-def _samples(shard: str, contents: ShardContents) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Yield the members of each key; those of a sample stand one after the other."""
-    key, members, done = "", dict[str, Member](), set[str]()
-    for name, member in _members(shard, contents):
+
+def group_samples(
+    members: Iterable[tuple[str, Content]], faults: list[tuple[str, str]] | None = None
+) -> Iterator[tuple[str, dict[str, Content]]]:
+    """Yield each key with its files by their ending, in lower case; the first of two alike counts.
+
+    A key is a name up to the first dot after the last slash, and the files of a sample stand one after the other.
+
+    Args:
+        members: Name and content of each file.
+        faults: Where to note files that belong to no sample.
+    """
+    key, found, done = "", dict[str, Content](), set[str]()
+    for name, content in members:
         prefix, ending = base_plus_ext(name)
         if prefix is None:
             continue
         if prefix != key:
-            if members:
-                yield key, members
+            if found:
+                yield key, found
             done.add(key)
-            key, members = prefix, {}
+            key, found = prefix, {}
         ending = ending.lower()
-        if prefix in done or ending in members:
-            contents.faults.append(("with a key that came before", prefix))
+        if prefix in done or ending in found:
+            if faults is not None:
+                faults.append(("with a key that came before", prefix))
         else:
-            members[ending] = member
-    if members:
-        yield key, members
+            found[ending] = content
+    if found:
+        yield key, found
 
 
 def _members(shard: str, contents: ShardContents) -> Iterator[tuple[str, Member]]:
     end = None if is_remote(shard) else Path(shard).stat().st_size
     name = ""
     with open_shard(shard) as file:
+        counted = _Counted(file)
         try:
-            archive = tarfile.open(fileobj=file, mode="r|" if end is None else "r:")  # noqa: SIM115
+            archive = _open_tar(file if end is not None else counted, "r:" if end is not None else "r|")
             for info in archive:
                 name = info.name
                 if not info.isreg():
@@ -156,12 +170,40 @@ def _members(shard: str, contents: ShardContents) -> Iterator[tuple[str, Member]
                 content = cast("Any", archive.extractfile(info)).read() if is_text else None
                 yield name, (info.offset_data, info.size, content)
                 archive.members = []  # type: ignore[attr-defined]
-            if end is not None and archive.offset >= end:
+            # What tarfile takes for the end may be a damaged header, or the end of the first of two archives.
+            if end is None:
+                while counted.read(1 << 20):
+                    pass
+                check_fetched(counted)
+                rest = counted.num_bytes - archive.offset
+                is_end = tarfile.BLOCKSIZE <= rest <= tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
+            else:
+                file.seek(archive.offset)
+                is_end = archive.offset < end and all(not any(part) for part in iter(lambda: file.read(1 << 20), b""))
+            if not is_end:
                 raise tarfile.ReadError("no end-of-archive marker")
         except tarfile.ReadError as error:
-            check_fetched(file)
+            check_fetched(counted)
             kind = "after which the file breaks off" if name else f"in a file that is no uncompressed tar ({error})"
             contents.faults.append((kind, name))
+
+
+def _open_tar(file: Any, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode=mode)
+
+
+class _Counted:
+    """A file that is read from front to back, and how many bytes of it were."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.num_bytes = file, 0
+        if hasattr(file, "wait_for_child"):
+            self.wait_for_child = file.wait_for_child
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self.file.read(size)
+        self.num_bytes += len(data)
+        return data
 
 
 @contextmanager
@@ -192,21 +234,29 @@ def check_fetched(file: Any) -> None:
 
 
 def _texts(members: dict[str, Member]) -> tuple[list[str], list[int] | None]:
+    """Return the texts of a sample: those of its .json, or else its .txt, or else the caption of its .json."""
     try:
         facts = json.loads(members["json"][2] or b"{}") if "json" in members else {}
     except (UnicodeDecodeError, json.JSONDecodeError):
         facts = {}
     facts = facts if isinstance(facts, dict) else {}
-    if isinstance(facts.get("texts"), list):
-        texts, ids = facts["texts"], facts.get("text_ids")
-        is_ours = isinstance(ids, list) and len(ids) == len(texts)
-        if all(isinstance(text, str) for text in texts):
-            return texts, ids if is_ours else None
-    if "txt" in members:
-        texts = [(members["txt"][2] or b"").decode(errors="replace").strip()]
-    else:
-        texts = [str(facts.get("caption") or "").strip()]
-    return [text for text in texts if text], None
+    texts, ids = facts.get("texts"), facts.get("text_ids")
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        is_ours = isinstance(ids, list) and len(ids) == len(texts) and all(type(number) is int for number in ids)
+        return [_clean(text) for text in texts], ids if is_ours else None
+    text = (members["txt"][2] or b"").decode("utf-8-sig", errors="replace").strip() if "txt" in members else ""
+    text = text or _clean(str(facts.get("caption") or "")).strip()
+    return [text] if text else [], None
+
+
+def _clean(text: str) -> str:
+    """Replace what is no character; half of a pair of UTF-16 comes with texts from the web."""
+    return text.encode("utf-8", errors="replace").decode()
+
+
+def _matches(name: str) -> list[str]:
+    is_pattern = any(sign in name for sign in "*?[") and not is_remote(name) and not Path(name).is_file()
+    return sorted(glob(name)) or [name] if is_pattern else [name]
 
 
 def _tar_files(folder: Path) -> list[str]:

@@ -129,7 +129,7 @@ class DualEncoder(L.LightningModule):
         if len(alone) != 1:
             return self.embed(batch)
         (kind,) = alone
-        return {kind: self._unit_vectors(kind, batch[kind]), f"{kind}_id": batch[f"{kind}_id"]}
+        return {**batch, kind: self._unit_vectors(kind, batch[kind])}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the loss of a batch, against the candidates of all ranks."""

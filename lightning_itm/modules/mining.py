@@ -37,6 +37,11 @@ class EncodedPairs:
     image_is_valid: Tensor
     text_is_valid: Tensor
 
+    def __post_init__(self) -> None:
+        """Mine a text with its image, and an image with a text of it."""
+        self.text_is_valid = self.text_is_valid & self.image_is_valid[self.text_image_id]
+        self.image_is_valid = torch.bincount(self.text_image_id[self.text_is_valid], minlength=len(self.image)) > 0
+
     def positive(self) -> tuple[Tensor, Tensor]:
         """Return the similarity of each image and its texts, in the mean, and of each text and its image."""
         of_text = (self.image[self.text_image_id] * self.text).sum(dim=1)
@@ -88,9 +93,6 @@ def encode_pairs(
                 loader = _loader(trainer, _Items(load, number), number, **options)
             encoded[kind] = _encode(trainer, module, kind, loader, number)
     (image, image_is_valid), (text, text_is_valid) = encoded["image"], encoded["text"]
-    # A text is mined with its image, and an image with a text of it.
-    text_is_valid = text_is_valid & image_is_valid[text_image_id]
-    image_is_valid = torch.bincount(text_image_id[text_is_valid], minlength=len(image)) > 0
     return EncodedPairs(image, text, text_image_id, image_is_valid, text_is_valid)
 
 

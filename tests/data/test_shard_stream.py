@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import multiprocessing
 import shutil
 import threading
 from collections import Counter
@@ -24,7 +25,7 @@ from lightning_itm import (
 )
 from lightning_itm.data.epoch_plan import batch_sizes, share_of
 from lightning_itm.data.streamed import StreamedBatches, StreamLoader
-from tests.data.test_shards import img2dataset_sample, write_tar
+from tests.data.test_shards import img2dataset_sample, png, write_tar
 from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_pairs, tokenize
 
 pytestmark = [
@@ -164,6 +165,28 @@ class TestEpoch:
         assert ids(rest) == ids(whole[done:])
         assert all(torch.equal(a["image"], b["image"]) for a, b in zip(rest, whole[done:], strict=True))
 
+    @pytest.mark.parametrize("ranks", [7, 60])
+    def test_fewer_pairs_than_places(self, shards, ranks):
+        seen = [ids(streamed(ShardStream(shards), num_workers=0, rank=rank, world_size=ranks)) for rank in range(ranks)]
+        assert {len(rank) for rank in seen} == {-(-46 // ranks)}
+        assert {number for rank in seen for number in rank} == set(range(46))
+
+    def test_overfitting_sees_the_same_pairs(self, shards):
+        watch = SaveIds("overfit")
+        data = ImageTextDataModule(ShardStream(shards, shuffle_buffer=7), batch_size=4, num_workers=0)
+        trainer = L.Trainer(**SILENT, max_epochs=3, overfit_batches=2, callbacks=[watch])
+        trainer.fit(Tiny(), datamodule=data)
+        first, *others = (torch.load(f"overfit-{epoch}-0.pt") for epoch in range(3))
+        assert len(first) == 8
+        assert all(other == first for other in others)
+
+    def test_no_worker_is_left_after_a_fit(self, shards):
+        before = set(multiprocessing.active_children())
+        data = ImageTextDataModule(ShardStream(shards), batch_size=4, num_workers=2)
+        trainer = L.Trainer(**SILENT, max_epochs=2)
+        trainer.fit(Tiny(), datamodule=data)
+        assert set(multiprocessing.active_children()) <= before
+
     def test_resampled(self, shards):
         stream = ShardStream(shards, shuffle_buffer=7, resampled=True, pairs_per_epoch=200)
         for num_workers in (0, 2):
@@ -254,6 +277,17 @@ class TestFaults:
         for batch in batches:
             numbers = (255 * batch["image"][:, 0, 0, 0]).round().int().tolist()
             assert batch["text"] == [f"number {number}" for number in numbers]
+
+    def test_two_files_of_one_kind(self, tmp_path):
+        """The index takes the first, so the stream does."""
+        twice = [("000000001.JPG", png(200)), *img2dataset_sample(2)]
+        write_tar(tmp_path / "0.tar", [*img2dataset_sample(0), *img2dataset_sample(1), *twice])
+        with pytest.warns(UserWarning, match="1 with a key that came before"):
+            pairs = ShardPairs(tmp_path)
+        batches = streamed(ShardStream(pairs), num_workers=0, batch_size=3)
+        numbers = (255 * batches[0]["image"][:, 0, 0, 0]).round().int().tolist()
+        assert batches[0]["text"] == [f"number {number}" for number in numbers]
+        assert sorted(numbers) == [0, 1, 2]
 
     def test_a_shard_that_disappears_is_an_error(self, shards, tmp_path):
         (tmp_path / "shards" / "00002.tar").unlink()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 from PIL import Image
 
 from lightning_itm import ImageTextPairs, ShardPairs, verify_shards, write_shards
-from lightning_itm.data.image import UnreadableImageError
 from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.tar import find_shards
 from tests.pictures import captions, cut_outs
@@ -113,10 +113,33 @@ class TestWriting:
         with pytest.raises(FileExistsError, match="Nothing is overwritten"):
             write_shards(pairs, "shards")
         (tmp_path / "broken.png").write_bytes(png(3)[:40])
-        with pytest.raises(UnreadableImageError, match=r"broken\.png does not open"):
-            write_shards(ImageTextPairs([tmp_path / "broken.png"], ["a"]), "more")
         with pytest.raises(ValueError, match=r"Expected manifest\.json in more"):
             verify_shards("more")
+
+    def test_images_that_do_not_open_are_left_out_and_named(self, tmp_path):
+        (tmp_path / "broken.png").write_bytes(png(3)[:40])
+        images = [picture(0), tmp_path / "broken.png", picture(2), tmp_path / "missing.png", picture(4)]
+        pairs = ImageTextPairs(images, [f"number {i}" for i in range(5)])
+        with pytest.warns(UserWarning, match=r"2 of 5 images do not open .* image 1: .*broken\.png does not open"):
+            manifest = write_shards(pairs, "shards", images_per_shard=2)
+        assert [entry["images"] for entry in manifest["shards"]] == [1, 1, 1]
+        kept = ShardPairs("shards")
+        assert list(kept.texts) == ["number 0", "number 2", "number 4"]
+        check_pairing(kept)
+
+    def test_what_broke_off_is_no_set(self):
+        class Breaks(ImageTextPairs):
+            """Stop in the middle, as a full disk or a key press does."""
+
+        pairs = Breaks([picture(i) for i in range(5)], [f"number {i}" for i in range(5)])
+        pairs.texts = [*pairs.texts[:3], 3, object()]
+        with pytest.raises(TypeError):
+            write_shards(pairs, "shards", images_per_shard=2)
+        with pytest.raises(FileNotFoundError, match=r"at least one \.tar"):
+            ShardPairs("shards")
+        pairs = ImageTextPairs([picture(i) for i in range(5)], [f"number {i}" for i in range(5)])
+        write_shards(pairs, "shards", images_per_shard=2)
+        check_pairing(ShardPairs("shards"))
 
     def test_verify_names_what_changed(self, tmp_path):
         write_shards(ImageTextPairs(cut_outs(4), captions(4)), "shards", images_per_shard=2)
@@ -144,6 +167,12 @@ class TestReading:
         write_tar(tmp_path / "a.tar", [(f"000000007.{kind}", members[f"000000007.{kind}"]) for kind in kinds])
         check_pairing(ShardPairs(tmp_path))
 
+    def test_patterns(self, tmp_path):
+        write_img2dataset(tmp_path, shards=3)
+        assert find_shards(f"{tmp_path}/*1.tar") == [str(tmp_path / "00001.tar")]
+        with pytest.raises(FileNotFoundError, match=r"found none at .*\*9\.tar"):
+            find_shards(f"{tmp_path}/*9.tar")
+
     def test_names_of_shards(self, tmp_path):
         write_img2dataset(tmp_path, shards=3)
         every = [str(tmp_path / f"{i:05d}.tar") for i in range(3)]
@@ -170,6 +199,38 @@ class TestReading:
         assert {path.suffix for path in (tmp_path / "shards").iterdir()} == {".tar"}
         with pytest.raises(PermissionError, match="Name another file with `index`"):
             ShardPairs(tmp_path / "shards", index=tmp_path / "no" / "folder")
+
+    def test_the_index_is_for_everybody_and_mends_itself(self, tmp_path):
+        write_img2dataset(tmp_path)
+        old = os.umask(0o022)
+        try:
+            ShardPairs(tmp_path)
+        finally:
+            os.umask(old)
+        (index,) = tmp_path.glob("*.index")
+        assert index.stat().st_mode & 0o777 == 0o644
+        for damaged in (b"", b"no index", index.read_bytes()[:500]):
+            index.write_bytes(damaged)
+            check_pairing(ShardPairs(tmp_path))
+        assert [path.name for path in tmp_path.iterdir() if path.suffix != ".tar"] == [index.name]
+
+    def test_texts_and_names_of_any_kind(self, tmp_path):
+        samples = {
+            "caf\udce9": (json.dumps({"caption": "half a pair: \ud83d"}).encode(), "half a pair: ?"),
+            "folder.of/日本": (json.dumps({"texts": ["犬", "dog"], "text_ids": ["x", "y"]}).encode(), "犬"),
+            "b": (json.dumps({"texts": [], "caption": "the caption"}).encode(), "the caption"),
+            "c": (json.dumps(["a", "list"]).encode(), "of the text file"),
+        }
+        members = []
+        for key, (facts, _) in samples.items():
+            members += [(f"{key}.PNG", png(7)), (f"{key}.json", facts)]
+            members += [(f"{key}.txt", b"\xef\xbb\xbfof the text file" if key == "c" else b"")]
+        write_tar(tmp_path / "0.tar", members)
+        pairs = ShardPairs(tmp_path)
+        first = [int((pairs.text_image_id == image).nonzero()[0]) for image in range(4)]
+        assert [pairs.texts[text] for text in first] == [text for _, text in samples.values()]
+        assert pairs.contents.key[:] == list(samples)
+        assert torch.equal(pairs.load_image(1), pairs.load_image(2))
 
     def test_missing_shards_are_an_error_at_once(self, tmp_path):
         write_img2dataset(tmp_path)
@@ -238,6 +299,27 @@ class TestFaults:
             kept = ShardPairs("shards")
         assert len(kept) == 3
         check_pairing(kept)
+
+    @pytest.mark.parametrize("remote", [False, True])
+    @pytest.mark.parametrize("fault", ["damaged header", "two archives", "no end"])
+    def test_what_tarfile_takes_for_the_end(self, fault, remote, tmp_path):
+        folder = tmp_path / "shards"
+        folder.mkdir()
+        write_img2dataset(folder, shards=2, per_shard=12)
+        path, other = folder / "00000.tar", folder / "00001.tar"
+        data = path.read_bytes()
+        if fault == "damaged header":
+            data = data[: 9 * 1024] + b"\xff" * 512 + data[9 * 1024 + 512 :]
+        elif fault == "two archives":
+            data += other.read_bytes()
+        else:
+            data = data[: 36 * 1024]
+        path.write_bytes(data)
+        other.unlink()
+        source, index = (f"pipe:cat {path}", "remote.index") if remote else (folder, None)
+        with pytest.warns(UserWarning, match=r"1 after which the file breaks off \(the first: .*00000\.tar, key '0000"):
+            pairs = ShardPairs(source, index=index)
+        assert len(pairs) == (3 if fault == "damaged header" else 12)
 
     def test_a_compressed_shard_is_named(self, tmp_path):
         write_tar(tmp_path / "00000.tar", img2dataset_sample(0))
