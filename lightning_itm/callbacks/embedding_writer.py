@@ -49,10 +49,11 @@ class EmbeddingWriter(Callback):
             raise FileExistsError(
                 f"Expected a folder without results, got {self.folder} with {', '.join(there)}. Name another one."
             )
-        if trainer.fast_dev_run or trainer.limit_predict_batches != 1.0:  # type: ignore[attr-defined]
+        limit = trainer.limit_predict_batches  # the integer 1 is one batch, the float all of them
+        if trainer.fast_dev_run or limit != 1.0 or isinstance(limit, int):  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "Expected to encode the whole set, got `fast_dev_run` or `limit_predict_batches="
-                f"{trainer.limit_predict_batches}`. Leave them out, or give a smaller set."
+                f"{limit}`. Leave them out, or give a smaller set."
             )
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
