@@ -4,12 +4,14 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
+
+from lightning_itm.functional.group_maxima import Candidates, group_maxima, grouped_candidates
 
 
 class TopK(NamedTuple):
@@ -34,6 +36,7 @@ def top_k_negatives(
     absolute_margin: float | None = None,
     relative_margin: float | None = None,
     memory_budget: int = 256 << 20,
+    method: Literal["auto", "chunked", "grouped"] = "auto",
 ) -> TopK:
     """Find the ``k`` keys of other images that are most similar to each anchor.
 
@@ -53,13 +56,16 @@ def top_k_negatives(
         absolute_margin: Leave out what is more similar than ``positive - absolute_margin``.
         relative_margin: Leave out what is more similar than ``(1 - relative_margin) * positive``.
         memory_budget: Bytes that scores may take at once.
+        method: Without a guard, how candidates are chosen. ``"chunked"``: from the scores of a chunk. ``"grouped"``: from the
+            best of each group of keys (:func:`~lightning_itm.functional.group_maxima.group_maxima`), so that on CUDA most
+            scores never leave a kernel; in bfloat16 on every device, and not measured yet. ``"auto"``: chunked.
 
     Returns:
         Scores and rows of the keys, the hardest first.
 
     Raises:
-        ValueError: ``k`` is not positive, ``rank_min`` negative, one id without the other, a margin without ``positive``, or
-            embeddings that are not finite.
+        ValueError: ``k`` is not positive, ``rank_min`` negative, one id without the other, a margin without ``positive``, no
+            such ``method``, or embeddings that are not finite.
 
     Example:
         >>> keys, ids = torch.eye(3), torch.arange(3)
@@ -70,6 +76,8 @@ def top_k_negatives(
         The guards have the names of sentence-transformers' ``mine_hard_negatives``; see NV-Retriever, arXiv 2407.15831 (2024).
     """
     _check(anchors, keys, k, rank_min, anchor_id, key_id)
+    if method not in ("auto", "chunked", "grouped"):
+        raise ValueError(f"Expected `method` to be 'auto', 'chunked' or 'grouped', got {method!r}.")
     if len(anchors) == 0 or len(keys) == 0:
         shape = len(anchors), k
         return TopK(keys.new_full(shape, -torch.inf, dtype=torch.float32), keys.new_full(shape, -1, dtype=torch.int64))
@@ -77,28 +85,8 @@ def top_k_negatives(
     ceiling = score_ceiling(positive, max_score, absolute_margin, relative_margin)
     ceiling = None if ceiling is None else ceiling.expand(len(anchors)).to(anchors.device)
     own = None if anchor_id is None or key_id is None else _OwnKeys(anchor_id, key_id)
-    low = _bfloat16(keys) if ceiling is None else None
-    num_rows = min(_MAX_ROWS, max(1, memory_budget // (4 * max(1, len(keys)))))
-    # Reused for every chunk: new pages cost as much as the products.
-    buffer = keys.new_empty(
-        min(num_rows, len(anchors)) * len(keys), dtype=torch.float32 if low is None else torch.bfloat16
-    )
-    found = []
-    for start in range(0, len(anchors), num_rows):
-        rows = torch.arange(start, min(start + num_rows, len(anchors)), device=anchors.device)
-        if low is None:
-            limit = None if ceiling is None else ceiling[rows]
-            found.append(_search(anchors[rows], keys, own and own.of(rows), k + rank_min, buffer, limit))
-            continue
-        part, unsure = _search_bfloat16(anchors[rows], keys, low, own and own.of(rows), k + rank_min, buffer)
-        again = unsure.nonzero().squeeze(1)
-        if len(again):
-            exact = _search(anchors[rows[again]], keys, own and own.of(rows[again]), k + rank_min)
-            part.scores[again], part.index[again] = exact.scores, exact.index
-        if 2 * len(again) > len(rows):  # too many alike for bfloat16 to tell apart
-            low, buffer = None, buffer.float()
-        found.append(part)
-    scores, index = (torch.cat(parts)[:, rank_min:] for parts in zip(*found, strict=True))
+    found = _search_all(anchors, keys, own, k + rank_min, ceiling, memory_budget, method == "grouped")
+    scores, index = (part[:, rank_min:] for part in found)
     index = index.masked_fill(scores == -torch.inf, -1)
     missing = (0, k - scores.shape[1])
     return TopK(pad(scores, missing, value=-torch.inf), pad(index, missing, value=-1))
@@ -152,6 +140,46 @@ class _OwnKeys:
         scores[row, self.order[first[row] + place]] = -torch.inf
 
 
+def _search_all(
+    anchors: Tensor,
+    keys: Tensor,
+    own: _OwnKeys | None,
+    k: int,
+    ceiling: Tensor | None,
+    memory_budget: int,
+    is_grouped: bool,
+) -> TopK:  # no list: beartype looks at a random item, and a test's random stream would differ
+    chooses = ceiling is None and (is_grouped or _multiplies_bfloat16(keys.device))
+    low = _bfloat16(keys) if chooses else None
+    is_grouped = is_grouped and low is not None
+    num_exact = min(_MAX_ROWS, max(1, memory_budget // (4 * len(keys))), len(anchors))
+    num_rows = _num_grouped_rows(memory_budget, len(keys)) if is_grouped else num_exact
+    # Reused for every chunk: new pages cost as much as the products.
+    dtype = torch.float32 if low is None else torch.bfloat16
+    buffer = keys.new_empty(0 if is_grouped else num_exact * len(keys), dtype=dtype)
+    found: list[TopK] = []
+    for rows in torch.arange(len(anchors), device=anchors.device).split(num_rows):
+        if low is None:
+            for few in rows.split(num_exact):
+                limit = None if ceiling is None else ceiling[few]
+                found.append(_search(anchors[few], keys, own and own.of(few), k, buffer, limit))
+            continue
+        mine = own and own.of(rows)
+        if is_grouped:
+            candidates = _choose_grouped(anchors[rows], low, mine, k, memory_budget)
+        else:
+            candidates = _choose_chunked(anchors[rows], low, mine, k, buffer)
+        part, unsure = _compare(anchors[rows], keys, low.centre, candidates, k)
+        again = unsure.nonzero().squeeze(1)
+        for few in again.split(num_exact) if len(again) else ():
+            exact = _search(anchors[rows[few]], keys, own and own.of(rows[few]), k)
+            part.scores[few], part.index[few] = exact.scores, exact.index
+        if 2 * len(again) > len(rows):  # too many alike for bfloat16 to tell apart
+            low, buffer = None, keys.new_empty(num_exact * len(keys))
+        found.append(part)
+    return TopK(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
 def _search(
     anchors: Tensor,
     keys: Tensor,
@@ -173,25 +201,50 @@ def _search(
     return _hardest_first(_products(anchors, keys, index).masked_fill(rough == -torch.inf, -torch.inf), index)
 
 
-def _search_bfloat16(
-    anchors: Tensor, keys: Tensor, low: "_LowKeys", own: _OwnKeys | None, k: int, buffer: Tensor
-) -> tuple[TopK, Tensor]:
-    """Search with products in bfloat16; the second is True for an anchor that this may not be good enough for."""
-    scores = buffer[: len(anchors) * len(keys)].view(len(anchors), len(keys))
+def _choose_chunked(anchors: Tensor, low: "_LowKeys", own: _OwnKeys | None, k: int, buffer: Tensor) -> Candidates:
+    """Choose candidates from products in bfloat16."""
+    scores = buffer[: len(anchors) * len(low.keys)].view(len(anchors), len(low.keys))
     torch.mm(anchors.bfloat16(), low.keys.T, out=scores)
     if own:
         own.mask(scores)
-    index = _largest(scores, min(k + _NUM_SPARE, len(keys)))
+    index = _largest(scores, min(k + _NUM_SPARE, len(low.keys)))
     rough = scores.gather(1, index).float()
+    smallest = rough.amin(dim=1)
+    return Candidates(
+        index, rough, smallest if index.shape[1] < len(low.keys) else torch.full_like(smallest, -torch.inf)
+    )
+
+
+def _choose_grouped(anchors: Tensor, low: "_LowKeys", own: _OwnKeys | None, k: int, memory_budget: int) -> Candidates:
+    """Choose candidates from the best of each group of keys, by products in bfloat16."""
+    best = group_maxima(
+        anchors.bfloat16(),
+        low.keys,
+        group_size=_GROUP_SIZE,
+        depth=_DEPTH,
+        anchor_id=None if own is None else own.anchor_id,
+        key_id=None if own is None else own.key_id,
+        memory_budget=memory_budget // 2,
+    )
+    return grouped_candidates(best, min(k + _NUM_SPARE, len(low.keys)), _GROUP_SIZE)
+
+
+def _num_grouped_rows(memory_budget: int, num_keys: int) -> int:
+    """Return how many anchors at once: half of the budget for the best of each group, and for choosing among the first."""
+    return min(_MAX_GROUPED_ROWS, max(1, memory_budget // 2 // (4 * (_DEPTH + 1) * -(-num_keys // _GROUP_SIZE))))
+
+
+def _compare(anchors: Tensor, keys: Tensor, centre: Tensor, candidates: Candidates, k: int) -> tuple[TopK, Tensor]:
+    """Compare candidates in float32; the second is True for an anchor that these may not be good enough for."""
+    index, rough, left_out = candidates
     nothing = rough == -torch.inf
     exact = _products(anchors, keys, index)
-    centred = exact - (anchors @ low.centre)[:, None]
+    centred = exact - (anchors @ centre)[:, None]
     error = (centred - rough).masked_fill(nothing, 0).abs().amax()
     k = min(k, len(keys))
     kth = centred.masked_fill(nothing, -torch.inf).kthvalue(index.shape[1] - k + 1, dim=1).values
-    unsure = kth < rough.amin(dim=1) + error if index.shape[1] < len(keys) else torch.zeros_like(kth, dtype=torch.bool)
     best = _hardest_first(exact.masked_fill(nothing, -torch.inf), index)
-    return TopK(best.scores[:, :k], best.index[:, :k]), unsure
+    return TopK(best.scores[:, :k], best.index[:, :k]), kth < left_out + error
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
@@ -251,14 +304,15 @@ class _LowKeys(NamedTuple):
     centre: Tensor
 
 
-def _bfloat16(keys: Tensor) -> _LowKeys | None:
-    """Convert the keys, where the hardware multiplies in bfloat16."""
-    if keys.device.type == "cpu":
-        multiplies = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-    else:
-        multiplies = keys.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if not multiplies or len(keys) == 0:
-        return None
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether the hardware does."""
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _bfloat16(keys: Tensor) -> _LowKeys:
+    """Convert the keys."""
     centre = keys.mean(dim=0)
     low = torch.empty(keys.shape, dtype=torch.bfloat16, device=keys.device)
     for part, into in zip(keys.split(_MAX_ROWS), low.split(_MAX_ROWS), strict=True):
@@ -293,5 +347,7 @@ def _check(
 
 _GROUP = 16
 _NUM_SPARE = 64
+_GROUP_SIZE, _DEPTH = 32, 3  # of k = 300 nearest, three in one of 18,000 groups are rare
+_MAX_GROUPED_ROWS = 4096
 _MAX_ROWS = 512  # more do not make the products faster, and their scores leave the cache
 _GATHER_BYTES = 256 << 20

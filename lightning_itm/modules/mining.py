@@ -241,10 +241,12 @@ def _encode(trainer: L.Trainer, module: Any, kind: str, loader: DataLoader[Any],
     for inputs, index, is_valid in tqdm(
         loader, f"Mining: {kind}s", leave=False, disable=not is_progress_shown(trainer)
     ):
-        inputs = move_data_to_device(trainer.precision_plugin.convert_input(inputs), module.device)
+        # All at once, and before encoding: from pinned memory, and the host goes on to the next batch.
+        inputs = trainer.precision_plugin.convert_input(inputs)
+        inputs, index, is_valid = move_data_to_device((inputs, index, is_valid), module.device)
         vectors.append(unit_norm(encode(inputs)).float())
-        places.append(index.to(module.device))
-        valid.append(is_valid.to(module.device))
+        places.append(index)
+        valid.append(is_valid)
     place = gather(torch.cat(places))
     everything = [
         part.new_zeros(number, *part.shape[1:]).index_copy_(0, place, part)

@@ -40,18 +40,24 @@ def searches(draw):
     return anchors, keys, *ids, draw(st.integers(1, 70)), draw(st.sampled_from([1, 400, 3000, 1 << 20]))
 
 
-@given(searches())
-def test_equals_brute_force(search):
+@pytest.mark.parametrize("method", ["auto", "grouped"])
+@given(search=searches())
+def test_equals_brute_force(method, search):
     anchors, keys, anchor_id, key_id, k, memory_budget = search
     ids = {"anchor_id": anchor_id, "key_id": key_id}
-    found = top_k_negatives(anchors, keys, k, memory_budget=memory_budget, **ids)
+    found = top_k_negatives(anchors, keys, k, memory_budget=memory_budget, method=method, **ids)
     check(found, brute_force(anchors, keys, k, anchor_id, key_id), k)
     for i, index in enumerate(found.index):
         assert (key_id[index[index >= 0]] != anchor_id[i]).all()
 
 
-@given(searches(), st.integers(0, 5), st.sampled_from(["max_score", "absolute_margin", "relative_margin"]))
-def test_guards_equal_brute_force(search, rank_min, guard):
+@pytest.mark.parametrize("method", ["auto", "grouped"])
+@given(
+    search=searches(),
+    rank_min=st.integers(0, 5),
+    guard=st.sampled_from(["max_score", "absolute_margin", "relative_margin"]),
+)
+def test_guards_equal_brute_force(method, search, rank_min, guard):
     anchors, keys, anchor_id, key_id, k, memory_budget = search
     positive = torch.rand(len(anchors))
     ceiling = {
@@ -68,6 +74,7 @@ def test_guards_equal_brute_force(search, rank_min, guard):
         positive=None if guard == "max_score" else positive,
         rank_min=rank_min,
         memory_budget=memory_budget,
+        method=method,
         **{guard: 0.3},
     )
     check(found, brute_force(anchors, keys, k, anchor_id, key_id, ceiling, rank_min), k)
@@ -83,35 +90,38 @@ def embeddings(kind, rows, dim=64):
     return normalize(x, dim=1)
 
 
+@pytest.mark.parametrize("method", ["auto", "grouped"])
 @pytest.mark.parametrize("kind", ["plain", "cone", "clusters"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_recall_where_bfloat16_chooses(kind, device):
+def test_recall_where_bfloat16_chooses(kind, device, method):
     anchors, keys = embeddings(kind, 50).to(device), embeddings(kind, 8001).to(device)
     exact = anchors.double() @ keys.double().T
-    found = top_k_negatives(anchors, keys, 100, memory_budget=1 << 20)
+    found = top_k_negatives(anchors, keys, 100, memory_budget=1 << 20, method=method)
     kth = exact.topk(100).values[:, -1:]
     assert (exact.gather(1, found.index) >= kth - 1e-6).double().mean() >= 0.999
     torch.testing.assert_close(found.scores.double(), exact.topk(100).values, atol=1e-6, rtol=0)
 
 
-def test_matmul_precision_of_the_user_changes_nothing():
+@pytest.mark.parametrize("method", ["auto", "grouped"])
+def test_matmul_precision_of_the_user_changes_nothing(method):
     anchors, keys = embeddings("cone", 40), embeddings("cone", 3000)
-    expected = top_k_negatives(anchors, keys, 20)
+    expected = top_k_negatives(anchors, keys, 20, method=method)
     torch.set_float32_matmul_precision("medium")
     try:
-        found = top_k_negatives(anchors, keys, 20)
+        found = top_k_negatives(anchors, keys, 20, method=method)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(found.index, expected.index)
 
 
+@pytest.mark.parametrize("method", ["auto", "grouped"])
 @pytest.mark.parametrize("kind", ["plain", "cone"])
-def test_chunks_change_nothing(kind):
+def test_chunks_change_nothing(kind, method):
     """So any number of processes finds the same."""
     anchors, keys = embeddings(kind, 64), embeddings(kind, 5000)
-    whole = top_k_negatives(anchors, keys, 50)
-    parts = [top_k_negatives(part, keys, 50, memory_budget=1 << 16) for part in anchors.split(7)]
+    whole = top_k_negatives(anchors, keys, 50, method=method)
+    parts = [top_k_negatives(part, keys, 50, memory_budget=1 << 16, method=method) for part in anchors.split(7)]
     assert torch.equal(whole.index, torch.cat([part.index for part in parts]))
     assert torch.equal(whole.scores, torch.cat([part.scores for part in parts]))
 
@@ -137,3 +147,34 @@ def test_groups_are_used_at_all():
     """The selection by group maxima, beside a plain one, where the number of columns does not divide."""
     scores = torch.randn(9, 16 * 40 + 7)
     assert torch.equal(top_k._largest(scores, 30), scores.topk(30).indices.sort(dim=1).values)
+
+
+@pytest.mark.parametrize("kind", ["plain", "clusters"])
+def test_groups_choose_and_do_not_only_give_up(kind, monkeypatch):
+    """Few anchors are searched again where keys differ; where hundreds are alike, all may be, in float32."""
+    exact_search, searched = top_k._search, []
+
+    def count(anchors, *arguments):
+        searched.append(len(anchors))
+        return exact_search(anchors, *arguments)
+
+    monkeypatch.setattr(top_k, "_search", count)
+    anchors, keys = embeddings(kind, 200), embeddings(kind, 20_001)
+    top_k_negatives(anchors, keys, 30, method="grouped")
+    assert (sum(searched) < 20) == (kind == "plain")
+
+
+@pytest.mark.parametrize(("num_anchors", "num_keys", "k"), [(113_287, 566_435, 300), (566_435, 113_287, 60)])
+def test_memory_at_the_size_of_coco(num_anchors, num_keys, k):
+    """Beyond the embeddings: the bfloat16 keys, a chunk of the best of each group, candidates, and the result, twice."""
+    budget, dim = 256 << 20, 512
+    rows, candidates = top_k._num_grouped_rows(budget, num_keys), k + top_k._NUM_SPARE
+    num_groups = -(-num_keys // top_k._GROUP_SIZE)
+    best = rows * num_groups * 4 * top_k._DEPTH
+    among_first = rows * num_groups * 4  # what topk may copy
+    members = rows * candidates * (top_k._DEPTH * 3 + 6) * 8  # scores, places and order, as int64 at most
+    gathered, searched_again = top_k._GATHER_BYTES, budget
+    low_keys, result = num_keys * dim * 2, 2 * num_anchors * k * (4 + 8)
+    assert rows >= 128, "or the kernel's tiles would be empty in part"
+    assert best + among_first <= budget
+    assert best + among_first + members + gathered + searched_again + low_keys + result < 4e9

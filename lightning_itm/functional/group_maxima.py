@@ -1,0 +1,122 @@
+"""The best keys of each group of keys, without the scores of all the others."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_itm.kernels import group_maxima as kernels
+
+
+def group_maxima(
+    anchors: Float[Tensor, "anchors dim"],
+    keys: Float[Tensor, "keys dim"],
+    *,
+    group_size: int,
+    depth: int = 1,
+    anchor_id: Int[Tensor, " anchors"] | None = None,
+    key_id: Int[Tensor, " keys"] | None = None,
+    memory_budget: int = 256 << 20,
+) -> Int[Tensor, "depth anchors groups"]:
+    r"""Find the ``depth`` best keys of each group, for each anchor.
+
+    Of ``groups`` = ⌈keys / ``group_size``⌉ groups, the one of number :math:`g` has the keys :math:`g`,
+    :math:`g + \text{groups}`, :math:`g + 2\,\text{groups}` and so on: neighbours, such as the texts of one image, are in
+    different ones. Products are of the embeddings' own type, summed in float32. On CUDA, a kernel writes these scores and
+    no others; elsewhere, and without Triton, it is done in chunks.
+
+    Args:
+        anchors: Embeddings, of the type of ``keys``.
+        keys: Embeddings of what is searched.
+        group_size: Keys a group, a power of two.
+        depth: How many of each group.
+        anchor_id: The image each anchor belongs to.
+        key_id: The image each key belongs to. A key of the anchor's own image is no candidate.
+        memory_budget: Bytes that scores may take at once, where there is no kernel.
+
+    Returns:
+        Score and place in the group in one number, for :func:`unpack`: the larger, the better.
+
+    Raises:
+        ValueError: ``group_size`` is not a power of two.
+
+    Example:
+        >>> best = group_maxima(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0], [0.25, 0], [1, 0]]), group_size=2)
+        >>> unpack(best, group_size=2)
+        (tensor([[[1.0000, 0.2500]]]), tensor([[[1, 0]]]))
+    """
+    if group_size < 1 or group_size & (group_size - 1):
+        raise ValueError(f"Expected `group_size` to be a power of two, got {group_size}.")
+    if anchors.is_cuda and kernels.IS_AVAILABLE:
+        return kernels.group_maxima_kernel(anchors, keys, group_size, depth, anchor_id, key_id)
+    num_groups = -(-len(keys) // group_size)
+    place = torch.arange(group_size, dtype=torch.int32, device=keys.device)[:, None]
+    wide = keys.float().T
+    best = torch.empty(depth, len(anchors), num_groups, dtype=torch.int32, device=keys.device)
+    num_rows = max(1, memory_budget // (12 * group_size * num_groups))  # the scores, and two copies
+    for rows in torch.arange(len(anchors), device=anchors.device).split(num_rows):
+        ordered = _ordered(anchors[rows].float() @ wide)
+        if anchor_id is not None and key_id is not None:
+            ordered.masked_fill_(anchor_id[rows][:, None] == key_id, NOTHING)
+        ordered = pad(ordered, (0, group_size * num_groups - len(keys)), value=NOTHING)
+        ordered = ordered.view(len(rows), group_size, num_groups)
+        ordered = torch.where(ordered == NOTHING, NOTHING, (ordered & -group_size) | place)
+        largest = ordered.topk(min(depth, group_size), dim=1).values
+        best[:, rows] = pad(largest, (0, 0, 0, depth - largest.shape[1]), value=NOTHING).transpose(0, 1)
+    return best
+
+
+def unpack(best: Int[Tensor, "*shape"], group_size: int) -> tuple[Float[Tensor, "*shape"], Int[Tensor, "*shape"]]:
+    """Return the scores, rounded down by up to ``group_size`` units in the last place of float32, and the places."""
+    bits = best & -group_size
+    scores = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return scores.masked_fill(best == NOTHING, -torch.inf), (best & (group_size - 1)).long()
+
+
+class Candidates(NamedTuple):
+    """Keys that may be among the most similar to each anchor."""
+
+    index: Int[Tensor, "anchors candidates"]  # type: ignore[assignment]  # a tuple has a method of this name
+    scores: Float[Tensor, "anchors candidates"]
+    """As they were found; −inf for a place without a candidate."""
+    left_out: Float[Tensor, " anchors"]
+    """No key that is left out has a higher score; −inf where none is left out."""
+
+
+def grouped_candidates(best: Int[Tensor, "depth anchors groups"], num: int, group_size: int) -> Candidates:
+    """Choose ``num`` candidates from the best of each group.
+
+    The ``num`` best lie in the ``num`` groups with the highest maxima. A key that is less than the last of its group that is
+    known may be hidden behind it.
+    """
+    depth, num_groups = len(best), best.shape[2]
+    num_chosen = min(num, num_groups)
+    chosen = best[0].topk(num_chosen, dim=1, sorted=False)
+    group = chosen.indices.expand(depth, -1, -1)
+    members = best.gather(2, group)  # (depth, anchors, chosen)
+    hidden = members[-1].amax(dim=1)
+    if num_chosen < num_groups:
+        hidden = torch.maximum(hidden, chosen.values.amin(dim=1))
+    members, group = (part.transpose(0, 1).flatten(1) for part in (members, group))
+    if num < members.shape[1]:
+        kept = members.topk(num, dim=1, sorted=False)
+        members, group = kept.values, group.gather(1, kept.indices)
+        hidden = torch.maximum(hidden, members.amin(dim=1))
+    scores, place = unpack(members, group_size)
+    # What was rounded down may have been more.
+    left_out = unpack(torch.where(hidden == NOTHING, NOTHING, hidden | (group_size - 1)), 1)[0]
+    index = torch.where(scores == -torch.inf, 0, place * num_groups + group)
+    index, order = index.sort(dim=1)
+    missing = (0, num - index.shape[1])
+    return Candidates(pad(index, missing), pad(scores.gather(1, order), missing, value=-torch.inf), left_out)
+
+
+def _ordered(scores: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Return integers in the order of the scores: the bits of a float32, the negative ones turned round."""
+    bits = scores.contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+NOTHING = -(2**31)

@@ -1,0 +1,1 @@
+"""Kernels for one kind of hardware; ``functional`` has what each computes, in plain PyTorch."""
