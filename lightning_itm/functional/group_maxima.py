@@ -1,13 +1,12 @@
 """The best keys of each group of keys, without the scores of all the others."""
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
-
-from lightning_itm.kernels import group_maxima as kernels
 
 
 def group_maxima(
@@ -49,8 +48,12 @@ def group_maxima(
     """
     if group_size < 1 or group_size & (group_size - 1):
         raise ValueError(f"Expected `group_size` to be a power of two, got {group_size}.")
-    if anchors.is_cuda and kernels.IS_AVAILABLE:
-        return kernels.group_maxima_kernel(anchors, keys, group_size, depth, anchor_id, key_id)
+    if anchors.is_cuda and find_spec("triton") is not None:
+        from lightning_itm.kernels.group_maxima import (
+            group_maxima_kernel,
+        )  # Triton takes a while, and is not everywhere
+
+        return group_maxima_kernel(anchors, keys, group_size, depth, anchor_id, key_id)
     num_groups = -(-len(keys) // group_size)
     place = torch.arange(group_size, dtype=torch.int32, device=keys.device)[:, None]
     wide = keys.float().T
