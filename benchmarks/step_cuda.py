@@ -31,7 +31,7 @@ from lightning_itm import (
     OpenCLIPDualEncoder,
     TripletLoss,
 )
-from lightning_itm.modules.mining import EmbeddedNegatives
+from lightning_itm.modules.embedded_negatives import EmbeddedNegatives
 from lightning_itm.modules.momentum import MomentumEncoder
 
 WARMUP = 10  # steps that are not timed

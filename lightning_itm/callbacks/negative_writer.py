@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.data.export import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
 from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.modules.mining import EncodedPairs, find_negatives
+from lightning_itm.modules.encoding import EncodedPairs
+from lightning_itm.modules.mining import find_negatives
 
 
 class NegativeWriter(EmbeddingWriter):

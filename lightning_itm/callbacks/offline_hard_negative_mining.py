@@ -15,13 +15,9 @@ from lightning_itm.data.contact_sheet import contact_sheet
 from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.shard_stream import ShardStream
-from lightning_itm.modules.mining import (
-    EmbeddedNegatives,
-    encode_pairs,
-    find_negatives,
-    is_progress_shown,
-    padded_rows,
-)
+from lightning_itm.modules.embedded_negatives import EmbeddedNegatives
+from lightning_itm.modules.encoding import encode_pairs, is_progress_shown
+from lightning_itm.modules.mining import find_negatives, padded_rows
 
 FAST_DEV_RUN_PAIRS = 512
 
