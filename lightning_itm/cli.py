@@ -30,6 +30,18 @@ Fine-tune CLIP and other dual encoders on images and texts.
 
 Everything in a configuration can be said on the command line, too: --model.learning_rate 1e-5, --data.batch_size 256,
 --trainer.precision bf16-mixed. The options of one class: lightning-itm fit --model.help OpenCLIPDualEncoder."""
+OPTIONS = """\
+What is needed most:
+
+  --config FILE               a YAML with everything; what follows on the command line comes on top of it
+  --model.model_name NAME     a model of open_clip; --model.pretrained TAG: its weights
+  --model.loss CLASS          such as lightning_itm.TripletLoss; --model.loss.negatives selective: its arguments
+  --data.train SOURCE         a Karpathy .json, a .csv, .tsv or .jsonl, a folder or shards; likewise --data.val, --data.test
+  --data.batch_size N         pairs a batch on each process
+  --trainer.max_epochs N      and whatever else Lightning's Trainer takes: accelerator, devices, strategy, precision, callbacks
+
+  --model.help OpenCLIPDualEncoder, --data.help ImageTextFiles    their arguments; likewise of another class
+  --print_config                                                  all of it as YAML, to start from"""
 SHARDS_DESCRIPTION = "Write image-text pairs into tar shards, and look after these."
 
 
@@ -142,7 +154,9 @@ class ItmCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},  # or a second command without a versioned logger would not run
-            parser_kwargs={"prog": "lightning-itm", "description": DESCRIPTION, "formatter_class": HelpFormatter},
+            auto_configure_optimizers=False,  # the module's own, or the decay of layers would be lost without a word
+            parser_kwargs={"prog": "lightning-itm", "description": DESCRIPTION, "formatter_class": HelpFormatter}
+            | {name: _subcommand_options(name) for name in self.subcommands()},
             **kwargs,
         )
 
@@ -162,6 +176,15 @@ class ItmCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return Lightning's, and ``mine``."""
         return {**LightningCLI.subcommands(), "mine": {"model", "datamodule"}}
+
+
+def _subcommand_options(name: str) -> dict[str, Any]:
+    says = (getattr(Trainer, name).__doc__ or "").strip().split("\n\n")[0]
+    description = f"{' '.join(says.split())}\n\n{OPTIONS}"
+    usage = f"lightning-itm {name} [--config FILE] [--model.… …] [--data.… …] [--trainer.… …]"
+    more = {"fit": " [--ckpt_path FILE]", "predict": " [--ckpt_path FILE] [--output FOLDER] [--split SPLIT]"}
+    more["mine"] = more["predict"] + " [--format FORMAT] …"
+    return {"usage": usage + more.get(name, more["fit"]), "description": description, "formatter_class": HelpFormatter}
 
 
 def write(

@@ -268,6 +268,8 @@ class TestConfigs:
         assert ended.value.code == 0
         text = capsys.readouterr().out
         assert "usage: lightning-itm" in text
+        if command in (["fit"], ["mine"]):
+            assert "\n  --data.train SOURCE " in text
         if not command:
             assert "\n  lightning-itm mine     --config" in text
 
