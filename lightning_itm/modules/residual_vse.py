@@ -50,8 +50,9 @@ class GeneralizedPooling(nn.Module):
 
     Example:
         >>> pooling = GeneralizedPooling()
-        >>> pooling(torch.tensor([[[2.0], [2.0], [0.0]]]), torch.tensor([2]))  # the third is padding
-        tensor([[2.]], grad_fn=<SumBackward1>)
+        >>> pooled = pooling(torch.tensor([[[2.0], [2.0], [0.0]]]), torch.tensor([2]))  # the third is padding
+        >>> pooled.detach().round(decimals=4)  # the weights, which are random, sum to 1
+        tensor([[2.]])
 
     References:
         Chen et al., *Learning the Best Pooling Strategy for Visual Semantic Embedding*, CVPR 2021, arXiv 2011.04305.
