@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -129,10 +130,9 @@ class StreamedImages(IterableDataset[tuple[Any, int, bool]]):
     def _read(self, wanted: list[int]) -> Iterator[tuple[int, bytes | None]]:
         contents = self.pairs.contents
         for shard, group in itertools.groupby(wanted, contents.shard_of):
-            image_ids = list(group)
-            found = read_images(contents, shard, sorted(set(image_ids)))
-            for image_id, data in found:
-                yield from [(image_id, data)] * image_ids.count(image_id)
+            times = Counter(group)
+            for image_id, data in read_images(contents, shard, times):
+                yield from [(image_id, data)] * times[image_id]
 
 
 class StreamLoader:
