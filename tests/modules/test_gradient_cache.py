@@ -311,12 +311,16 @@ class TestFit:
     def test_does_not_warn_of_frozen_ones(self):
         model = Tiny(chunk_size=3)
         model.image_encoder[2].eval()
-        L.Trainer(**SILENT, max_epochs=1).fit(model, datamodule=tiny_data())
+        before = model.image_encoder[2].running_mean.clone()
+        L.Trainer(**SILENT, max_epochs=1).fit(model, datamodule=tiny_data())  # a warning would be an error
+        assert torch.equal(model.image_encoder[2].running_mean, before)
 
     @pytest.mark.usefixtures("_registered")
     def test_of_a_resnet_whose_statistics_are_locked(self):
         model = OpenCLIPDualEncoder("tiny-rn", lock_image=True, chunk_size=3, learning_rate=1e-3)
+        before = {name: value.clone() for name, value in model.model.visual.state_dict().items()}
         L.Trainer(**SILENT, max_epochs=1).fit(model, datamodule=data_for(model))
+        assert all(torch.equal(value, before[name]) for name, value in model.model.visual.state_dict().items())
 
 
 class TestBadInput:
