@@ -68,7 +68,7 @@ class Trainer(L.Trainer):
 
         Args:
             model: What encodes.
-            dataloaders: Not used here.
+            dataloaders: None: only a datamodule knows what each row is.
             datamodule: The sets.
             return_predictions: Return them, too.
             ckpt_path: The weights.
@@ -81,7 +81,8 @@ class Trainer(L.Trainer):
                 "Expected `datamodule`, which knows what each row is, got `dataloaders`. Use Lightning's Trainer."
             )
         writer = EmbeddingWriter(output)
-        return self._predict_with(writer, split, model, datamodule, return_predictions, ckpt_path, weights_only)
+        options = {"return_predictions": return_predictions, "ckpt_path": ckpt_path, "weights_only": weights_only}
+        return self._predict_with(writer, split, model, datamodule, **options)
 
     def mine(
         self,
@@ -124,20 +125,14 @@ class Trainer(L.Trainer):
             "relative_margin": relative_margin,
         }
         writer = NegativeWriter(output, num_texts, num_images, format=format, **guards)
-        self._predict_with(writer, split, model, datamodule, False, ckpt_path, weights_only)
+        options = {"return_predictions": False, "ckpt_path": ckpt_path, "weights_only": weights_only}
+        self._predict_with(writer, split, model, datamodule, **options)
 
-    def _predict_with(self, writer: EmbeddingWriter, split: Any, model: Any, datamodule: Any, *arguments: Any) -> Any:
+    def _predict_with(self, writer: EmbeddingWriter, split: Any, model: Any, datamodule: Any, **options: Any) -> Any:
         datamodule.predict_split = split
         self.callbacks.append(writer)  # type: ignore[attr-defined]
         try:
-            returned, ckpt_path, weights_only = arguments
-            return super().predict(
-                model,
-                datamodule=datamodule,
-                return_predictions=returned,
-                ckpt_path=ckpt_path,
-                weights_only=weights_only,
-            )
+            return super().predict(model, datamodule=datamodule, **options)
         finally:
             self.callbacks.remove(writer)  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.export import describe_image, describe_text, write_jsonl
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.distributed import world_size
@@ -49,6 +50,11 @@ class EmbeddingWriter(Callback):
             raise FileExistsError(
                 f"Expected a folder without results, got {self.folder} with {', '.join(there)}. Name another one."
             )
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(datamodule, ImageTextDataModule):
+            raise MisconfigurationException(
+                f"Expected an ImageTextDataModule, which knows what each row is, got {type(datamodule).__name__}."
+            )
         limit = trainer.limit_predict_batches  # the integer 1 is one batch, the float all of them
         if trainer.fast_dev_run or limit != 1.0 or isinstance(limit, int):  # type: ignore[attr-defined]
             raise MisconfigurationException(
@@ -69,22 +75,16 @@ class EmbeddingWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what was found."""
-        values = outputs if isinstance(outputs, dict) else vars(outputs)
+        """Keep what was found, where it is: nobody waits for the device."""
         for name, parts in self._found.items():
-            if name in values:
-                parts.append(values[name].cpu())
+            if name in outputs:
+                parts.append(outputs[name])
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the parts of all ranks together, and write them."""
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(datamodule, "predict_pairs"):
-            raise MisconfigurationException(
-                f"Expected an ImageTextDataModule, which knows what was encoded, got {type(datamodule).__name__}."
-            )
-        pairs = datamodule.predict_pairs()
+        pairs: ImageTextPairs = trainer.datamodule.predict_pairs()  # type: ignore[attr-defined]
         sizes = {"image": len(pairs.images), "text": len(pairs.texts)}
-        whole = {kind: self._whole(kind, size, pl_module.device) for kind, size in sizes.items()}
+        whole = {kind: self._whole(kind, size) for kind, size in sizes.items()}
         self._found = {}
         for kind, (_, is_valid) in whole.items():
             if not bool(is_valid.all()):
@@ -124,10 +124,8 @@ class EmbeddingWriter(Callback):
             write_jsonl(self.folder / "images.jsonl", (describe_image(pairs, i) for i in range(len(image))))
             write_jsonl(self.folder / "texts.jsonl", (describe_text(pairs, i) for i in range(len(text))))
 
-    def _whole(self, kind: str, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        values, ids, is_valid = (
-            torch.cat(self._found[f"{kind}{part}"]).to(device) for part in ("", "_id", "_is_valid")
-        )
+    def _whole(self, kind: str, number: int) -> tuple[Tensor, Tensor]:
+        values, ids, is_valid = (torch.cat(self._found[f"{kind}{part}"]) for part in ("", "_id", "_is_valid"))
         if world_size() > 1:
             values, ids, is_valid = (torch.cat(gather_all_tensors(part)) for part in (values, ids, is_valid))
         if not bool(values.isfinite().all()):

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.data.export import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
 from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.modules.encoding import EncodedPairs
+from lightning_itm.modules.encoding import EncodedPairs, is_progress_shown
 from lightning_itm.modules.mining import find_negatives
 
 
@@ -67,7 +67,7 @@ class NegativeWriter(EmbeddingWriter):
             self.num_images,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            is_shown=trainer.is_global_zero,
+            is_shown=is_progress_shown(trainer),
             **self.guards,
         )
         if not trainer.is_global_zero:
