@@ -242,7 +242,7 @@ def test_what_can_not_be_read_is_left_out_of_mining_and_named(tmp_path):
     assert np.isnan(np.load("embeddings/image.npy")).all(axis=1).nonzero()[0].tolist() == [5]
     writer, loaders = itm.EmbeddingWriter("more"), [torch.utils.data.DataLoader([0])]
     with pytest.raises(
-        L.fabric.utilities.exceptions.MisconfigurationException, match="ImageTextDataModule, .* NoneType"
+        L.fabric.utilities.exceptions.MisconfigurationException, match=r"ImageTextDataModule, .* NoneType"
     ):
         L.Trainer(**options, callbacks=[writer]).predict(model, loaders)
     with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="`limit_predict_batches=1`"):
