@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: tests first, then each benchmark, with its table under "$OUT".
+# Everything that needs a GPU: tests first, then each benchmark, with its table under "$OUT".
 #
-# Estimated for an H200 (nothing here has been measured yet): 22 minutes.
-#   pytest -m gpu       6 min   most of it compiling towers
-#   search_cuda.py      4 min   five searches of 0.2 to 3 s, five ways, six turns
-#   step_cuda.py        4 min   35 runs of 50 steps of about 0.1 s, and a model built for each
-#   mining_cuda.py      3 min   40,000 pairs, twice, six turns; the workers' copying is the limit
-#   precision_cuda.py   5 min   15 runs of about 20 s; the pictures are loaded in worker processes
+#   benchmarks/cuda.sh                  # all parts
+#   benchmarks/cuda.sh pytest search    # the parts that are named
+#   QUICK=1 benchmarks/cuda.sh step     # see that it runs: small, no result
+#
+# Parts: pytest, search, step, mining, precision. Those that are timed (search, step, mining) want the device for themselves.
 # A part that fails or takes too long stops no other; the exit status says whether one did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +13,10 @@ out=${OUT:-runs/cuda}
 python=${PYTHON:-python}
 mkdir -p "$out"
 failed=0
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(pytest search step mining precision)
+options=()
+[ -z "${QUICK:-}" ] || options=(--quick)
 
 part() {  # name, minutes at most, command...
     local name=$1 minutes=$2 start=$SECONDS
@@ -24,9 +27,14 @@ part() {  # name, minutes at most, command...
 }
 
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm --format=csv | tee "$out/device.txt" || failed=1
-part pytest 9 "$python" -m pytest -m gpu -q -p no:cacheprovider --durations=15
-part search 6 "$python" benchmarks/search_cuda.py --out "$out/search.txt"
-part step 6 "$python" benchmarks/step_cuda.py --out "$out/step.txt"
-part mining 5 "$python" benchmarks/mining_cuda.py --out "$out/mining.txt"
-part precision 7 "$python" benchmarks/precision_cuda.py --num-workers 4 --out "$out/precision.txt"
+for name in "${parts[@]}"; do
+    case $name in
+        pytest) part pytest 9 "$python" -m pytest -m gpu -q -p no:cacheprovider --durations=15 ;;
+        search) part search 6 "$python" benchmarks/search_cuda.py "${options[@]}" --out "$out/search.txt" ;;
+        step) part step 6 "$python" benchmarks/step_cuda.py "${options[@]}" --out "$out/step.txt" ;;
+        mining) part mining 5 "$python" benchmarks/mining_cuda.py "${options[@]}" --out "$out/mining.txt" ;;
+        precision) part precision 7 "$python" benchmarks/precision_cuda.py --jobs 8 "${options[@]}" --out "$out/precision.txt" ;;
+        *) echo "Unknown part '$name'. There are: pytest, search, step, mining, precision." >&2; exit 2 ;;
+    esac
+done
 exit "$failed"
