@@ -9,73 +9,108 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def group_maxima(
-    anchors: Float[Tensor, "anchors dim"],
-    keys: Float[Tensor, "keys dim"],
-    *,
-    group_size: int,
-    depth: int = 1,
-    anchor_id: Int[Tensor, " anchors"] | None = None,
-    key_id: Int[Tensor, " keys"] | None = None,
-    memory_budget: int = 256 << 20,
-) -> Int[Tensor, "depth anchors groups"]:
-    r"""Find the ``depth`` best keys of each group, for each anchor.
+class GroupedKeys(NamedTuple):
+    """Keys in groups: what :func:`group_maxima` searches. Made once by :func:`group_keys`, for all anchors."""
 
-    Of ``groups`` = ⌈keys / ``group_size``⌉ groups, the one of number :math:`g` has the keys :math:`g`,
-    :math:`g + \text{groups}`, :math:`g + 2\,\text{groups}` and so on: neighbours, such as the texts of one image, are in
-    different ones. Products are of the embeddings' own type, summed in float32. On CUDA, a kernel writes these scores and
-    no others; elsewhere, and without Triton, it is done in chunks.
+    keys: Float[Tensor, "rows dim"]
+    """Row ``g * group_size + j`` is the key ``j * groups + g``; zeros where there is none."""
+    key_id: Int[Tensor, " rows"] | None
+    """The image each row belongs to."""
+    num_keys: int
+    group_size: int
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups."""
+        return len(self.keys) // self.group_size
+
+
+def group_keys(
+    keys: Float[Tensor, "keys dim"], group_size: int, key_id: Int[Tensor, " keys"] | None = None
+) -> GroupedKeys:
+    r"""Put keys into ⌈keys / ``group_size``⌉ groups.
+
+    The group of number :math:`g` has the keys :math:`g`, :math:`g + \text{groups}`, :math:`g + 2\,\text{groups}` and so on:
+    neighbours, such as the texts of one image, are in different ones.
 
     Args:
-        anchors: Embeddings, of the type of ``keys``.
         keys: Embeddings of what is searched.
-        group_size: Keys a group, a power of two.
-        depth: How many of each group.
-        anchor_id: The image each anchor belongs to.
-        key_id: The image each key belongs to. A key of the anchor's own image is no candidate.
+        group_size: Keys per group, a power of two.
+        key_id: The image each key belongs to.
+
+    Raises:
+        ValueError: ``group_size`` is not a power of two.
+    """
+    if group_size < 1 or group_size & (group_size - 1):
+        raise ValueError(f"Expected `group_size` to be a power of two, got {group_size}.")
+    num_groups = -(-len(keys) // group_size)
+    missing = group_size * num_groups - len(keys)
+
+    def grouped(rows: Tensor) -> Tensor:
+        padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+        return padded.view(group_size, num_groups, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)
+
+    return GroupedKeys(grouped(keys), None if key_id is None else grouped(key_id), len(keys), group_size)
+
+
+def group_maxima(
+    anchors: Float[Tensor, "anchors dim"],
+    grouped: GroupedKeys,
+    *,
+    depth: int = 1,
+    anchor_id: Int[Tensor, " anchors"] | None = None,
+    memory_budget: int = 256 << 20,
+) -> Int[Tensor, "depth anchors groups"]:
+    """Find the ``depth`` best keys of each group, for each anchor.
+
+    Products are of the embeddings' own type, summed in float32. On CUDA, a kernel writes these scores and no others;
+    elsewhere, and without Triton, it is done in chunks.
+
+    Args:
+        anchors: Embeddings, of the type of the keys.
+        grouped: The keys, from :func:`group_keys`.
+        depth: How many keys of each group are kept, typically 3.
+        anchor_id: The image each anchor belongs to. A key of the anchor's own image is no candidate.
         memory_budget: Bytes that scores may take at once, where there is no kernel.
 
     Returns:
         Score and place in the group in one number, for :func:`unpack`: the larger, the better.
 
-    Raises:
-        ValueError: ``group_size`` is not a power of two.
-
     Example:
-        >>> best = group_maxima(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0], [0.25, 0], [1, 0]]), group_size=2)
-        >>> unpack(best, group_size=2)
+        >>> import torch
+        >>> keys = group_keys(torch.tensor([[0.5, 0], [0.25, 0], [1, 0]]), group_size=2)
+        >>> unpack(group_maxima(torch.tensor([[1.0, 0.0]]), keys), group_size=2)
         (tensor([[[1.0000, 0.2500]]]), tensor([[[1, 0]]]))
     """
-    if group_size < 1 or group_size & (group_size - 1):
-        raise ValueError(f"Expected `group_size` to be a power of two, got {group_size}.")
+    keys, key_id, num_keys, group_size = grouped
     if anchors.is_cuda and find_spec("triton") is not None:
         from lightning_itm.kernels.group_maxima import (
             group_maxima_kernel,
         )  # Triton takes a while, and is not everywhere
 
-        return group_maxima_kernel(anchors, keys, group_size, depth, anchor_id, key_id)
-    num_groups = -(-len(keys) // group_size)
-    place = torch.arange(group_size, dtype=torch.int32, device=keys.device)[:, None]
+        return group_maxima_kernel(anchors, keys, num_keys, group_size, depth, anchor_id, key_id)
+    num_groups = grouped.num_groups
+    member = torch.arange(group_size, dtype=torch.int32, device=keys.device).repeat(num_groups)
+    is_missing = member * num_groups + torch.arange(len(keys), device=keys.device) // group_size >= num_keys
     wide = keys.float().T
     best = torch.empty(depth, len(anchors), num_groups, dtype=torch.int32, device=keys.device)
-    num_rows = max(1, memory_budget // (12 * group_size * num_groups))  # the scores, and two copies
+    num_rows = max(1, memory_budget // (12 * len(keys)))  # the scores, and two copies
     for rows in torch.arange(len(anchors), device=anchors.device).split(num_rows):
-        ordered = _ordered(anchors[rows].float() @ wide)
+        bits = (anchors[rows].float() @ wide).view(torch.int32)
+        packed = ((bits & -group_size) | member).view(torch.float32)
+        packed.masked_fill_(is_missing, -torch.inf)
         if anchor_id is not None and key_id is not None:
-            ordered.masked_fill_(anchor_id[rows][:, None] == key_id, NOTHING)
-        ordered = pad(ordered, (0, group_size * num_groups - len(keys)), value=NOTHING)
-        ordered = ordered.view(len(rows), group_size, num_groups)
-        ordered = torch.where(ordered == NOTHING, NOTHING, (ordered & -group_size) | place)
-        largest = ordered.topk(min(depth, group_size), dim=1).values
-        best[:, rows] = pad(largest, (0, 0, 0, depth - largest.shape[1]), value=NOTHING).transpose(0, 1)
+            packed.masked_fill_(anchor_id[rows][:, None] == key_id, -torch.inf)
+        largest = packed.unflatten(1, (num_groups, group_size)).topk(min(depth, group_size), dim=2).values
+        best[:, rows] = _ordered(pad(largest, (0, depth - largest.shape[2]), value=-torch.inf)).movedim(2, 0)
     return best
 
 
 def unpack(best: Int[Tensor, "*shape"], group_size: int) -> tuple[Float[Tensor, "*shape"], Int[Tensor, "*shape"]]:
-    """Return the scores, rounded down by up to ``group_size`` units in the last place of float32, and the places."""
-    bits = best & -group_size
-    scores = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return scores.masked_fill(best == NOTHING, -torch.inf), (best & (group_size - 1)).long()
+    """Return the scores, rounded towards zero by up to ``group_size`` units in the last place of float32, and the places."""
+    bits = best ^ ((best >> 31) & 0x7FFFFFFF)
+    scores = (bits & -group_size).view(torch.float32)
+    return scores.masked_fill(best == NOTHING, -torch.inf), (bits & (group_size - 1)).long()
 
 
 class Candidates(NamedTuple):
@@ -108,7 +143,7 @@ def grouped_candidates(best: Int[Tensor, "depth anchors groups"], num: int, grou
         members, group = kept.values, group.gather(1, kept.indices)
         hidden = torch.maximum(hidden, members.amin(dim=1))
     scores, place = unpack(members, group_size)
-    # What was rounded down may have been more.
+    # What was rounded may have been more: by the low bits of a positive number; those of a negative one are turned round.
     left_out = unpack(torch.where(hidden == NOTHING, NOTHING, hidden | (group_size - 1)), 1)[0]
     index = torch.where(scores == -torch.inf, 0, place * num_groups + group)
     index, order = index.sort(dim=1)
@@ -119,7 +154,8 @@ def grouped_candidates(best: Int[Tensor, "depth anchors groups"], num: int, grou
 def _ordered(scores: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Return integers in the order of the scores: the bits of a float32, the negative ones turned round."""
     bits = scores.contiguous().view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return torch.where(scores == -torch.inf, NOTHING, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 NOTHING = -(2**31)
+"""In place of a key where a group has no further one."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from lightning_itm.functional.group_maxima import group_maxima, grouped_candidates, unpack
+from lightning_itm.functional.group_maxima import group_keys, group_maxima, grouped_candidates, unpack
 from lightning_itm.kernels import group_maxima as kernels
 
 NEEDS_TRITON = pytest.mark.skipif(not kernels.IS_AVAILABLE, reason="Triton comes with PyTorch's builds for CUDA alone")
@@ -69,8 +69,9 @@ def check_equal(best, anchors, keys, group_size, depth, ids):
 @pytest.mark.parametrize(("num_anchors", "num_keys", "dim", "group_size", "depth", "id_dtype"), SIZES)
 def test_equals_the_loop(num_anchors, num_keys, dim, group_size, depth, id_dtype):
     anchors, keys, ids = example(num_anchors, num_keys, dim, id_dtype)
+    grouped = group_keys(keys, group_size, ids.get("key_id"))
     for budget in (1, 1 << 20):
-        best = group_maxima(anchors, keys, group_size=group_size, depth=depth, memory_budget=budget, **ids)
+        best = group_maxima(anchors, grouped, depth=depth, anchor_id=ids.get("anchor_id"), memory_budget=budget)
         check_equal(best, anchors, keys, group_size, depth, ids)
 
 
@@ -82,9 +83,16 @@ def test_the_kernel_in_the_interpreter_equals_the_loop():
         "import torch, tests.functional.test_group_maxima as here\n"
         "for num_anchors, num_keys, dim, group_size, depth, id_dtype in here.SIZES:\n"
         "    anchors, keys, ids = here.example(num_anchors, num_keys, dim, id_dtype)\n"
+        "    grouped = here.group_keys(keys, group_size, ids.get('key_id'))\n"
         "    found = here.kernels.group_maxima_kernel(\n"
-        "        anchors, keys, group_size, depth, ids.get('anchor_id'), ids.get('key_id'))\n"
+        "        anchors, grouped.keys, len(keys), group_size, depth, ids.get('anchor_id'), grouped.key_id)\n"
         "    here.check_equal(found, anchors, keys, group_size, depth, ids)\n"
+        "for num_anchors, num_keys, dim, num_candidates in ((3, 50, 33, 7), (1, 1, 8, 1), (4, 300, 130, 364)):\n"
+        "    anchors, keys, _ = here.example(num_anchors, num_keys, dim, None)\n"
+        "    index = torch.randint(num_keys, (num_anchors, num_candidates))\n"
+        "    exact = (anchors.double() @ keys.double().T).gather(1, index)\n"
+        "    found = here.kernels.products_kernel(anchors, keys, index).double()\n"
+        "    torch.testing.assert_close(found, exact, atol=1e-6, rtol=0)\n"
         "print('equal')\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -106,6 +114,7 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_there(group_size, depth, has_
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"group_size": group_size, "depth": depth, "has_ids": has_ids}
     constants |= {"tile_anchors": kernels.TILE_ANCHORS, "tile_keys": 128, "tile_dim": kernels.TILE_DIM}
+    constants |= {"has_descriptors": False}
     numbers = ("num_anchors", "num_keys", "num_groups", "dim")
     signature = {"anchors": "*bf16", "keys": "*bf16", "anchor_id": "*i64", "key_id": "*i64", "best": "*i32"}
     signature |= {"layer": "i64", **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}
@@ -116,7 +125,7 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_there(group_size, depth, has_
     compiled = compile(
         ASTSource(kernels._kernel, signature, constants, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 8, "num_stages": 3},
+        options={"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES},
     )
     assert "wgmma" in compiled.asm["ptx"]
     assert "ld.local" not in compiled.asm["ptx"], "registers ran out"
@@ -134,14 +143,30 @@ def test_the_kernel_equals_plain_pytorch(num_anchors, num_keys, dim, group_size,
     """By score and by row, where no two are within the error of a sum."""
     anchors, keys, ids = example(num_anchors, num_keys, dim, id_dtype, "cuda")
     anchors, keys = anchors.to(dtype), keys.to(dtype)
-    found = group_maxima(anchors, keys, group_size=group_size, depth=depth, **ids).cpu()
-    expected = group_maxima(
-        anchors.cpu(), keys.cpu(), group_size=group_size, depth=depth, **{name: x.cpu() for name, x in ids.items()}
+    found, expected = (
+        group_maxima(
+            anchors.to(device),
+            group_keys(keys.to(device), group_size, None if id_dtype is None else ids["key_id"].to(device)),
+            depth=depth,
+            anchor_id=None if id_dtype is None else ids["anchor_id"].to(device),
+        ).cpu()
+        for device in ("cuda", "cpu")
     )
     (scores, place), (right, right_place) = unpack(found, group_size), unpack(expected, group_size)
     torch.testing.assert_close(scores, right, atol=2e-5, rtol=0)
     there = right > -torch.inf
     assert (place == right_place)[there].double().mean() > 0.999
+
+
+@NEEDS_TRITON
+@pytest.mark.gpu
+def test_products_of_chosen_keys_are_float32():
+    """Whatever PyTorch's setting for products: the kernel does not ask it."""
+    torch.manual_seed(0)
+    anchors, keys = (normalize(torch.randn(number, 512, device="cuda"), dim=1) for number in (300, 5000))
+    index = torch.randint(5000, (300, 124), device="cuda")
+    exact = (anchors.double() @ keys.double().T).gather(1, index)
+    torch.testing.assert_close(kernels.products_kernel(anchors, keys, index).double(), exact, atol=1e-6, rtol=0)
 
 
 @given(
@@ -157,7 +182,8 @@ def test_no_key_left_out_is_better_than_is_said(seed, num_keys, num, group_size,
     anchors, keys = normalize(torch.randn(6, 5), dim=1), normalize(torch.randn(num_keys, 5), dim=1)
     keys[torch.randint(num_keys, (num_keys // 3,))] = keys[0].clone()
     ids = {"anchor_id": torch.randint(3, (6,)), "key_id": torch.randint(3, (num_keys,))} if has_ids else {}
-    best = group_maxima(anchors, keys, group_size=group_size, depth=depth, **ids)
+    grouped = group_keys(keys, group_size, ids.get("key_id"))
+    best = group_maxima(anchors, grouped, depth=depth, anchor_id=ids.get("anchor_id"))
     found = grouped_candidates(best, num, group_size)
     scores = anchors @ keys.T
     if ids:
@@ -174,7 +200,7 @@ def test_no_key_left_out_is_better_than_is_said(seed, num_keys, num, group_size,
 
 def test_signs_zeros_and_order_survive_packing():
     scores = torch.tensor([[-1.0], [-0.5], [-1e-3], [-0.0], [0.0], [1e-3], [0.5], [1.0]])
-    best = group_maxima(torch.ones(1, 1), scores, group_size=8, depth=8)
+    best = group_maxima(torch.ones(1, 1), group_keys(scores, 8), depth=8)
     found, place = unpack(best.flatten(), 8)
     assert place.tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
     torch.testing.assert_close(found, scores.flatten().flip(0), atol=1e-6, rtol=1e-6)
@@ -182,4 +208,4 @@ def test_signs_zeros_and_order_survive_packing():
 
 def test_group_size():
     with pytest.raises(ValueError, match="`group_size` to be a power of two, got 24"):
-        group_maxima(torch.ones(1, 2), torch.ones(3, 2), group_size=24)
+        group_keys(torch.ones(3, 2), 24)
