@@ -1,4 +1,5 @@
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -30,6 +31,12 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now out of the garbage collector's rounds, which copy its pages in each forked process."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

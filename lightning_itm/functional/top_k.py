@@ -307,7 +307,8 @@ class _LowKeys(NamedTuple):
 def _multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware does."""
     if device.type == "cpu":
-        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and not in torch 2.4
+        return supported is not None and torch.backends.mkldnn.is_available() and supported()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -35,8 +35,10 @@ LOSSES = {
 }
 CALLBACKS = {
     "memory": lambda: FalseNegativeElimination(16, momentum=0.9, min_count=4, start_epoch=0),
-    "mining": lambda: OfflineHardNegativeMining(num_texts=12, num_images=8, inject="embeddings", batch_size=16),
-    "samples": lambda: OfflineHardNegativeMining(num_texts=12, num_images=8, batch_size=16),
+    "mining": lambda: OfflineHardNegativeMining(
+        num_texts=12, num_images=8, inject="embeddings", batch_size=16, num_workers=0
+    ),
+    "samples": lambda: OfflineHardNegativeMining(num_texts=12, num_images=8, batch_size=16, num_workers=0),
     "monitor": GradientNormMonitor,
 }
 COMBINATIONS = [(), ("memory",), ("mining",), ("memory", "mining")]

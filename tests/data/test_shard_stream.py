@@ -117,6 +117,7 @@ class TestEpoch:
                 assert torch.equal(batch["text"][row], expected["text"])
                 assert int(batch["image_id"][row]) == expected["image_id"]
 
+    @pytest.mark.forks
     def test_emoji_on_two_processes(self, tmp_path):
         """The example's pictures and names, over a real Trainer, on one and two processes, with none and two workers."""
         from examples.emoji import find_emoji
