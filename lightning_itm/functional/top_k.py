@@ -196,9 +196,11 @@ def _search(
         own.mask(scores)
     if limit is not None:
         scores.masked_fill_(scores > limit[:, None], -torch.inf)
-    index = _largest(scores, min(k, len(keys)))
+    # A few more than k: `mm` rounds differently with another number of rows, `_products` does not, and decides.
+    index = _largest(scores, min(k + _NUM_SPARE, len(keys)))
     rough = scores.gather(1, index)
-    return _hardest_first(_products(anchors, keys, index).masked_fill(rough == -torch.inf, -torch.inf), index)
+    best = _hardest_first(_products(anchors, keys, index).masked_fill(rough == -torch.inf, -torch.inf), index)
+    return TopK(best.scores[:, :k], best.index[:, :k])
 
 
 def _choose_chunked(anchors: Tensor, low: "_LowKeys", own: _OwnKeys | None, k: int, buffer: Tensor) -> Candidates:
