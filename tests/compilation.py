@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 
-def compiles(test):
+def needs_compiler(test):
     """Skip ``test`` where no C++ compiler works; start it once more, from an empty cache, if a compilation fails."""
 
     @pytest.mark.xdist_group("compiles")  # in one process, where the second finds in the cache what the first compiled

@@ -15,7 +15,7 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
-from tests.compilation import compiles
+from tests.compilation import needs_compiler
 from tests.pictures import captions, cut_outs
 from tests.tiny import SILENT
 
@@ -247,7 +247,7 @@ class TestCompile:
     @pytest.mark.filterwarnings(
         "ignore:The .grad attribute of a Tensor that is not a leaf"
     )  # dynamo looks at it itself
-    @compiles
+    @needs_compiler
     def test_trains_as_the_eager_model_does_and_copies_have_their_own_weights(self, tmp_path):
         config = CONFIGS["tiny-vit"]
         config = {key: {**part, "layers": 1} if isinstance(part, dict) else part for key, part in config.items()}
