@@ -177,6 +177,7 @@ def test_every_command(config, capsys, tmp_path):
         main(["predict", *given, *trained, "--output", "embeddings", "--split", "train"])
 
 
+@pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
 def test_two_processes_write_what_one_writes(tmp_path):
     write_karpathy(tmp_path)

@@ -80,8 +80,8 @@ class Exact(Way):
             own.mask(scores)
         if limit is not None:
             scores.masked_fill_(scores > limit[:, None], -torch.inf)
-        # A product's last bit depends on how many rows are multiplied at once. With a few spare ones, ties do not.
-        index = _largest(scores, min(self.k + _NUM_TIES, len(self.keys)))
+        # A few more than k: `mm` rounds differently with another number of rows, `_products` does not, and decides.
+        index = _largest(scores, min(self.k + _NUM_SPARE, len(self.keys)))
         nothing = scores.gather(1, index) == -torch.inf
         found = _hardest_first(_products(anchors, self.keys, index).masked_fill(nothing, -torch.inf), index)
         return TopK(found.scores[:, : self.k], found.index[:, : self.k]), None
@@ -307,7 +307,7 @@ def _full_precision_products() -> Iterator[None]:
 
 
 _GROUP = 16
-_NUM_SPARE, _NUM_TIES = 64, 16
+_NUM_SPARE = 64
 _DEPTH = 4
 _LARGEST_GROUP, _SEARCHED_AGAIN = 64, 0.002
 _MAX_GROUPED_ROWS = 4096

@@ -126,6 +126,7 @@ def _first_of_each(name: str, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, 
     first = embeddings[row]
     again = (row[group] != torch.arange(len(ids), device=ids.device)).nonzero().squeeze(1)
     cosine = torch.nn.functional.cosine_similarity(embeddings[again].float(), first[group[again]].float(), dim=1)
+    cosine = cosine.masked_fill((embeddings[again] == first[group[again]]).all(dim=1), 1)  # zeros have no direction
     if bool((cosine < _SAME).any()):
         bad = int(ids[again[cosine.argmin()]])
         raise ValueError(

@@ -286,6 +286,7 @@ class Still(Tiny):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
+@pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
 @pytest.mark.parametrize("positive", ["momentum", "online"])
 @pytest.mark.parametrize("loss", LOSSES)

@@ -250,6 +250,7 @@ class Still(Tiny):
         return torch.optim.SGD(self.parameters(), lr=0.2)
 
 
+@pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
 def test_two_processes_switch_like_one():
     for devices in (1, 2):

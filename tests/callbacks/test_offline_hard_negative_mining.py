@@ -366,6 +366,7 @@ class SaveTables(Callback):
         )
 
 
+@pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
 def test_two_processes_mine_the_table_of_one():
     for devices in (1, 2):

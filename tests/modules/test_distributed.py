@@ -87,11 +87,13 @@ def one_step(make_loss, devices, data, **kwargs):
     return torch.load("gradients.pt")
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_of_two_processes_equal_those_of_one(name):
     check_equal(LOSSES[name], samples())
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("name", [*LOSSES, "quintuplet"])
 def test_gradients_with_mined_negatives(name):
     check_equal(
@@ -99,6 +101,7 @@ def test_gradients_with_mined_negatives(name):
     )
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("make_loss", [InfoNCELoss, LOSSES["selective"]])
 def test_gradients_in_chunks(make_loss):
     """Six pairs a process, and as many mined ones, in chunks of three; one process has the whole batch at once."""
@@ -113,6 +116,7 @@ def check_equal(make_loss, data, **kwargs):
         torch.testing.assert_close(got[parameter], gradient, atol=1e-9, rtol=0)
 
 
+@pytest.mark.forks
 def test_metric_of_two_processes_equals_that_of_one():
     """Eleven pairs on two ranks: one pair comes twice, and counts once."""
 
@@ -148,6 +152,7 @@ def _gather_in_process(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.forks
 def test_gather_sums_the_gradients_of_the_ranks(tmp_path):
     context = torch.multiprocessing.get_context("fork")
     processes = [context.Process(target=_gather_in_process, args=(rank, tmp_path)) for rank in range(2)]

@@ -39,6 +39,13 @@ def test_equals_the_loop(texts_of_image, integers, seed):
     assert measured(ImageTextRetrieval(), pairs) == pytest.approx(reference.retrieval(image, text, owner), abs=1e-4)
 
 
+def test_an_embedding_of_zeros_is_that_of_itself():
+    """It has no cosine with itself, and came once for each of its image's texts."""
+    ids = torch.arange(2)
+    pairs = EmbeddingPairs(torch.zeros(2, 4), torch.eye(2, 4), torch.zeros_like(ids), ids)
+    assert measured(ImageTextRetrieval(), pairs)["i2t_r10"] == 100
+
+
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=23), st.integers(0, 1000))
 def test_folds_are_the_mean_over_parts(texts_of_image, seed):
     torch.manual_seed(seed)

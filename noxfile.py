@@ -1,0 +1,59 @@
+"""The suite and its checks in environments of their own: ``nox -s tests``, ``lowest``, ``newest``, ``lint``.
+
+What follows ``--`` goes to pytest: ``nox -s lowest -- -m "not slow"``.
+"""
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["tests", "lint"]
+
+# `newest` turns every warning into an error, so that we read of a deprecation before those who install the package do.
+# Here stand those that others raise and that we can't avoid: the beginning of the message, its category, its public issue.
+KNOWN_WARNINGS = [
+    "`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning",  # github.com/Lightning-AI/pytorch-lightning/issues/21326
+    "This process (pid=:DeprecationWarning",  # and forks, with threads; github.com/pytorch/pytorch/issues/138957
+    "TRITON_DEFAULT_FP_FUSION is unset:UserWarning",  # github.com/triton-lang/triton/pull/11270
+]
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the suite on what an installation brings today."""
+    session.install("-e", ".[dev]")
+    _pytest(session)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the suite on the lower bounds that pyproject.toml declares."""
+    session.install("--resolution", "lowest-direct", "-e", ".[dev]")
+    _pytest(session)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run the suite on the newest releases of everything, with warnings as errors."""
+    session.install("--upgrade", "-e", ".[dev]")
+    _pytest(session, "-W", "error", *(part for known in KNOWN_WARNINGS for part in ("-W", f"ignore:{known}")))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, types, import rules and workflows."""
+    session.install("-e", ".[dev]")
+    session.run("ruff", "format", "--check")
+    session.run("ruff", "check")
+    session.run("mypy")
+    session.run("lint-imports")
+    workflows = [str(path) for path in sorted(Path(".github/workflows").glob("*.yml"))]
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("zizmor", "--offline", ".github")
+
+
+def _pytest(session: nox.Session, *options: str) -> None:
+    session.run("uv", "pip", "list", external=True)  # so that a log says what was tested
+    session.run("python", "-m", "pytest", *options, *session.posargs)
