@@ -11,14 +11,6 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["tests", "lint"]
 
-# `newest` turns every warning into an error, so that we read of a deprecation before those who install the package do.
-# Here stand those that others raise and that we can't avoid: the beginning of the message, its category, its public issue.
-KNOWN_WARNINGS = [
-    "`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning",  # github.com/Lightning-AI/pytorch-lightning/issues/21326
-    "This process (pid=:DeprecationWarning",  # and forks, with threads; github.com/pytorch/pytorch/issues/138957
-    "TRITON_DEFAULT_FP_FUSION is unset:UserWarning",  # github.com/triton-lang/triton/pull/11270
-]
-
 
 @nox.session
 def tests(session: nox.Session) -> None:
@@ -38,7 +30,10 @@ def lowest(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """Run the suite on the newest releases of everything, with warnings as errors."""
     session.install("--upgrade", "-e", ".[dev]")
-    _pytest(session, "-W", "error", *(part for known in KNOWN_WARNINGS for part in ("-W", f"ignore:{known}")))
+    pytest_options = nox.project.load_toml("pyproject.toml")["tool"]["pytest"]["ini_options"]
+    first, *others = pytest_options["filterwarnings"]
+    assert first == "default", "the other lines of `filterwarnings` are exceptions to this one"
+    _pytest(session, "--override-ini", "\n".join(["filterwarnings=error", *others]))
 
 
 @nox.session

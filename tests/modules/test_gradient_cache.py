@@ -319,6 +319,7 @@ class TestFit:
         assert torch.equal(model.image_encoder[2].running_mean, before)
 
     @pytest.mark.usefixtures("_registered")
+    @pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")  # the locked norms
     def test_of_a_resnet_whose_statistics_are_locked(self):
         model = OpenCLIPDualEncoder("tiny-rn", lock_image=True, chunk_size=3, learning_rate=1e-3)
         before = {name: value.clone() for name, value in model.model.visual.state_dict().items()}
