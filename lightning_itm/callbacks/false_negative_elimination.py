@@ -146,7 +146,8 @@ class FalseNegativeElimination(Callback):
         self.encoder.module.load_state_dict(restored["encoder"], strict=pl_module.strict_loading)
         self.sampler.load_state_dict(restored["sampler"])
         if restored["bank"] is not None:
-            self.bank = MemoryBank(*restored["bank"]["image"].shape)
+            image = restored["bank"]["image"]
+            self.bank = MemoryBank(*image.shape).to(image.dtype)  # or float64 would be rounded
             self.bank.load_state_dict(restored["bank"])
 
     def on_train_batch_start(
