@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_itm.callbacks.whole_weights import check_whole_weights
-from lightning_itm.data.batch import EmbeddingPairs
 from lightning_itm.data.memory import MemoryCandidates
+from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.false_negatives import Weighting
 from lightning_itm.modules.false_negatives import FalseNegativeSampler
 from lightning_itm.modules.memory_bank import MemoryBank

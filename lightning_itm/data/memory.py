@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_itm.data.batch import EmbeddingPairs
+from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.false_negatives import DrawnNegative
 from lightning_itm.functional.similarity import DirectionScores, full_precision, negative_mask
 

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_itm.data.batch import EmbeddingPairs, HardNegatives
 from lightning_itm.data.memory import MemoryCandidates
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative
 from lightning_itm.modules.pair_loss import DirectionCost, PairLoss

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_itm.data.batch import HardNegatives
+from lightning_itm.embeddings import HardNegatives
 from lightning_itm.functional.draws import uniform
 
 

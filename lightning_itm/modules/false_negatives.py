@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_itm.data.batch import EmbeddingPairs
 from lightning_itm.data.memory import MemoryDirection
+from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.draws import uniform
 from lightning_itm.functional.false_negatives import (
     DrawnNegative,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_itm.data.batch import EmbeddingPairs
+from lightning_itm.embeddings import EmbeddingPairs
 
 
 class MemoryBank(nn.Module):

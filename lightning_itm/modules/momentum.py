@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_itm.data.batch import EmbeddingPairs
+from lightning_itm.embeddings import EmbeddingPairs
 
 
 class MomentumEncoder(nn.Module):

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_itm.data.batch import EmbeddingPairs, HardNegatives
 from lightning_itm.data.memory import MemoryCandidates, MemoryDirection
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.similarity import DirectionScores, direction_scores
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_itm.data.batch import EmbeddingPairs
+from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank
 
 
