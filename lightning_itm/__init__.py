@@ -5,6 +5,7 @@ from lightning_itm.callbacks.false_negative_elimination import FalseNegativeElim
 from lightning_itm.callbacks.gradient_norm_monitor import GradientNormMonitor
 from lightning_itm.callbacks.negative_writer import NegativeWriter
 from lightning_itm.callbacks.offline_hard_negative_mining import OfflineHardNegativeMining
+from lightning_itm.data.batch import ImageTextBatch, collate
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.features import RegionPairs, Vocabulary
 from lightning_itm.data.files import ImageTextFiles, open_clip_transforms, read_pairs
@@ -14,7 +15,7 @@ from lightning_itm.data.padded import PaddedSequence
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.shard_stream import ShardStream
 from lightning_itm.data.shards import ShardPairs, verify_shards, write_shards
-from lightning_itm.embeddings import EmbeddingPairs, HardNegatives, ImageTextBatch, collate
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.modules.contrastive_losses import InfoNCELoss, SigmoidLoss
 from lightning_itm.modules.dual_encoder import DualEncoder
 from lightning_itm.modules.false_negatives import FalseNegativeSampler, SimilarityStatistics

@@ -1,34 +1,12 @@
-"""What a batch is before and after the encoders."""
+"""A batch after the encoders: pairs of embeddings, and negatives mined for them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from lightning_itm.data.padded import pad_if_ragged
 from lightning_itm.distributed import gather, gather_with_gradient
-
-
-class ImageTextBatch(TypedDict):
-    """The keys that every batch has. A plain dict with these keys will do.
-
-    Ids are dense, from 0. Pairs that share an ``image_id`` are never each other's negatives.
-    """
-
-    image: Any
-    """What ``encode_image`` takes, usually a tensor `(pairs, channels, height, width)`."""
-    text: Any
-    """What ``encode_text`` takes, usually token ids `(pairs, context_length)`."""
-    image_id: Tensor
-    """int64 `(pairs,)`."""
-    text_id: Tensor
-    """int64 `(pairs,)`."""
-
-
-BATCH_KEYS = tuple(ImageTextBatch.__annotations__)
 
 
 @dataclass  # not frozen: Lightning moves what it holds to other devices
@@ -136,49 +114,3 @@ class HardNegatives:
             image_id,
             torch.full_like(image_id, -1),
         )
-
-
-def check_batch(batch: Any) -> None:
-    """Say what is missing in a batch.
-
-    Raises:
-        TypeError: The batch is no mapping.
-        ValueError: A key of :class:`ImageTextBatch` is missing.
-    """
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"Expected the batch to be a dict with the keys {list(BATCH_KEYS)}, got {type(batch).__name__}. "
-            "Let the dataset return such dicts, or override `embed`."
-        )
-    missing = [key for key in BATCH_KEYS if key not in batch]
-    if missing:
-        raise ValueError(
-            f"Expected the batch to have the keys {list(BATCH_KEYS)}; {missing} missing, got {list(batch)}. "
-            "Number the images and texts from 0: pairs that share an `image_id` are never each other's negatives."
-        )
-
-
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack samples into a batch.
-
-    Args:
-        samples: One dict a pair, as :class:`~lightning_itm.ImageTextPairs` returns them.
-
-    Returns:
-        A batch: numbers and tensors stacked, strings in a list, sequences of several lengths padded.
-
-    Raises:
-        ValueError: Images or texts of several shapes, which no batch can hold.
-    """
-    for key in ("image", "text"):
-        shapes = {tuple(value.shape) for sample in samples if isinstance(value := sample.get(key), Tensor)}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"Expected every {key} of a batch to have one shape, got {sorted(shapes)}. "
-                + ("Give `ImageTextPairs` a `transform` and an `eval_transform` that resize." if key == "image" else "")
-                + ("Give `ImageTextPairs` a `tokenizer` that pads to a fixed length." if key == "text" else "")
-            )
-    padded = {key: pad_if_ragged([sample[key] for sample in samples]) for key in samples[0]}
-    padded = {key: values for key, values in padded.items() if values is not None}
-    rest = [{key: value for key, value in sample.items() if key not in padded} for sample in samples]
-    return {**default_collate(rest), **padded}

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_itm.callbacks.whole_weights import check_whole_weights
+from lightning_itm.data.batch import check_batch
 from lightning_itm.distributed import gather
-from lightning_itm.embeddings import check_batch
 from lightning_itm.modules.gradient_plot import plot_gradients
 from lightning_itm.modules.gradient_switch import GradientSwitch
 

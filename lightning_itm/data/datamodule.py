@@ -9,12 +9,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lightning_itm.data.batch import collate
 from lightning_itm.data.hard_negatives import HardNegativePairs
 from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
 from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
 from lightning_itm.data.shard_stream import ShardStream
 from lightning_itm.data.streamed import StreamedBatches, StreamLoader
-from lightning_itm.embeddings import collate
 
 
 class ImageTextDataModule(L.LightningDataModule):

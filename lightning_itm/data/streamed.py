@@ -10,12 +10,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import shuffle as shuffled
 
+from lightning_itm.data.batch import collate
 from lightning_itm.data.epoch_plan import Share, batch_sizes, share_of
 from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.sampler import seeded
 from lightning_itm.data.shard_stream import ShardStream, read_images
 from lightning_itm.data.shards import ShardPairs
-from lightning_itm.embeddings import collate
 
 
 class StreamedBatches(IterableDataset[dict[str, Any]]):

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_itm.embeddings import EmbeddingPairs, HardNegatives, check_batch
+from lightning_itm.data.batch import check_batch
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.modules.contrastive_losses import InfoNCELoss
 from lightning_itm.modules.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
