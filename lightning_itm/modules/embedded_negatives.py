@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_itm.embeddings import HardNegatives
-from lightning_itm.functional.draws import uniform
+from lightning_itm.randomness import uniform
 
 
 class EmbeddedNegatives:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lightning_itm.data.memory import MemoryDirection
 from lightning_itm.embeddings import EmbeddingPairs
-from lightning_itm.functional.draws import uniform
 from lightning_itm.functional.false_negatives import (
     DrawnNegative,
     SimilarityFit,
@@ -19,6 +18,7 @@ from lightning_itm.functional.false_negatives import (
 )
 from lightning_itm.functional.similarity import DirectionScores, full_precision, negative_mask
 from lightning_itm.modules.pair_loss import check_choice
+from lightning_itm.randomness import uniform
 
 CHUNK_ELEMENTS = {"cpu": 1 << 19}  # what fits its caches: three times as fast as all at once
 DEFAULT_CHUNK_ELEMENTS = 1 << 26

@@ -1,6 +1,6 @@
 import torch
 
-from lightning_itm.functional.draws import uniform
+from lightning_itm.randomness import uniform
 
 
 def test_is_uniform_and_differs_with_every_part_of_the_key():
