@@ -11,13 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_itm.callbacks.whole_weights import check_whole_weights
+from lightning_itm.checks import check_choice
 from lightning_itm.data.memory import MemoryCandidates
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.false_negatives import Weighting
 from lightning_itm.modules.false_negatives import FalseNegativeSampler
 from lightning_itm.modules.memory_bank import MemoryBank
 from lightning_itm.modules.momentum import MomentumEncoder, check_momentum
-from lightning_itm.modules.pair_loss import check_choice
 from lightning_itm.modules.similarity_plot import plot_similarities
 
 CHECKPOINT_KEY = "false_negative_elimination"

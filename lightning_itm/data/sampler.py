@@ -1,38 +1,12 @@
 """Order and draws as functions of (seed, epoch, id), so that a run that stopped anywhere can go on as if it had not."""
 
-import hashlib
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Draw from streams that depend on the key alone, and leave the process's own streams (torch, numpy, random) as they are.
-
-    Example:
-        >>> with seeded(0, 3, 17):
-        ...     first = torch.rand(())
-        >>> with seeded(0, 3, 17):
-        ...     bool(first == torch.rand(()))
-        True
-    """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+from lightning_itm.randomness import seeded
 
 
 class SeededDataset(Dataset[Any]):

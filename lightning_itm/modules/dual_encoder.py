@@ -15,9 +15,9 @@ from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.modules.contrastive_losses import InfoNCELoss
 from lightning_itm.modules.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
-from lightning_itm.modules.random_streams import part_random_streams, random_streams, restore_random_streams
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 from lightning_itm.modules.schedule import warmup_cosine
+from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams
 
 LOSS_INPUTS = ("memory", "hard", "selective")
 """What callbacks may put into a batch for the loss, beside the pairs."""

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_itm.data.padded import PaddedSequence
-from lightning_itm.modules.random_streams import random_streams, restore_random_streams
+from lightning_itm.randomness import random_streams, restore_random_streams
 
 
 def encode_in_chunks(encode: Callable[[Any], Tensor], inputs: Any, chunk_size: int | None) -> Tensor:

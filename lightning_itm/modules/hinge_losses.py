@@ -5,12 +5,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_itm.checks import check_choice
 from lightning_itm.data.memory import MemoryCandidates, MemoryDirection
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative
 from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
-from lightning_itm.modules.pair_loss import DirectionCost, PairLoss, check_choice
+from lightning_itm.modules.pair_loss import DirectionCost, PairLoss
 
 
 class TripletLoss(PairLoss):

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_itm.checks import check_choice
 from lightning_itm.data.memory import MemoryCandidates, MemoryDirection
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.similarity import DirectionScores, direction_scores
@@ -157,9 +158,3 @@ def both_directions(pairs: EmbeddingPairs, candidates: EmbeddingPairs) -> tuple[
         direction_scores(pairs.image, pairs.text, candidates.text, **ids),
         direction_scores(pairs.text, pairs.image, candidates.image, **ids),
     )
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError that lists the choices if the value is none of them."""
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -25,7 +25,7 @@ from lightning_itm import (
     TripletLoss,
 )
 from lightning_itm.modules.gradient_cache import encode_in_chunks
-from lightning_itm.modules.random_streams import random_streams
+from lightning_itm.randomness import random_streams
 from tests.modules.test_open_clip import CONFIGS, data_for
 from tests.tiny import SILENT, Tiny, tiny_data
 
