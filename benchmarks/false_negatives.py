@@ -41,7 +41,7 @@ from lightning_itm import (
 )
 from lightning_itm.functional import DirectionScores, recall_at_k, retrieval_rank
 from lightning_itm.functional.false_negatives import DrawnNegative
-from lightning_itm.modules.pair_loss import DirectionCost
+from lightning_itm.losses.base import DirectionCost
 
 HARDEST, OF_BATCH, PUBLISHED = "hardest of the bank", "hardest of the batch", "exp (published)"
 RULES: dict[str, dict[str, Any]] = {

@@ -16,14 +16,14 @@ from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.shard_stream import ShardStream
 from lightning_itm.data.shards import ShardPairs, verify_shards, write_shards
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
-from lightning_itm.modules.contrastive_losses import InfoNCELoss, SigmoidLoss
+from lightning_itm.losses.base import PairLoss
+from lightning_itm.losses.contrastive import InfoNCELoss, SigmoidLoss
+from lightning_itm.losses.triplet import QuintupletLoss, TripletLoss
 from lightning_itm.modules.dual_encoder import DualEncoder
 from lightning_itm.modules.false_negatives import FalseNegativeSampler, SimilarityStatistics
-from lightning_itm.modules.hinge_losses import QuintupletLoss, TripletLoss
 from lightning_itm.modules.memory_bank import MemoryBank
 from lightning_itm.modules.momentum import MomentumEncoder
 from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
-from lightning_itm.modules.pair_loss import PairLoss
 from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 from lightning_itm.modules.weight_interpolation import interpolate_weights

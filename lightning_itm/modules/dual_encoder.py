@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_itm.data.batch import check_batch
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.similarity import unit_norm
-from lightning_itm.modules.contrastive_losses import InfoNCELoss
+from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.modules.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
 from lightning_itm.modules.retrieval import ImageTextRetrieval
 from lightning_itm.modules.schedule import warmup_cosine

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_itm.data.padded import PaddedSequence
 from lightning_itm.functional.similarity import full_precision
+from lightning_itm.losses.triplet import TripletLoss
 from lightning_itm.modules.dual_encoder import DualEncoder
-from lightning_itm.modules.hinge_losses import TripletLoss
 
 PADDING_SCORE = -10_000.0  # fits fp16
 

@@ -50,7 +50,7 @@ def fit(loss=None, callbacks=(), monitor=None, model=None, data=None, **options)
 
 @pytest.mark.parametrize("seed", range(5))
 def test_hardest_negatives_escape_the_collapse(seed):
-    """As in tests/modules/test_escape.py, where the hardest alone ends above 0.195; the monitor does the switching."""
+    """As in tests/losses/test_escape.py, where the hardest alone ends above 0.195; the monitor does the switching."""
     model, loader, held_out = make_run(seed, "hardest")
     monitor = GradientNormMonitor()
     L.Trainer(callbacks=[monitor], max_epochs=1, gradient_clip_val=2.0, **SILENT).fit(model, loader)

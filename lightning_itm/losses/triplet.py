@@ -11,7 +11,7 @@ from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative
 from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
-from lightning_itm.modules.pair_loss import DirectionCost, PairLoss
+from lightning_itm.losses.base import DirectionCost, PairLoss
 
 
 class TripletLoss(PairLoss):

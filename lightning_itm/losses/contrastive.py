@@ -10,7 +10,7 @@ from lightning_itm.data.memory import MemoryCandidates
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative
-from lightning_itm.modules.pair_loss import DirectionCost, PairLoss
+from lightning_itm.losses.base import DirectionCost, PairLoss
 
 
 class ScaledLoss(PairLoss):
