@@ -18,7 +18,8 @@ from lightning_itm.data.shards import ShardPairs, verify_shards, write_shards
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.losses.base import PairLoss
 from lightning_itm.losses.contrastive import InfoNCELoss, SigmoidLoss
-from lightning_itm.losses.triplet import QuintupletLoss, TripletLoss
+from lightning_itm.losses.quintuplet import QuintupletLoss
+from lightning_itm.losses.triplet import TripletLoss
 from lightning_itm.modules.dual_encoder import DualEncoder
 from lightning_itm.modules.false_negatives import FalseNegativeSampler, SimilarityStatistics
 from lightning_itm.modules.memory_bank import MemoryBank

@@ -158,3 +158,8 @@ def both_directions(pairs: EmbeddingPairs, candidates: EmbeddingPairs) -> tuple[
         direction_scores(pairs.image, pairs.text, candidates.text, **ids),
         direction_scores(pairs.text, pairs.image, candidates.image, **ids),
     )
+
+
+def row_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Compare two sets of unit-norm embeddings row by row, `(rows,)`."""
+    return (a * b).sum(dim=-1)
