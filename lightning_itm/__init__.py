@@ -20,15 +20,15 @@ from lightning_itm.losses.base import PairLoss
 from lightning_itm.losses.contrastive import InfoNCELoss, SigmoidLoss
 from lightning_itm.losses.quintuplet import QuintupletLoss
 from lightning_itm.losses.triplet import TripletLoss
+from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
+from lightning_itm.metrics.zero_shot import zero_shot_accuracy
 from lightning_itm.modules.dual_encoder import DualEncoder
 from lightning_itm.modules.false_negatives import FalseNegativeSampler, SimilarityStatistics
 from lightning_itm.modules.memory_bank import MemoryBank
 from lightning_itm.modules.momentum import MomentumEncoder
 from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
 from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
-from lightning_itm.modules.retrieval import ImageTextRetrieval
 from lightning_itm.modules.weight_interpolation import interpolate_weights
-from lightning_itm.modules.zero_shot import zero_shot_accuracy
 
 __all__ = [
     "DualEncoder",

@@ -6,16 +6,15 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_itm.functional.similarity import unit_norm
-from lightning_itm.modules.dual_encoder import DualEncoder
 
 TEMPLATES = ("a photo of a {}.",)
 
 
 def zero_shot_accuracy(
-    module: DualEncoder,
+    module: nn.Module,
     batches: Iterable[Sequence[Any]],
     class_names: Sequence[str],
     *,
@@ -30,7 +29,7 @@ def zero_shot_accuracy(
     as it was. For mixed precision, call it under ``torch.autocast``.
 
     Args:
-        module: The model, on any device.
+        module: A :class:`~lightning_itm.DualEncoder`, or any module with ``encode_image`` and ``encode_text``, on any device.
         batches: Yields ``(images, labels)``, as a DataLoader over ``torchvision.datasets.ImageFolder`` does, or longer tuples.
         class_names: The name of each label, from 0.
         templates: Sentences with ``{}`` for the name, or functions of it, all of one kind, such as
@@ -55,15 +54,18 @@ def zero_shot_accuracy(
         raise ValueError(
             f"Expected `tokenizer`, because {type(module).__name__} has no `transforms` with one, got None."
         )
+    encode: Any = module
+    device = getattr(module, "device", None) or next(module.parameters()).device
     modes = {part: part.training for part in module.modules()}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
             module.eval()
-            encoder = SimpleNamespace(encode_text=lambda text, normalize: unit_norm(module.encode_text(text)))
-            names = open_clip.build_zero_shot_classifier(
-                encoder, tokenizer, class_names, templates, device=module.device
-            )
-            seen = [(torch.as_tensor(labels).cpu(), _nearest(module, images, names)) for images, labels, *_ in batches]
+            encoder = SimpleNamespace(encode_text=lambda text, normalize: unit_norm(encode.encode_text(text)))
+            names = open_clip.build_zero_shot_classifier(encoder, tokenizer, class_names, templates, device=device)
+            seen = [
+                (torch.as_tensor(labels).cpu(), _nearest(encode, images.to(device), names))
+                for images, labels, *_ in batches
+            ]
     finally:
         for part, mode in modes.items():
             part.training = mode
@@ -81,7 +83,7 @@ def zero_shot_accuracy(
     return {"top1": 100 * float(right.sum() / size.sum()), "mean_per_class": 100 * float(per_class.mean())}
 
 
-def _nearest(module: DualEncoder, images: Any, names: Tensor) -> Tensor:
-    image = unit_norm(module.encode_image(images.to(module.device)))
+def _nearest(module: Any, images: Any, names: Tensor) -> Tensor:
+    image = unit_norm(module.encode_image(images))
     with torch.autocast(image.device.type, enabled=False):  # near names would tie in half precision
         return (image @ names).argmax(dim=1).cpu()

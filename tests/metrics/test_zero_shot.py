@@ -61,6 +61,12 @@ def test_agrees_with_loops(model, templates, batch_size):
     assert 0 < measured["top1"] < 100
 
 
+def test_takes_any_module(model):
+    data, options = DataLoader(data_for(model), 8), {"tokenizer": model.transforms["tokenizer"]}
+    assert not hasattr(model.model, "device")
+    assert zero_shot_accuracy(model.model, data, NAMES, **options) == zero_shot_accuracy(model, data, NAMES, **options)
+
+
 def test_classes_without_images_do_not_count(model):
     data = data_for(model, labels=[0] * 20 + [2] * 3)
     with torch.no_grad():
