@@ -31,8 +31,8 @@ from lightning_itm import (
     OpenCLIPDualEncoder,
     TripletLoss,
 )
+from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder
 from lightning_itm.modules.embedded_negatives import EmbeddedNegatives
-from lightning_itm.modules.momentum import MomentumEncoder
 
 WARMUP = 10  # steps that are not timed
 QUEUE = 65_536

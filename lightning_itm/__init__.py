@@ -10,7 +10,6 @@ from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.features import RegionPairs, Vocabulary
 from lightning_itm.data.files import ImageTextFiles, open_clip_transforms, read_pairs
 from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
-from lightning_itm.data.memory import MemoryCandidates, MemoryDirection, NegativeSampler
 from lightning_itm.data.padded import PaddedSequence
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.shard_stream import ShardStream
@@ -20,12 +19,13 @@ from lightning_itm.losses.base import PairLoss
 from lightning_itm.losses.contrastive import InfoNCELoss, SigmoidLoss
 from lightning_itm.losses.quintuplet import QuintupletLoss
 from lightning_itm.losses.triplet import TripletLoss
+from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection, NegativeSampler
+from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler, SimilarityStatistics
+from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder
+from lightning_itm.memory_bank.queue import MemoryBank
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.metrics.zero_shot import zero_shot_accuracy
 from lightning_itm.modules.dual_encoder import DualEncoder
-from lightning_itm.modules.false_negatives import FalseNegativeSampler, SimilarityStatistics
-from lightning_itm.modules.memory_bank import MemoryBank
-from lightning_itm.modules.momentum import MomentumEncoder
 from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
 from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
 from lightning_itm.modules.weight_interpolation import interpolate_weights

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_itm.checks import check_choice
-from lightning_itm.data.memory import MemoryCandidates, MemoryDirection
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.similarity import DirectionScores, direction_scores
+from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection
 
 
 class DirectionCost(NamedTuple):

@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_itm.data.memory import MemoryCandidates
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative
 from lightning_itm.losses.base import DirectionCost, PairLoss
+from lightning_itm.memory_bank.candidates import MemoryCandidates
 
 
 class ScaledLoss(PairLoss):

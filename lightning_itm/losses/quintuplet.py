@@ -4,12 +4,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_itm.data.memory import MemoryCandidates, MemoryDirection
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
 from lightning_itm.functional.similarity import DirectionScores
 from lightning_itm.losses.base import DirectionCost, PairLoss, row_similarity
 from lightning_itm.losses.triplet import TripletLoss
+from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection
 
 
 class QuintupletLoss(PairLoss):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_itm.checks import check_choice
-from lightning_itm.data.memory import MemoryCandidates, MemoryDirection
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative
 from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
 from lightning_itm.losses.base import DirectionCost, PairLoss, row_similarity
+from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection
 
 
 class TripletLoss(PairLoss):

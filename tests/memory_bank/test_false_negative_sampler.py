@@ -20,7 +20,7 @@ from lightning_itm import (
 )
 from lightning_itm.functional import DirectionScores
 from lightning_itm.functional.false_negatives import DrawnNegative, false_negative_posterior
-from lightning_itm.modules import false_negatives as module
+from lightning_itm.memory_bank import false_negative_sampler as module
 from tests.functional.test_false_negatives import GOLDEN, golden_steps
 
 

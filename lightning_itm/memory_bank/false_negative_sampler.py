@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_itm.checks import check_choice
-from lightning_itm.data.memory import MemoryDirection
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.false_negatives import (
     DrawnNegative,
@@ -18,6 +17,7 @@ from lightning_itm.functional.false_negatives import (
     sampling_weights,
 )
 from lightning_itm.functional.similarity import DirectionScores, full_precision, negative_mask
+from lightning_itm.memory_bank.candidates import MemoryDirection
 from lightning_itm.randomness import uniform
 
 CHUNK_ELEMENTS = {"cpu": 1 << 19}  # what fits its caches: three times as fast as all at once

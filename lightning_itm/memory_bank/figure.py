@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from lightning_itm.functional.false_negatives import MIN_VARIANCE, false_negative_posterior
-from lightning_itm.modules.false_negatives import FalseNegativeSampler
-from lightning_itm.modules.memory_bank import MemoryBank
+from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
+from lightning_itm.memory_bank.queue import MemoryBank
 
 MAX_PAIRS = 2048  # of the queue; four million similarities
 LOW, BINS = -0.5, 150
