@@ -20,9 +20,10 @@ from lightning_itm.losses.contrastive import InfoNCELoss, SigmoidLoss
 from lightning_itm.losses.quintuplet import QuintupletLoss
 from lightning_itm.losses.triplet import TripletLoss
 from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection, NegativeSampler
-from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler, SimilarityStatistics
+from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
 from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder
 from lightning_itm.memory_bank.queue import MemoryBank
+from lightning_itm.memory_bank.similarity_statistics import SimilarityStatistics
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.metrics.zero_shot import zero_shot_accuracy
 from lightning_itm.modules.dual_encoder import DualEncoder

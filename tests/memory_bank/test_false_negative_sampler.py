@@ -20,7 +20,7 @@ from lightning_itm import (
 )
 from lightning_itm.functional import DirectionScores
 from lightning_itm.functional.false_negatives import DrawnNegative, false_negative_posterior
-from lightning_itm.memory_bank import false_negative_sampler as module
+from lightning_itm.memory_bank import similarity_statistics
 from tests.functional.test_false_negatives import GOLDEN, golden_steps
 
 
@@ -117,7 +117,7 @@ class TestStatistics:
         pairs = make_pairs(20, image_id=torch.randint(0, 9, (20,)), noise=0.6)
         whole, parts = SimilarityStatistics(), SimilarityStatistics()
         whole.update(pairs)
-        monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 60)  # three rows
+        monkeypatch.setitem(similarity_statistics.CHUNK_ELEMENTS, "cpu", 60)  # three rows
         parts.update(pairs)
         assert whole.count[0] > 0
         for a, b in zip(whole.buffers(), parts.buffers(), strict=True):
@@ -215,7 +215,7 @@ class TestSampler:
 
     def test_chunks_change_nothing(self, monkeypatch):
         whole = self.draws()
-        monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 100)  # one row
+        monkeypatch.setitem(similarity_statistics.CHUNK_ELEMENTS, "cpu", 100)  # one row
         for (drawn, watched), (expected, expected_watched) in zip(self.draws(), whole, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
             assert torch.equal(watched["fallback_fraction"], expected_watched["fallback_fraction"])
