@@ -20,7 +20,7 @@ from timing import Report, seconds_of
 from torch.utils.data import DataLoader
 
 from lightning_itm import ImageTextPairs, InfoNCELoss, OpenCLIPDualEncoder
-from lightning_itm.modules.encoding import _collate, _Items, encode_pairs
+from lightning_itm.mining.encode import _collate, _Items, encode_pairs
 
 
 def make_pairs(model: OpenCLIPDualEncoder, number: int) -> ImageTextPairs:

@@ -32,7 +32,7 @@ from lightning_itm import (
     TripletLoss,
 )
 from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder
-from lightning_itm.modules.embedded_negatives import EmbeddedNegatives
+from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
 
 WARMUP = 10  # steps that are not timed
 QUEUE = 65_536

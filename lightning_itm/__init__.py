@@ -9,7 +9,6 @@ from lightning_itm.data.batch import ImageTextBatch, collate
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.features import RegionPairs, Vocabulary
 from lightning_itm.data.files import ImageTextFiles, open_clip_transforms, read_pairs
-from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.padded import PaddedSequence
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.shard_stream import ShardStream
@@ -26,6 +25,7 @@ from lightning_itm.memory_bank.queue import MemoryBank
 from lightning_itm.memory_bank.similarity_statistics import SimilarityStatistics
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.metrics.zero_shot import zero_shot_accuracy
+from lightning_itm.mining.negative_table import HardNegativePairs, NegativeTable
 from lightning_itm.modules.dual_encoder import DualEncoder
 from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
 from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.callbacks.whole_weights import check_whole_weights
-from lightning_itm.data.contact_sheet import contact_sheet
-from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.shard_stream import ShardStream
-from lightning_itm.modules.embedded_negatives import EmbeddedNegatives
-from lightning_itm.modules.encoding import encode_pairs, is_progress_shown
-from lightning_itm.modules.mining import find_negatives, padded_rows
+from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
+from lightning_itm.mining.encode import encode_pairs, is_progress_shown
+from lightning_itm.mining.figure import contact_sheet
+from lightning_itm.mining.negative_table import HardNegativePairs, NegativeTable
+from lightning_itm.mining.search import find_negatives, padded_rows
 
 FAST_DEV_RUN_PAIRS = 512
 

@@ -10,11 +10,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_itm.data.batch import collate
-from lightning_itm.data.hard_negatives import HardNegativePairs
 from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
 from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
 from lightning_itm.data.shard_stream import ShardStream
 from lightning_itm.data.streamed import StreamedBatches, StreamLoader
+from lightning_itm.mining.negative_table import HardNegativePairs
 
 
 class ImageTextDataModule(L.LightningDataModule):

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from webdataset.tariterators import tar_file_expander
 
-from lightning_itm.data.hard_negatives import HardNegativePairs
 from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.shard_index import ShardIndex
 from lightning_itm.data.shards import ShardPairs
 from lightning_itm.data.tar import IMAGE_ENDINGS, check_fetched, group_samples, open_shard
+from lightning_itm.mining.negative_table import HardNegativePairs
 from lightning_itm.randomness import seeded
 
 

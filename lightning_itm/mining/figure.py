@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from lightning_itm.data.hard_negatives import NegativeTable
 from lightning_itm.data.image import UnreadableImageError, open_rgb
 from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.mining.negative_table import NegativeTable
 
 
 def contact_sheet(

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from lightning_itm.distributed import gather
 from lightning_itm.functional.top_k import TopK, score_ceiling, top_k_negatives
-from lightning_itm.modules.encoding import EncodedPairs
+from lightning_itm.mining.encode import EncodedPairs
 
 NUM_SAMPLED_ANCHORS = 256
 ANCHORS_AT_ONCE = 16_384  # between two ticks of the progress bar

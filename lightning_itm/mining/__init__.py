@@ -1,0 +1,1 @@
+"""Where negatives come from: the whole training set, encoded, searched, and drawn from with the pairs (AOQ)."""
