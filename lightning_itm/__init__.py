@@ -25,7 +25,8 @@ from lightning_itm.memory_bank.queue import MemoryBank
 from lightning_itm.memory_bank.similarity_statistics import SimilarityStatistics
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.metrics.zero_shot import zero_shot_accuracy
-from lightning_itm.mining.negative_table import HardNegativePairs, NegativeTable
+from lightning_itm.mining.hard_negative_dataset import HardNegativePairs
+from lightning_itm.mining.negative_table import NegativeTable
 from lightning_itm.modules.dual_encoder import DualEncoder
 from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
 from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder

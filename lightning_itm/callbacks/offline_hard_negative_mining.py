@@ -16,7 +16,8 @@ from lightning_itm.data.shard_stream import ShardStream
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
 from lightning_itm.mining.encode import encode_pairs, is_progress_shown
 from lightning_itm.mining.figure import contact_sheet
-from lightning_itm.mining.negative_table import HardNegativePairs, NegativeTable
+from lightning_itm.mining.hard_negative_dataset import HardNegativePairs
+from lightning_itm.mining.negative_table import NegativeTable
 from lightning_itm.mining.search import find_negatives, padded_rows
 
 FAST_DEV_RUN_PAIRS = 512
@@ -171,7 +172,7 @@ class OfflineHardNegativeMining(Callback):
         if isinstance(dataset, HardNegativePairs) and dataset is not self.dataset and dataset.table is self.table:
             datamodule.train_dataset = dataset.pairs
         stream = dataset if self.dataset is None else self.dataset
-        if isinstance(stream, ShardStream) and stream.negatives is not None and stream.negatives.table is self.table:
+        if isinstance(stream, ShardStream) and getattr(stream.negatives, "table", None) is self.table:
             stream.negatives = None
         self.table.remove()
 

@@ -14,7 +14,6 @@ from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
 from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
 from lightning_itm.data.shard_stream import ShardStream
 from lightning_itm.data.streamed import StreamedBatches, StreamLoader
-from lightning_itm.mining.negative_table import HardNegativePairs
 
 
 class ImageTextDataModule(L.LightningDataModule):
@@ -113,7 +112,7 @@ class ImageTextDataModule(L.LightningDataModule):
             MisconfigurationException: There is none, or it is of another kind.
         """
         dataset = _given(getattr(self, f"{self.predict_split}_dataset"), f"{self.predict_split}_dataset")
-        pairs = dataset.pairs if isinstance(dataset, HardNegativePairs | ShardStream) else dataset
+        pairs = getattr(dataset, "pairs", dataset)  # what wraps pairs has them: a stream, mined negatives
         if not isinstance(pairs, ImageTextPairs):
             raise MisconfigurationException(f"Expected ImageTextPairs to predict, got {type(pairs).__name__}.")
         return pairs.evaluation()

@@ -3,7 +3,7 @@
 import itertools
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,14 @@ from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.shard_index import ShardIndex
 from lightning_itm.data.shards import ShardPairs
 from lightning_itm.data.tar import IMAGE_ENDINGS, check_fetched, group_samples, open_shard
-from lightning_itm.mining.negative_table import HardNegativePairs
 from lightning_itm.randomness import seeded
+
+
+class AddsNegatives(Protocol):
+    """What adds mined negatives to a pair."""
+
+    def with_negatives(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Return the pair with its negatives."""
 
 
 class ShardStream(Dataset[Any]):
@@ -60,7 +66,7 @@ class ShardStream(Dataset[Any]):
             raise ValueError(f"Expected `resampled=True` with `pairs_per_epoch`, got {pairs_per_epoch} without it.")
         self.pairs, self.shuffle_buffer, self.resampled = pairs, shuffle_buffer, resampled
         self.num_pairs = pairs_per_epoch or len(pairs)
-        self.negatives: HardNegativePairs | None = None  # where mined negatives come with the pairs
+        self.negatives: AddsNegatives | None = None  # where mined negatives come with the pairs
         self.order = pairs.text_image_id.argsort(stable=True)
         per_image = torch.bincount(pairs.text_image_id, minlength=len(pairs.images))
         before_image = torch.cat([per_image.new_zeros(1), per_image.cumsum(0)])
