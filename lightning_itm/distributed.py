@@ -1,5 +1,6 @@
 """Gather tensors over all ranks, with gradient and without."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def gather(x: Tensor) -> Tensor:
         return x.detach()
     x = x.detach().contiguous()
     gathered = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x)
+    _collective("all_gather_single", "all_gather_into_tensor")(gathered, x)
     return gathered
 
 
@@ -44,6 +45,12 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _Gather.apply(x)
 
 
+def _collective(name: str, old_name: str) -> Callable[..., Any]:
+    # Looked up at each call: a PyTorch without torch.distributed has neither name, and imports this file all the same.
+    function: Callable[..., Any] = getattr(dist, name if hasattr(dist, name) else old_name)  # renamed in torch 2.14
+    return function
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -52,5 +59,5 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         own = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.contiguous())
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, grad.contiguous())
         return own
