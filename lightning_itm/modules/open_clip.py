@@ -1,14 +1,18 @@
 """Any open_clip model as a DualEncoder."""
 
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_itm.modules.dual_encoder import DualEncoder
 from lightning_itm.modules.layer_decay import layer_depths, split_by_depth
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class OpenCLIPDualEncoder(DualEncoder):
@@ -24,7 +28,8 @@ class OpenCLIPDualEncoder(DualEncoder):
         model_name: A name of ``open_clip.list_models()``, ``hf-hub:...`` or ``local-dir:...``.
         pretrained: A tag of ``open_clip.list_pretrained_tags_by_model(model_name)``, the path of a checkpoint, or ``None``.
         loss: As in :class:`DualEncoder`.
-        lock_image: Freeze the image tower (LiT), batch statistics included; of a timm model the trunk alone.
+        lock_image: Freeze the image tower (LiT), batch statistics included; of a timm model the trunk alone. Its batch norms
+            are then in eval mode throughout, which Lightning mentions at the start of training.
         lock_text: Freeze the text tower.
         gradient_checkpointing: Compute activations twice to keep fewer of them.
         layer_decay: What the learning rate is multiplied by at each layer on the way down a tower, in (0, 1], such as 0.8;
@@ -89,7 +94,7 @@ class OpenCLIPDualEncoder(DualEncoder):
         if pretrained is not None or ":" in model_name:
             self._hand_over_scale()
         if lock_image:
-            self.model.visual.lock(freeze_bn_stats=True)
+            self.model.visual.lock()  # its `freeze_bn_stats` drops timm's activations and misses norms: see `train`
         if lock_text:  # a tower of its own, or spread over the model
             self.model.text.lock() if hasattr(self.model, "text") else self.model.lock_text_tower()
         if gradient_checkpointing:
@@ -101,6 +106,17 @@ class OpenCLIPDualEncoder(DualEncoder):
             for name in ("visual", "text", "transformer"):  # the last: of a text tower that is spread over the model
                 if hasattr(self.model, name):
                     getattr(self.model, name).compile()
+        self.train(self.training)  # open_clip's towers come in either mode
+
+    def train(self, mode: bool = True) -> "Self":
+        """Set the mode of all parts but the batch norms of a locked tower, whose statistics stay as they are."""
+        super().train(mode)
+        if self.hparams["lock_image"]:
+            visual = self.model.visual
+            for part in getattr(visual, "trunk", visual).modules():
+                if isinstance(part, _BatchNorm):
+                    part.eval()
+        return self
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images `(pairs, 3, height, width)` as the model's ``transforms`` give them."""

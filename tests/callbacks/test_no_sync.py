@@ -21,6 +21,7 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
+from tests.compilation import compiles
 from tests.pictures import captions, cut_outs
 from tests.tiny import SILENT, Tiny, tiny_data
 
@@ -97,8 +98,8 @@ def test_no_step_waits_for_the_device(loss, names):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("loss", LOSSES)
+@compiles
 def test_no_step_of_compiled_towers_waits_for_the_device(loss, tiny_flat):
-    torch._dynamo.reset()
     names = next(names for of_loss, names in reversed(CASES) if of_loss == loss)  # the most callbacks
     model = OpenCLIPDualEncoder("tiny-flat", loss=LOSSES[loss](), learning_rate=1e-3, warmup_steps=0, compile=True)
     fit_without_waiting(names, model, open_clip_data(model, num_workers=1))
@@ -201,8 +202,8 @@ class CountGraphs(Callback):
 @pytest.mark.parametrize(
     "options", [pytest.param({}, marks=SLOW, id="cpu"), pytest.param(GPU, marks=[*SLOW, pytest.mark.gpu], id="cuda")]
 )
+@compiles
 def test_compiled_towers_are_not_compiled_again_in_later_epochs(names, options, tiny_flat):
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = OpenCLIPDualEncoder("tiny-flat", loss=QuintupletLoss(), learning_rate=1e-3, warmup_steps=0, compile=True)
     graphs = CountGraphs()

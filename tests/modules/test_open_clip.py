@@ -15,6 +15,7 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
+from tests.compilation import compiles
 from tests.pictures import captions, cut_outs
 from tests.tiny import SILENT
 
@@ -57,11 +58,26 @@ CONFIGS = {
     },
 }
 
+# timm's batch norms are activations, too.
+TIMM = {
+    "tiny-timm": {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 64,
+            "timm_model_name": "test_efficientnet",
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+        },
+        "text_cfg": TEXT,
+    },
+}
+EVAL_MODE = "ignore:Found .* module\\(s\\) in eval mode"  # Lightning's word for batch norms that are locked
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
-    for name, config in CONFIGS.items():
+    for name, config in (CONFIGS | TIMM).items():
         (folder / f"{name}.json").write_text(json.dumps(config))
         open_clip.add_model_config(folder / f"{name}.json")
 
@@ -140,6 +156,7 @@ class TestScale:
         assert (loss.logit_scale.item(), loss.logit_bias.item()) == (pytest.approx(math.log(10)), -10.0)
 
 
+@pytest.mark.filterwarnings(EVAL_MODE)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_locked_tower_stays_as_it_is(name, tower):
@@ -151,6 +168,33 @@ def test_a_locked_tower_stays_as_it_is(name, tower):
     other = {"image": "text", "text": "image"}[tower]
     assert torch.equal(getattr(before, tower), getattr(after, tower)), "batch statistics included"
     assert not torch.equal(getattr(before, other), getattr(after, other))
+
+
+@pytest.mark.filterwarnings(EVAL_MODE)
+@pytest.mark.parametrize("name", ["tiny-rn", "tiny-timm"])
+def test_no_buffer_of_a_locked_tower_changes(name):
+    """Of the stem neither, which `lock(freeze_bn_stats=True)` of open_clip's next version forgets."""
+    torch.manual_seed(3)
+    free = OpenCLIPDualEncoder(name)
+    torch.manual_seed(3)
+    locked = OpenCLIPDualEncoder(name, lock_image=True, learning_rate=1e-2)
+    before = {key: value.clone() for key, value in locked.model.visual.named_buffers()}
+    for model in (locked, free):
+        fitter = trainer(max_epochs=None, max_steps=10)
+        fitter.fit(model, datamodule=data_for(model))
+        assert fitter.global_step == 10
+    assert any("running_var" in key for key in before)
+    assert all(torch.equal(value, before[key]) for key, value in locked.model.visual.named_buffers())
+    moved = [key for key, value in free.model.visual.named_buffers() if not torch.equal(value, before[key])]
+    assert len(moved) == len(before), "or these were no batch statistics"
+
+
+@pytest.mark.parametrize("name", ["tiny-rn", "tiny-timm"])
+def test_a_lock_does_not_change_what_a_tower_computes(name, weights):
+    theirs, path = weights(name)
+    model = OpenCLIPDualEncoder(name, pretrained=path, lock_image=True)
+    image = next(iter(data_for(model).val_dataloader()))["image"]
+    torch.testing.assert_close(model.encode_image(image), theirs.eval().encode_image(image))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -203,12 +247,12 @@ class TestCompile:
     @pytest.mark.filterwarnings(
         "ignore:The .grad attribute of a Tensor that is not a leaf"
     )  # dynamo looks at it itself
+    @compiles
     def test_trains_as_the_eager_model_does_and_copies_have_their_own_weights(self, tmp_path):
         config = CONFIGS["tiny-vit"]
         config = {key: {**part, "layers": 1} if isinstance(part, dict) else part for key, part in config.items()}
         (tmp_path / "tiny-flat.json").write_text(json.dumps(config))  # compiled sooner
         open_clip.add_model_config(tmp_path / "tiny-flat.json")
-        torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         losses = {}
         for compiles in (False, True):
