@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_itm.callbacks.whole_weights import check_whole_weights
 from lightning_itm.data.batch import check_batch
 from lightning_itm.distributed import gather
-from lightning_itm.modules.gradient_plot import plot_gradients
-from lightning_itm.modules.gradient_switch import GradientSwitch
+from lightning_itm.gradient_monitor.figure import plot_gradients
+from lightning_itm.gradient_monitor.switch import GradientSwitch
 
 ROWS_AT_ONCE = 256  # of the history; stacked, or there would be a small tensor for each step
 

@@ -17,7 +17,7 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
-from lightning_itm.modules.gradient_plot import spans
+from lightning_itm.gradient_monitor.figure import spans
 from tests.latent import make_run, measure
 from tests.tiny import SILENT, Tiny, tiny_data
 

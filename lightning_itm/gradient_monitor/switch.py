@@ -1,12 +1,42 @@
-"""A switch that follows the gradients of several towers."""
+"""A switch that follows the gradients of several towers; tensors only, so that no host waits."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_itm.functional.switching import Switch, switched
-
 HEALTHY = (3.0, 300.0)
 """Between which the healthy value of a tower's relative gradient lies; the highest seen so far says where."""
+
+
+class Switch(NamedTuple):
+    """Whether it is on, and for how many steps it has been so."""
+
+    is_on: Tensor
+    age: Tensor
+
+
+def switched(switch: Switch, level: Tensor, *, low: float, high: float, min_steps: int) -> Switch:
+    """Turn on below ``low``, off above ``high``; in between, and for ``min_steps`` after each turn, stay.
+
+    Args:
+        switch: As it is.
+        level: What decides. One that is not a number changes nothing.
+        low: Below it, the switch turns on.
+        high: Above it, the switch turns off.
+        min_steps: The least number of steps between two turns.
+
+    Returns:
+        The switch after one more step.
+
+    Example:
+        >>> off = Switch(torch.tensor(False), torch.tensor(9))
+        >>> switched(off, torch.tensor(0.1), low=0.5, high=0.8, min_steps=5)
+        Switch(is_on=tensor(True), age=tensor(0))
+    """
+    wants_turn = torch.where(switch.is_on, level > high, level < low)
+    turns = wants_turn & (switch.age + 1 >= min_steps)
+    return Switch(switch.is_on ^ turns, torch.where(turns, 0, switch.age + 1))
 
 
 class GradientSwitch(nn.Module):

@@ -3,8 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_itm.functional import Switch, switched
-from lightning_itm.modules.gradient_switch import HEALTHY, GradientSwitch
+from lightning_itm.gradient_monitor.switch import HEALTHY, GradientSwitch, Switch, switched
 
 OPTIONS = {"low": 0.25, "high": 0.75, "min_steps": 3}
 
