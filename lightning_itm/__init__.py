@@ -27,10 +27,10 @@ from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.metrics.zero_shot import zero_shot_accuracy
 from lightning_itm.mining.hard_negative_dataset import HardNegativePairs
 from lightning_itm.mining.negative_table import NegativeTable
-from lightning_itm.modules.dual_encoder import DualEncoder
-from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
-from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
-from lightning_itm.modules.weight_interpolation import interpolate_weights
+from lightning_itm.models.dual_encoder import DualEncoder
+from lightning_itm.models.open_clip_dual_encoder import OpenCLIPDualEncoder
+from lightning_itm.models.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
+from lightning_itm.models.weight_interpolation import interpolate_weights
 
 __all__ = [
     "DualEncoder",

@@ -16,8 +16,8 @@ from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.files import ImageTextFiles, read_pairs
 from lightning_itm.data.shard_index import ShardIndex
 from lightning_itm.data.shards import verify_shards, warn_of_faults, write_shards
-from lightning_itm.modules.dual_encoder import DualEncoder
-from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
+from lightning_itm.models.dual_encoder import DualEncoder
+from lightning_itm.models.open_clip_dual_encoder import OpenCLIPDualEncoder
 
 DESCRIPTION = """\
 Fine-tune CLIP and other dual encoders on images and texts.

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_itm import ImageTextDataModule
 from lightning_itm.cli import main
-from tests.modules.test_open_clip import CONFIGS
+from tests.models.test_open_clip_dual_encoder import CONFIGS
 from tests.pictures import cut_outs
 from tests.tiny import SILENT, tiny_pairs
 

@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 
-from tests.modules.test_open_clip import CONFIGS
+from tests.models.test_open_clip_dual_encoder import CONFIGS
 from tests.pictures import cut_outs
 
 pytestmark = [

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_itm import DualEncoder, OpenCLIPDualEncoder, zero_shot_accuracy
-from tests.modules.test_open_clip import CONFIGS
+from tests.models.test_open_clip_dual_encoder import CONFIGS
 from tests.pictures import cut_outs
 from tests.tiny import Tiny, tokenize
 

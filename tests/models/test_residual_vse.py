@@ -22,7 +22,7 @@ from lightning_itm import (
     ResidualVSE,
     TripletLoss,
 )
-from lightning_itm.modules.residual_vse import BidirectionalGRU
+from lightning_itm.models.residual_vse import BidirectionalGRU
 from tests.tiny import SILENT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rvse_0.npz"

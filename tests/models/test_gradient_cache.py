@@ -24,9 +24,9 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
-from lightning_itm.modules.gradient_cache import encode_in_chunks
+from lightning_itm.models.gradient_cache import encode_in_chunks
 from lightning_itm.randomness import random_streams
-from tests.modules.test_open_clip import CONFIGS, data_for
+from tests.models.test_open_clip_dual_encoder import CONFIGS, data_for
 from tests.tiny import SILENT, Tiny, tiny_data
 
 LOSSES = {

@@ -15,7 +15,7 @@ from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
-from lightning_itm.modules.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
+from lightning_itm.models.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
 from lightning_itm.modules.schedule import warmup_cosine
 from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams
 
@@ -38,7 +38,7 @@ class DualEncoder(L.LightningModule):
         warmup_steps: Optimizer steps over which the learning rate rises; a cosine takes it to zero from there. A run that
             is shorter gets a warning.
         chunk_size: The most images, or texts, encoded at once. The gradient is that of the whole batch, the memory that of a
-            chunk, which is encoded again in the backward pass (``modules/gradient_cache.py``). BatchNorm in training mode
+            chunk, which is encoded again in the backward pass (``models/gradient_cache.py``). BatchNorm in training mode
             normalises over chunks, and takes each into its running statistics twice: a fit warns of it. ``None``: all at once.
 
     Raises:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_itm.modules.dual_encoder import DualEncoder
-from lightning_itm.modules.layer_decay import layer_depths, split_by_depth
+from lightning_itm.models.dual_encoder import DualEncoder
+from lightning_itm.models.optimization import layer_depths, split_by_depth
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +33,7 @@ class OpenCLIPDualEncoder(DualEncoder):
         lock_text: Freeze the text tower.
         gradient_checkpointing: Compute activations twice to keep fewer of them.
         layer_decay: What the learning rate is multiplied by at each layer on the way down a tower, in (0, 1], such as 0.8;
-            see :func:`~lightning_itm.modules.layer_decay.layer_depths`. Projections, final norms and the loss keep the full
+            see :func:`~lightning_itm.models.optimization.layer_depths`. Projections, final norms and the loss keep the full
             one. ``None``, as 1, means one learning rate for all.
         compile: Compile the towers with ``torch.compile``, at the first batch. Weights keep their names; copies of the
             module, such as the one of :class:`~lightning_itm.FalseNegativeElimination`, are not compiled.

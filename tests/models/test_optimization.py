@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_itm import OpenCLIPDualEncoder, SigmoidLoss, TripletLoss
-from lightning_itm.modules.layer_decay import layer_depths
-from tests.modules.test_open_clip import CONFIGS, TEXT, data_for
+from lightning_itm.models.optimization import layer_depths
+from tests.models.test_open_clip_dual_encoder import CONFIGS, TEXT, data_for
 from tests.tiny import SILENT
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_itm.data.padded import PaddedSequence
 from lightning_itm.functional.similarity import full_precision
 from lightning_itm.losses.triplet import TripletLoss
-from lightning_itm.modules.dual_encoder import DualEncoder
+from lightning_itm.models.dual_encoder import DualEncoder
 
 PADDING_SCORE = -10_000.0  # fits fp16
 
