@@ -16,7 +16,7 @@ from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.models.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
-from lightning_itm.modules.schedule import warmup_cosine
+from lightning_itm.models.optimization import warmup_cosine
 from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams
 
 LOSS_INPUTS = ("memory", "hard", "selective")
