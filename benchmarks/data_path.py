@@ -34,7 +34,7 @@ from lightning_itm import (
     write_shards,
 )
 from lightning_itm.data.sampler import EpochSampler, SeededDataset
-from lightning_itm.data.streamed import StreamedBatches, StreamLoader
+from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
 
 TEXTS_PER_IMAGE = 5
 DRAWS = 20_000

@@ -11,8 +11,8 @@ from lightning_itm.data.features import RegionPairs, Vocabulary
 from lightning_itm.data.files import ImageTextFiles, open_clip_transforms, read_pairs
 from lightning_itm.data.padded import PaddedSequence
 from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.data.shard_stream import ShardStream
-from lightning_itm.data.shards import ShardPairs, verify_shards, write_shards
+from lightning_itm.data.shards.dataset import ShardPairs, verify_shards, write_shards
+from lightning_itm.data.shards.stream import ShardStream
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.losses.base import PairLoss
 from lightning_itm.losses.contrastive import InfoNCELoss, SigmoidLoss

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lightning_itm.callbacks.whole_weights import check_whole_weights
 from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.data.shard_stream import ShardStream
+from lightning_itm.data.shards.stream import ShardStream
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
 from lightning_itm.mining.encode import encode_pairs, is_progress_shown
 from lightning_itm.mining.figure import contact_sheet

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.data.tar import TarMember
+from lightning_itm.data.shards.tar import TarMember
 
 ROWS_AT_ONCE = 10_000
 

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.data.shard_index import ShardIndex
-from lightning_itm.data.shard_stream import ShardStream
-from lightning_itm.data.shards import ShardPairs
-from lightning_itm.data.tar import is_remote
+from lightning_itm.data.shards.dataset import ShardPairs
+from lightning_itm.data.shards.index import ShardIndex
+from lightning_itm.data.shards.stream import ShardStream
+from lightning_itm.data.shards.tar import is_remote
 
 Source = str | PathLike[str] | Sequence[str | PathLike[str]]
 

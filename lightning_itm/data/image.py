@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_itm.data.tar import TarMember
+from lightning_itm.data.shards.tar import TarMember
 
 ImageSource = str | PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | TarMember
 """A path, the bytes of an image file, a PIL image, a uint8 array `(height, width[, channels])`, or a file in a tar."""

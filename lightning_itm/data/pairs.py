@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.data.image import ImageSource, UnreadableImageError, check_sources, open_rgb, to_tensor
-from lightning_itm.data.tar import IMAGE_ENDINGS
+from lightning_itm.data.shards.tar import IMAGE_ENDINGS
 
 
 class ImageTextPairs(Dataset[dict[str, Any]]):

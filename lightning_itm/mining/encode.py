@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from lightning_itm.data.padded import pad_if_ragged
 from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
-from lightning_itm.data.shards import ShardPairs
-from lightning_itm.data.streamed import StreamedImages
+from lightning_itm.data.shards.dataset import ShardPairs
+from lightning_itm.data.shards.loader import StreamedImages
 from lightning_itm.distributed import gather
 from lightning_itm.functional.similarity import unit_norm
 

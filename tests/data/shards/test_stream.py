@@ -24,8 +24,8 @@ from lightning_itm import (
     write_shards,
 )
 from lightning_itm.data.epoch_plan import batch_sizes, share_of
-from lightning_itm.data.streamed import StreamedBatches, StreamLoader
-from tests.data.test_shards import img2dataset_sample, png, write_tar
+from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
+from tests.data.shards.test_dataset import img2dataset_sample, png, write_tar
 from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_pairs, tokenize
 
 pytestmark = [

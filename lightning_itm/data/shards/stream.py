@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 from webdataset.tariterators import tar_file_expander
 
 from lightning_itm.data.pairs import UnreadablePairError
-from lightning_itm.data.shard_index import ShardIndex
-from lightning_itm.data.shards import ShardPairs
-from lightning_itm.data.tar import IMAGE_ENDINGS, check_fetched, group_samples, open_shard
+from lightning_itm.data.shards.dataset import ShardPairs
+from lightning_itm.data.shards.index import ShardIndex
+from lightning_itm.data.shards.tar import IMAGE_ENDINGS, check_fetched, group_samples, open_shard
 from lightning_itm.randomness import seeded
 
 

@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_itm.data.packed_strings import PackedStrings
-from lightning_itm.data.tar import MANIFEST, ShardContents, TarMember, find_shards, is_remote, read_manifest, read_shard
+from lightning_itm.data.shards.tar import (
+    MANIFEST,
+    ShardContents,
+    TarMember,
+    find_shards,
+    is_remote,
+    read_manifest,
+    read_shard,
+)
 
 INDEX_VERSION = 1
 INDEX_ENDING = ".index"

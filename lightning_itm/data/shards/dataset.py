@@ -17,8 +17,8 @@ from webdataset import TarWriter
 
 from lightning_itm.data.image import UnreadableImageError, open_rgb
 from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
-from lightning_itm.data.shard_index import ShardIndex
-from lightning_itm.data.tar import MANIFEST, TarMember, find_shards, is_remote, read_manifest
+from lightning_itm.data.shards.index import ShardIndex
+from lightning_itm.data.shards.tar import MANIFEST, TarMember, find_shards, is_remote, read_manifest
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 

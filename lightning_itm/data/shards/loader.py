@@ -13,8 +13,8 @@ from webdataset import shuffle as shuffled
 from lightning_itm.data.batch import collate
 from lightning_itm.data.epoch_plan import Share, batch_sizes, share_of
 from lightning_itm.data.pairs import UnreadablePairError
-from lightning_itm.data.shard_stream import ShardStream, read_images
-from lightning_itm.data.shards import ShardPairs
+from lightning_itm.data.shards.dataset import ShardPairs
+from lightning_itm.data.shards.stream import ShardStream, read_images
 from lightning_itm.randomness import seeded
 
 
