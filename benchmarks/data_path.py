@@ -33,7 +33,7 @@ from lightning_itm import (
     collate,
     write_shards,
 )
-from lightning_itm.data.sampler import EpochSampler, SeededDataset
+from lightning_itm.data.resumable_loader import EpochSampler, SeededDataset
 from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
 
 TEXTS_PER_IMAGE = 5

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_itm.data.datamodule import ImageTextDataModule
-from lightning_itm.data.export import describe_image, describe_text, write_jsonl
 from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.rows import describe_image, describe_text, write_jsonl
 from lightning_itm.distributed import world_size
 
 

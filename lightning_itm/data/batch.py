@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_itm.data.padded import pad_if_ragged
+from lightning_itm.data.padded_sequence import pad_if_ragged
 
 
 class ImageTextBatch(TypedDict):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_itm.data.batch import collate
 from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
-from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
+from lightning_itm.data.resumable_loader import EpochSampler, ResumableLoader, SeededDataset
 from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
 from lightning_itm.data.shards.stream import ShardStream
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from lightning_itm import ImageTextPairs, collate
-from lightning_itm.data.sampler import SeededDataset
+from lightning_itm.data.resumable_loader import SeededDataset
 from tests.pictures import captions, cut_outs
 from tests.tiny import AUGMENTED, PLAIN, tiny_pairs, tokenize
 

@@ -143,7 +143,7 @@ class StreamLoader:
 
     Args:
         batches: What the workers read.
-        position: As for :class:`~lightning_itm.data.sampler.EpochSampler`.
+        position: As for :class:`~lightning_itm.data.resumable_loader.EpochSampler`.
         **options: Of the DataLoader.
     """
 

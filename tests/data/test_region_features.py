@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_itm import PaddedSequence, RegionPairs, Vocabulary, collate
-from lightning_itm.data.features import SPECIAL, FeatureRows
-from lightning_itm.data.sampler import SeededDataset
+from lightning_itm.data.region_features import SPECIAL, FeatureRows
+from lightning_itm.data.resumable_loader import SeededDataset
 
 TEXTS = ["a dog runs", "a dog sleeps", "two cats", "a cat, a dog"]
 

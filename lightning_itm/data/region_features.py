@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_itm.data.padded import Unpadded
+from lightning_itm.data.padded_sequence import Unpadded
 from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError, flatten_texts
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>", "<mask>")
