@@ -7,12 +7,14 @@ from lightning_itm.callbacks.negative_writer import NegativeWriter
 from lightning_itm.callbacks.offline_hard_negative_mining import OfflineHardNegativeMining
 from lightning_itm.data.batch import ImageTextBatch, collate
 from lightning_itm.data.datamodule import ImageTextDataModule
-from lightning_itm.data.files_datamodule import ImageTextFiles, open_clip_transforms, read_pairs
+from lightning_itm.data.files_datamodule import ImageTextFiles, read_pairs
 from lightning_itm.data.padded_sequence import PaddedSequence
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.region_features import RegionPairs, Vocabulary
-from lightning_itm.data.shards.dataset import ShardPairs, verify_shards, write_shards
+from lightning_itm.data.shards.dataset import ShardPairs
 from lightning_itm.data.shards.stream import ShardStream
+from lightning_itm.data.shards.writer import verify_shards, write_shards
+from lightning_itm.data.transforms import open_clip_transforms
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.losses.base import PairLoss
 from lightning_itm.losses.contrastive import InfoNCELoss, SigmoidLoss

@@ -14,8 +14,9 @@ from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.callbacks.negative_writer import NegativeWriter
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.files_datamodule import ImageTextFiles, read_pairs
-from lightning_itm.data.shards.dataset import verify_shards, warn_of_faults, write_shards
+from lightning_itm.data.shards.dataset import warn_of_faults
 from lightning_itm.data.shards.index import ShardIndex
+from lightning_itm.data.shards.writer import verify_shards, write_shards
 from lightning_itm.models.dual_encoder import DualEncoder
 from lightning_itm.models.open_clip_dual_encoder import OpenCLIPDualEncoder
 

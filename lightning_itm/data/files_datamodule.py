@@ -1,13 +1,11 @@
 """Image-text data in the form that people have it: one function to read it, and a datamodule that needs only paths."""
 
 import itertools
-import logging
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -15,8 +13,9 @@ from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.shards.dataset import ShardPairs
 from lightning_itm.data.shards.index import ShardIndex
+from lightning_itm.data.shards.paths import is_remote
 from lightning_itm.data.shards.stream import ShardStream
-from lightning_itm.data.shards.tar import is_remote
+from lightning_itm.data.transforms import open_clip_transforms
 
 Source = str | PathLike[str] | Sequence[str | PathLike[str]]
 
@@ -75,31 +74,6 @@ def is_shards(source: Source) -> bool:
         return True
     path = Path(source)
     return path.suffix.lower() == ".tar" or is_remote(fspath(source)) or (path.is_dir() and any(path.glob("*.tar")))
-
-
-def open_clip_transforms(
-    model_name: str, pretrained: str | None = None, augmentation: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return the transforms and the tokenizer of an open_clip model, without its weights.
-
-    Args:
-        model_name: A name of ``open_clip.list_models()``, ``hf-hub:...`` or ``local-dir:...``.
-        pretrained: The tag of its weights: some were trained with another mean, or another way to resize.
-        augmentation: Arguments of ``open_clip.AugmentationCfg``, such as ``{"scale": (0.5, 1)}``.
-
-    Returns:
-        ``transform``, ``eval_transform`` and ``tokenizer``, as :class:`ImageTextPairs` takes them.
-    """
-    known = open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained and ":" not in model_name else {}
-    preprocessing = {f"image_{name}": known.get(name) for name in ("mean", "std", "interpolation", "resize_mode")}
-    logging.disable(logging.WARNING)  # that the model has random weights: nobody will see them
-    try:
-        _, transform, eval_transform = open_clip.create_model_and_transforms(
-            model_name, device="meta", load_weights=False, aug_cfg=augmentation, **preprocessing
-        )
-    finally:
-        logging.disable(logging.NOTSET)
-    return {"transform": transform, "eval_transform": eval_transform, "tokenizer": open_clip.get_tokenizer(model_name)}
 
 
 class ImageTextFiles(ImageTextDataModule):

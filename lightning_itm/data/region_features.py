@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from lightning_itm.data.padded_sequence import Unpadded
-from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError, flatten_texts
+from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
+from lightning_itm.data.readers import flatten_texts
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>", "<mask>")
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from webdataset.tariterators import tar_file_expander
 
+from lightning_itm.data.image import IMAGE_ENDINGS
 from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.shards.dataset import ShardPairs
 from lightning_itm.data.shards.index import ShardIndex
-from lightning_itm.data.shards.tar import IMAGE_ENDINGS, check_fetched, group_samples, open_shard
+from lightning_itm.data.shards.tar import check_fetched, group_samples, open_shard
 from lightning_itm.randomness import seeded
 
 

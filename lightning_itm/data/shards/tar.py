@@ -3,20 +3,17 @@
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from glob import glob
-from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
-from braceexpand import braceexpand
 from webdataset import gopen
 from webdataset.tariterators import base_plus_ext
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-MANIFEST = "manifest.json"
+from lightning_itm.data.image import IMAGE_ENDINGS
+from lightning_itm.data.shards.paths import is_remote
 
 
 @dataclass(frozen=True)
@@ -48,52 +45,6 @@ class ShardContents:
     text_ids: list[list[int] | None] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
     """What is left out: the kind, and the key of the sample."""
-
-
-def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
-    """List the shards of a set.
-
-    Args:
-        shards: A folder (all of its ``.tar`` files, or those of its ``manifest.json``), a pattern such as
-            ``"train/{00000..00031}.tar"`` or ``"train/*.tar"``, the path or the address of one shard, or a list of these.
-
-    Raises:
-        FileNotFoundError: A shard is not there, or there is none.
-
-    Example:
-        >>> find_shards("https://host/{0..1}.tar")
-        ['https://host/0.tar', 'https://host/1.tar']
-    """
-    if not isinstance(shards, str | PathLike):
-        found = [shard for entry in shards for shard in find_shards(entry)]
-    elif Path(shards).is_dir():
-        manifest = read_manifest(Path(shards))
-        names = [entry["name"] for entry in manifest["shards"]] if manifest else _tar_files(Path(shards))
-        found = [str(Path(shards, name)) for name in names]
-    else:
-        found = [path for name in braceexpand(fspath(shards)) for path in _matches(name)]
-    missing = [shard for shard in found if not is_remote(shard) and not Path(shard).is_file()]
-    if missing or not found:
-        raise FileNotFoundError(
-            f"Expected every shard to be there, found none at {missing[0]} ({len(missing)} of {len(found)} are missing)."
-            if missing
-            else f"Expected at least one .tar file in {shards}, found none."
-        )
-    return found
-
-
-def is_remote(shard: str) -> bool:
-    """Return whether webdataset has to fetch it: such as ``https:``, ``s3:`` or ``pipe:``."""
-    return ":" in shard.split("/", 1)[0] and not Path(shard).is_file()
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return what :func:`~lightning_itm.write_shards` said about a folder, if it is one of its."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return manifest
 
 
 def read_shard(shard: str) -> ShardContents:
@@ -252,12 +203,3 @@ def _texts(members: dict[str, Member]) -> tuple[list[str], list[int] | None]:
 def _clean(text: str) -> str:
     """Replace what is no character; half of a pair of UTF-16 comes with texts from the web."""
     return text.encode("utf-8", errors="replace").decode()
-
-
-def _matches(name: str) -> list[str]:
-    is_pattern = any(sign in name for sign in "*?[") and not is_remote(name) and not Path(name).is_file()
-    return sorted(glob(name)) or [name] if is_pattern else [name]
-
-
-def _tar_files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.tar"))

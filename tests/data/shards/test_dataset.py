@@ -12,7 +12,7 @@ from PIL import Image
 
 from lightning_itm import ImageTextPairs, ShardPairs, verify_shards, write_shards
 from lightning_itm.data.pairs import UnreadablePairError
-from lightning_itm.data.shards.tar import find_shards
+from lightning_itm.data.shards.paths import find_shards
 from tests.pictures import captions, cut_outs
 
 

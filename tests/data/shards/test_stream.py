@@ -23,8 +23,7 @@ from lightning_itm import (
     ShardStream,
     write_shards,
 )
-from lightning_itm.data.epoch_plan import batch_sizes, share_of
-from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
+from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader, batch_sizes, share_of
 from tests.data.shards.test_dataset import img2dataset_sample, png, write_tar
 from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_pairs, tokenize
 
