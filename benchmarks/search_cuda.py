@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_itm.functional import TopK, top_k, top_k_negatives
-from lightning_itm.functional.group_maxima import group_maxima
+from lightning_itm.functional.grouped_top_k import group_maxima
 
 BUDGET = 1 << 30  # bytes of scores, the same for every way
 

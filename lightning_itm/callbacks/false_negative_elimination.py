@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_itm.callbacks.whole_weights import check_whole_weights
+from lightning_itm.callbacks._strategies import check_whole_weights
 from lightning_itm.checks import check_choice
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.false_negatives import Weighting

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_itm.callbacks.whole_weights import check_whole_weights
+from lightning_itm.callbacks._strategies import check_whole_weights
 from lightning_itm.data.batch import check_batch
 from lightning_itm.distributed import gather
 from lightning_itm.gradient_monitor.figure import plot_gradients

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_itm.callbacks.whole_weights import check_whole_weights
+from lightning_itm.callbacks._strategies import check_whole_weights
 from lightning_itm.data.pairs import ImageTextPairs
 from lightning_itm.data.shards.stream import ShardStream
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives

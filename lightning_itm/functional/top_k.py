@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_itm.functional.group_maxima import Candidates, group_maxima, grouped_candidates
+from lightning_itm.functional.grouped_top_k import Candidates, group_maxima, grouped_candidates
 
 
 class TopK(NamedTuple):
@@ -57,7 +57,7 @@ def top_k_negatives(
         relative_margin: Leave out what is more similar than ``(1 - relative_margin) * positive``.
         memory_budget: Bytes that scores may take at once.
         method: Without a guard, how candidates are chosen. ``"chunked"``: from the scores of a chunk. ``"grouped"``: from the
-            best of each group of keys (:func:`~lightning_itm.functional.group_maxima.group_maxima`), so that on CUDA most
+            best of each group of keys (:func:`~lightning_itm.functional.grouped_top_k.group_maxima`), so that on CUDA most
             scores never leave a kernel; in bfloat16 on every device, and not measured yet. ``"auto"``: chunked.
 
     Returns:

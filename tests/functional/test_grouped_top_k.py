@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from lightning_itm.functional.group_maxima import group_maxima, grouped_candidates, unpack
-from lightning_itm.kernels import group_maxima as kernels
+from lightning_itm.functional import _grouped_top_k_triton as kernels
+from lightning_itm.functional.grouped_top_k import group_maxima, grouped_candidates, unpack
 
 NEEDS_TRITON = pytest.mark.skipif(not kernels.IS_AVAILABLE, reason="Triton comes with PyTorch's builds for CUDA alone")
 SIZES = [  # anchors, keys, dim, group size, depth, ids
@@ -79,7 +79,7 @@ def test_equals_the_loop(num_anchors, num_keys, dim, group_size, depth, id_dtype
 def test_the_kernel_in_the_interpreter_equals_the_loop():
     """In float32: the interpreter multiplies bfloat16 as if it were integers. A process of its own, for its variable."""
     code = (
-        "import torch, tests.functional.test_group_maxima as here\n"
+        "import torch, tests.functional.test_grouped_top_k as here\n"
         "for num_anchors, num_keys, dim, group_size, depth, id_dtype in here.SIZES:\n"
         "    anchors, keys, ids = here.example(num_anchors, num_keys, dim, id_dtype)\n"
         "    found = here.kernels.group_maxima_kernel(\n"

@@ -1,4 +1,6 @@
-"""The best keys of each group, as a Triton kernel: see ``lightning_itm/functional/group_maxima.py``, which calls it."""
+"""The best keys of each group, as a Triton kernel: see ``lightning_itm/functional/grouped_top_k.py``, which calls it."""
+
+from typing import no_type_check
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ IS_AVAILABLE = triton is not None
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    @no_type_check  # checked, it would no longer be a plain function, which is what Triton compiles
     def _kernel(  # type: ignore[no-untyped-def]
         anchors,
         keys,

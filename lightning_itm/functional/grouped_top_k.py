@@ -49,7 +49,7 @@ def group_maxima(
     if group_size < 1 or group_size & (group_size - 1):
         raise ValueError(f"Expected `group_size` to be a power of two, got {group_size}.")
     if anchors.is_cuda and find_spec("triton") is not None:
-        from lightning_itm.kernels.group_maxima import (
+        from lightning_itm.functional._grouped_top_k_triton import (
             group_maxima_kernel,
         )  # Triton takes a while, and is not everywhere
 
