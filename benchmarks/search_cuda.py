@@ -18,8 +18,7 @@ from timing import Report, peak_memory, seconds_of
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_itm.functional import TopK, top_k, top_k_negatives
-from lightning_itm.functional.grouped_top_k import group_maxima
+from lightning_itm.functional import TopK, grouped_top_k, top_k_negatives
 
 BUDGET = 1 << 30  # bytes of scores, the same for every way
 
@@ -42,10 +41,15 @@ def plain(anchors: Tensor, keys: Tensor, k: int, anchor_id: Tensor, key_id: Tens
 
 def best_of_groups(anchors: Tensor, keys: Tensor, anchor_id: Tensor, key_id: Tensor) -> None:
     """Run the kernel alone, in chunks."""
-    low, rows = keys.bfloat16(), top_k._num_grouped_rows(BUDGET, len(keys))
+    low, rows = keys.bfloat16(), grouped_top_k.num_grouped_rows(BUDGET, len(keys))
     for part, ids in zip(anchors.split(rows), anchor_id.split(rows), strict=True):
-        group_maxima(
-            part.bfloat16(), low, group_size=top_k._GROUP_SIZE, depth=top_k._DEPTH, anchor_id=ids, key_id=key_id
+        grouped_top_k.group_maxima(
+            part.bfloat16(),
+            low,
+            group_size=grouped_top_k.GROUP_SIZE,
+            depth=grouped_top_k.DEPTH,
+            anchor_id=ids,
+            key_id=key_id,
         )
 
 
@@ -103,12 +107,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--group-size", type=int, default=top_k._GROUP_SIZE)
+    parser.add_argument("--group-size", type=int, default=grouped_top_k.GROUP_SIZE)
     parser.add_argument("--quick", action="store_true", help="a thousandth of the size: see that it runs")
     parser.add_argument("--out", help="a file that the table is written to as well")
     args = parser.parse_args()
-    top_k._GROUP_SIZE = args.group_size
-    share, args.runs = (500, 1) if args.quick else (1, args.runs)
+    grouped_top_k.GROUP_SIZE = args.group_size
+    divisor, args.runs = (500, 1) if args.quick else (1, args.runs)
     report = Report(
         args.device, args.out, ("search", 30), ("way", 32), ("s", 9), ("ratio", 8), ("GB", 7), ("recall", 9)
     )
@@ -119,8 +123,8 @@ def main() -> None:
         (113_287, 566_435, 60, False),
         (1_000_000, 1_000_000, 60, True),
     ):
-        measure(report, num_images // share, num_texts // share, k, is_i2t, args)
-    report.close(f"group size {args.group_size}, depth {top_k._DEPTH}, median of {args.runs} runs")
+        measure(report, num_images // divisor, num_texts // divisor, k, is_i2t, args)
+    report.close(f"group size {args.group_size}, depth {grouped_top_k.DEPTH}, median of {args.runs} runs")
 
 
 if __name__ == "__main__":

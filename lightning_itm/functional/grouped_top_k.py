@@ -78,7 +78,7 @@ def unpack(best: Int[Tensor, "*shape"], group_size: int) -> tuple[Float[Tensor, 
     return scores.masked_fill(best == NOTHING, -torch.inf), (best & (group_size - 1)).long()
 
 
-class Candidates(NamedTuple):
+class Shortlist(NamedTuple):
     """Keys that may be among the most similar to each anchor."""
 
     index: Int[Tensor, "anchors candidates"]  # type: ignore[assignment]  # a tuple has a method of this name
@@ -88,7 +88,7 @@ class Candidates(NamedTuple):
     """No key that is left out has a higher score; −inf where none is left out."""
 
 
-def grouped_candidates(best: Int[Tensor, "depth anchors groups"], num: int, group_size: int) -> Candidates:
+def grouped_shortlist(best: Int[Tensor, "depth anchors groups"], num: int, group_size: int) -> Shortlist:
     """Choose ``num`` candidates from the best of each group.
 
     The ``num`` best lie in the ``num`` groups with the highest maxima. A key that is less than the last of its group that is
@@ -113,7 +113,12 @@ def grouped_candidates(best: Int[Tensor, "depth anchors groups"], num: int, grou
     index = torch.where(scores == -torch.inf, 0, place * num_groups + group)
     index, order = index.sort(dim=1)
     missing = (0, num - index.shape[1])
-    return Candidates(pad(index, missing), pad(scores.gather(1, order), missing, value=-torch.inf), left_out)
+    return Shortlist(pad(index, missing), pad(scores.gather(1, order), missing, value=-torch.inf), left_out)
+
+
+def num_grouped_rows(memory_budget: int, num_keys: int) -> int:
+    """Return how many anchors at once: half of the budget for the best of each group, and for choosing among the first."""
+    return min(MAX_ROWS, max(1, memory_budget // 2 // (4 * (DEPTH + 1) * -(-num_keys // GROUP_SIZE))))
 
 
 def _ordered(scores: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -123,3 +128,5 @@ def _ordered(scores: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 
 NOTHING = -(2**31)
+GROUP_SIZE, DEPTH = 32, 3  # of k = 300 nearest, three in one of 18,000 groups are rare
+MAX_ROWS = 4096

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from lightning_itm.functional import _grouped_top_k_triton as kernels
-from lightning_itm.functional.grouped_top_k import group_maxima, grouped_candidates, unpack
+from lightning_itm.functional.grouped_top_k import group_maxima, grouped_shortlist, unpack
 
 NEEDS_TRITON = pytest.mark.skipif(not kernels.IS_AVAILABLE, reason="Triton comes with PyTorch's builds for CUDA alone")
 SIZES = [  # anchors, keys, dim, group size, depth, ids
@@ -158,7 +158,7 @@ def test_no_key_left_out_is_better_than_is_said(seed, num_keys, num, group_size,
     keys[torch.randint(num_keys, (num_keys // 3,))] = keys[0].clone()
     ids = {"anchor_id": torch.randint(3, (6,)), "key_id": torch.randint(3, (num_keys,))} if has_ids else {}
     best = group_maxima(anchors, keys, group_size=group_size, depth=depth, **ids)
-    found = grouped_candidates(best, num, group_size)
+    found = grouped_shortlist(best, num, group_size)
     scores = anchors @ keys.T
     if ids:
         scores[ids["anchor_id"][:, None] == ids["key_id"]] = -torch.inf

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from lightning_itm.functional import top_k, top_k_negatives
+from lightning_itm.functional import _top_k_search, grouped_top_k, top_k_negatives
 
 
 def brute_force(anchors, keys, k, anchor_id, key_id, ceiling=None, rank_min=0):
@@ -146,19 +146,19 @@ def test_wrong_arguments(arguments, message):
 def test_groups_are_used_at_all():
     """The selection by group maxima, beside a plain one, where the number of columns does not divide."""
     scores = torch.randn(9, 16 * 40 + 7)
-    assert torch.equal(top_k._largest(scores, 30), scores.topk(30).indices.sort(dim=1).values)
+    assert torch.equal(_top_k_search._largest(scores, 30), scores.topk(30).indices.sort(dim=1).values)
 
 
 @pytest.mark.parametrize("kind", ["plain", "clusters"])
 def test_groups_choose_and_do_not_only_give_up(kind, monkeypatch):
     """Few anchors are searched again where keys differ; where hundreds are alike, all may be, in float32."""
-    exact_search, searched = top_k._search, []
+    exact_search, searched = _top_k_search._search, []
 
     def count(anchors, *arguments):
         searched.append(len(anchors))
         return exact_search(anchors, *arguments)
 
-    monkeypatch.setattr(top_k, "_search", count)
+    monkeypatch.setattr(_top_k_search, "_search", count)
     anchors, keys = embeddings(kind, 200), embeddings(kind, 20_001)
     top_k_negatives(anchors, keys, 30, method="grouped")
     assert (sum(searched) < 20) == (kind == "plain")
@@ -168,12 +168,12 @@ def test_groups_choose_and_do_not_only_give_up(kind, monkeypatch):
 def test_memory_at_the_size_of_coco(num_anchors, num_keys, k):
     """Beyond the embeddings: the bfloat16 keys, a chunk of the best of each group, candidates, and the result, twice."""
     budget, dim = 256 << 20, 512
-    rows, candidates = top_k._num_grouped_rows(budget, num_keys), k + top_k._NUM_SPARE
-    num_groups = -(-num_keys // top_k._GROUP_SIZE)
-    best = rows * num_groups * 4 * top_k._DEPTH
+    rows, candidates = grouped_top_k.num_grouped_rows(budget, num_keys), k + _top_k_search._NUM_SPARE
+    num_groups = -(-num_keys // grouped_top_k.GROUP_SIZE)
+    best = rows * num_groups * 4 * grouped_top_k.DEPTH
     among_first = rows * num_groups * 4  # what topk may copy
-    members = rows * candidates * (top_k._DEPTH * 3 + 6) * 8  # scores, places and order, as int64 at most
-    gathered, searched_again = top_k._GATHER_BYTES, budget
+    members = rows * candidates * (grouped_top_k.DEPTH * 3 + 6) * 8  # scores, places and order, as int64 at most
+    gathered, searched_again = _top_k_search._GATHER_BYTES, budget
     low_keys, result = num_keys * dim * 2, 2 * num_anchors * k * (4 + 8)
     assert rows >= 128, "or the kernel's tiles would be empty in part"
     assert best + among_first <= budget
