@@ -24,17 +24,10 @@ from PIL import Image
 from skimage import data as pictures
 from torch.utils.data import DataLoader
 
-from lightning_itm import (
-    HardNegativePairs,
-    ImageTextPairs,
-    NegativeTable,
-    ShardPairs,
-    ShardStream,
-    collate,
-    write_shards,
-)
-from lightning_itm.data.resumable_loader import EpochSampler, SeededDataset
-from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
+from lightning_itm import HardNegativePairs, ImageTextPairs, ShardPairs, ShardStream, write_shards
+from lightning_itm.data import EpochSampler, SeededDataset, collate
+from lightning_itm.data.shards import StreamedBatches, StreamLoader
+from lightning_itm.mining import NegativeTable
 
 TEXTS_PER_IMAGE = 5
 DRAWS = 20_000
@@ -74,7 +67,7 @@ def measure_manifest(num_images: int, folder: Path) -> dict[str, float]:
     sampler = EpochSampler(seeded, 256, lambda: (0, 0))
     sampling, order = timed(lambda: list(sampler))
     some = order[: min(DRAWS, len(order))]
-    drawing, _ = timed(lambda: [mined._draw(mined.table.texts[i // 5], mined.table.images[i]) for i in some])
+    drawing, _ = timed(lambda: [mined.draw(mined.table.texts[i // 5], mined.table.images[i]) for i in some])
     return {
         "index": indexing,
         "table": filling,

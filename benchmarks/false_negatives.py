@@ -34,14 +34,12 @@ from lightning_itm import (
     ImageTextDataModule,
     ImageTextPairs,
     InfoNCELoss,
-    MemoryCandidates,
-    MemoryDirection,
     OpenCLIPDualEncoder,
     TripletLoss,
 )
-from lightning_itm.functional import DirectionScores, recall_at_k, retrieval_rank
-from lightning_itm.functional.false_negatives import DrawnNegative
-from lightning_itm.losses.base import DirectionCost
+from lightning_itm.functional import DirectionScores, DrawnNegative, recall_at_k, retrieval_rank
+from lightning_itm.losses import DirectionCost
+from lightning_itm.memory_bank import MemoryCandidates, MemoryDirection
 
 HARDEST, OF_BATCH, PUBLISHED = "hardest of the bank", "hardest of the batch", "exp (published)"
 RULES: dict[str, dict[str, Any]] = {

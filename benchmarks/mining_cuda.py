@@ -20,7 +20,7 @@ from timing import Report, seconds_of
 from torch.utils.data import DataLoader
 
 from lightning_itm import ImageTextPairs, InfoNCELoss, OpenCLIPDualEncoder
-from lightning_itm.mining.encode import _collate, _Items, encode_pairs
+from lightning_itm.mining import EvaluationItems, collate_items, encode_pairs
 
 
 def make_pairs(model: OpenCLIPDualEncoder, number: int) -> ImageTextPairs:
@@ -41,11 +41,11 @@ def plainly(model: Any, pairs: ImageTextPairs, number: int, args: argparse.Names
     found, view = [], pairs.evaluation()
     for encode, load in ((model.encode_image, view.load_image), (model.encode_text, view.load_text)):
         loader: DataLoader[Any] = DataLoader(
-            _Items(load, number),
+            EvaluationItems(load, number),
             args.batch_size,
             sampler=range(number),
             num_workers=args.num_workers,
-            collate_fn=_collate,
+            collate_fn=collate_items,
             pin_memory=args.device == "cuda",
         )
         with torch.inference_mode(), torch.autocast(args.device, dtype=torch.bfloat16):

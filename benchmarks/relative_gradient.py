@@ -19,8 +19,10 @@ from emoji_mining import load_example
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lightning_itm import DualEncoder, EmbeddingPairs, ImageTextPairs, OpenCLIPDualEncoder, TripletLoss, collate
-from lightning_itm.callbacks.gradient_norm_monitor import measure_gradient
+from lightning_itm import DualEncoder, ImageTextPairs, OpenCLIPDualEncoder, TripletLoss
+from lightning_itm.data import collate
+from lightning_itm.embeddings import EmbeddingPairs
+from lightning_itm.gradient_monitor import measure_gradient
 
 STATES = {"spread": 0.0, "η = 0.3": 0.3, "η = 0.1": 0.1, "η = 0.01": 0.01}
 BATCH = {"mlp": 64, "emoji-clip": 64, "ViT-B-32": 16, "ViT-L-14": 6}
@@ -49,7 +51,7 @@ class Mlp(DualEncoder):
 
 
 def _pixels(image: object) -> Tensor:
-    from lightning_itm.data.image import to_tensor
+    from lightning_itm.data import to_tensor
 
     return to_tensor(image)  # type: ignore[arg-type]
 

@@ -27,16 +27,9 @@ from emoji_mining import load_example
 from PIL import Image
 from torch import Tensor
 
-from lightning_itm import (
-    GradientNormMonitor,
-    ImageTextDataModule,
-    PaddedSequence,
-    RegionEncoder,
-    RegionPairs,
-    ResidualVSE,
-    TripletLoss,
-    Vocabulary,
-)
+from lightning_itm import GradientNormMonitor, ImageTextDataModule, RegionPairs, ResidualVSE, TripletLoss
+from lightning_itm.data import PaddedSequence, Vocabulary
+from lightning_itm.models import RegionEncoder
 
 PATCH, GRID = 12, 6
 ROWS = ("VSE++", "VSE++, monitored", "RVSE++")

@@ -50,7 +50,7 @@ from lightning_itm import (
     QuintupletLoss,
     TripletLoss,
 )
-from lightning_itm.gradient_monitor.figure import spans
+from lightning_itm.gradient_monitor import spans
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 0.2

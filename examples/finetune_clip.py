@@ -38,10 +38,9 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
     interpolate_weights,
-    read_pairs,
     zero_shot_accuracy,
 )
-from lightning_itm.data.image import open_rgb
+from lightning_itm.data import open_rgb, read_pairs
 
 LOSSES = ("infonce", "sigmoid", "hardest", "selective", "quintuplet")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -148,7 +148,7 @@ def test_every_command(config, capsys, tmp_path):
     assert (image.shape[0], text.shape[0], len(rows)) == (12, 60, 60)
     loss = itm.QuintupletLoss(itm.TripletLoss(negatives="selective"))
     model = itm.OpenCLIPDualEncoder.load_from_checkpoint(checkpoint(), weights_only=True, loss=loss).eval()
-    pairs = itm.read_pairs("shards/train", **model.transforms).evaluation()
+    pairs = itm.data.read_pairs("shards/train", **model.transforms).evaluation()
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model.encode_image(torch.stack([pairs.load_image(7)])))
     np.testing.assert_allclose(image[7], expected[0], atol=1e-6)
@@ -289,7 +289,7 @@ class TestFiles:
             path = write_karpathy(tmp_path / style, style=style)
             seen = []
             for split, number in counts.items():
-                pairs = itm.read_pairs(path, split=split)
+                pairs = itm.data.read_pairs(path, split=split)
                 assert (len(pairs.images), len(pairs)) == (number, 5 * number)
                 seen += [str(image) for image in pairs.images]
                 for text_id in range(0, len(pairs), 5):
@@ -301,11 +301,11 @@ class TestFiles:
         assert len(alone.images) == 8
         assert all("train2014" in str(image) for image in alone.images)
         with pytest.raises(ValueError, match=r"one of \['restval', 'test', 'train', 'val'\], .* got 'dev'"):
-            itm.read_pairs(tmp_path / "coco" / "dataset.json", split="dev")
+            itm.data.read_pairs(tmp_path / "coco" / "dataset.json", split="dev")
 
     def test_every_form_gives_the_same_pairs(self, tmp_path):
         write_karpathy(tmp_path)
-        expected = itm.read_pairs("dataset.json", split="val")
+        expected = itm.data.read_pairs("dataset.json", split="val")
         rows = [
             (os.path.relpath(image, tmp_path), text)
             for image, texts in zip(
@@ -332,7 +332,7 @@ class TestFiles:
             "shards/{00000..00001}.tar": {},
         }
         for source, options in forms.items():
-            pairs = itm.read_pairs(source, **options)
+            pairs = itm.data.read_pairs(source, **options)
             assert list(pairs.texts) == list(expected.texts), source
             assert torch.equal(pairs.text_image_id, expected.text_image_id)
             assert torch.equal(pairs[7]["image"], expected[7]["image"])
@@ -340,26 +340,26 @@ class TestFiles:
     @pytest.mark.parametrize("name", ["ViT-B-32", "emoji-clip"])
     def test_transforms_by_name_are_those_of_the_model(self, name):
         _, train, evaluation = open_clip.create_model_and_transforms(name, aug_cfg={"scale": (0.5, 1.0)})
-        ours = itm.open_clip_transforms(name, augmentation={"scale": (0.5, 1.0)})
+        ours = itm.data.open_clip_transforms(name, augmentation={"scale": (0.5, 1.0)})
         assert str(ours["transform"]) == str(train)
         assert str(ours["eval_transform"]) == str(evaluation)
 
     def test_transforms_by_name_know_what_weights_were_trained_with(self):
-        plain, trained = (itm.open_clip_transforms("PE-Core-T-16-384", tag) for tag in (None, "meta"))
+        plain, trained = (itm.data.open_clip_transforms("PE-Core-T-16-384", tag) for tag in (None, "meta"))
         assert "mean=(0.5, 0.5, 0.5)" in str(trained["eval_transform"])
         assert "bilinear" in str(trained["eval_transform"])
         assert "mean=(0.5, 0.5, 0.5)" not in str(plain["eval_transform"])
 
     def test_bad_input(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"Expected nothing\.json, found none"):
-            itm.read_pairs("nothing.json")
+            itm.data.read_pairs("nothing.json")
         with pytest.raises(ValueError, match=r"or a folder, got pairs\.xlsx"):
-            itm.read_pairs("pairs.xlsx")
+            itm.data.read_pairs("pairs.xlsx")
         Path("empty").mkdir()
         with pytest.raises(FileNotFoundError, match="Expected images"):
-            itm.read_pairs("empty")
+            itm.data.read_pairs("empty")
         with pytest.raises(FileNotFoundError, match="Expected nowhere, found none"):
-            itm.read_pairs("nowhere")
+            itm.data.read_pairs("nowhere")
         with pytest.warns(UserWarning, match="`train` and `val` are the same, folder, which has no splits"):
             itm.ImageTextFiles("folder", "folder")
         write_karpathy(tmp_path)

@@ -7,7 +7,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_itm import DualEncoder, InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss, collate
+from lightning_itm import DualEncoder, InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
+from lightning_itm.data import collate
 from lightning_itm.distributed import gather, gather_with_gradient
 from tests.tiny import SILENT
 

@@ -167,14 +167,15 @@ class OfflineHardNegativeMining(Callback):
         """Leave the datamodule as it was, and no file behind; the table stays, to be looked at."""
         if stage != "fit" or self.table is None:
             return
+        table = self.table
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = getattr(datamodule, "train_dataset", None)
-        if isinstance(dataset, HardNegativePairs) and dataset is not self.dataset and dataset.table is self.table:
+        if isinstance(dataset, HardNegativePairs) and dataset is not self.dataset and dataset.table is table:
             datamodule.train_dataset = dataset.pairs
         stream = dataset if self.dataset is None else self.dataset
-        if isinstance(stream, ShardStream) and getattr(stream.negatives, "table", None) is self.table:
+        if isinstance(stream, ShardStream) and getattr(stream.negatives, "table", None) is table:
             stream.negatives = None
-        self.table.remove()
+        table.remove()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mine for the first epoch, or go on with the restored table."""

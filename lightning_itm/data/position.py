@@ -12,7 +12,6 @@ function of (seed, epoch), the datamodule's state says where the run stopped, an
 
 from typing import Any
 
-import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
@@ -26,7 +25,7 @@ class Position:
         """Forget where an earlier run was resumed."""
         self._restored = None
 
-    def next_batch(self, trainer: L.Trainer) -> tuple[int, int]:
+    def next_batch(self, trainer: Any) -> tuple[int, int]:
         """Return the epoch of the iterator that is about to be made, and how many of its batches are done."""
         fit_loop, restored = trainer.fit_loop, self._restored
         # Until a batch is trained on; at first, Lightning makes an iterator before it has restored its own counts.
@@ -34,7 +33,7 @@ class Position:
             return restored["epoch"], restored["batch"]
         return fit_loop.epoch_progress.current.processed, 0
 
-    def state_dict(self, trainer: L.Trainer, settings: dict[str, Any]) -> dict[str, Any]:
+    def state_dict(self, trainer: Any, settings: dict[str, Any]) -> dict[str, Any]:
         """Return where training is, and what the order of its batches depends on.
 
         Args:
@@ -57,7 +56,7 @@ class Position:
             **settings,
         }
 
-    def load_state_dict(self, state: dict[str, Any], trainer: L.Trainer, settings: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], trainer: Any, settings: dict[str, Any]) -> None:
         """Start where the checkpoint was written.
 
         Args:

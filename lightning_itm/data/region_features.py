@@ -82,7 +82,7 @@ class RegionPairs(ImageTextPairs):
 
     The features are mapped, not loaded: a file of any size takes no more memory than the batches read from it. They come as
     float32 whatever the file holds. In training, regions are dropped and words changed at random, as published. A loader of
-    your own needs ``collate_fn=lightning_itm.collate``, which pads.
+    your own needs ``collate_fn=lightning_itm.data.collate``, which pads.
 
     Args:
         features: A ``.npy`` file `(images, regions, dim)`, or such an array.

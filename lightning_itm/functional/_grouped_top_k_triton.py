@@ -17,7 +17,7 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     @no_type_check  # checked, it would no longer be a plain function, which is what Triton compiles
-    def _kernel(  # type: ignore[no-untyped-def]
+    def _kernel(
         anchors,
         keys,
         anchor_id,

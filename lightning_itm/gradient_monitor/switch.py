@@ -1,6 +1,6 @@
 """A switch that follows the gradients of several towers; tensors only, so that no host waits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,3 +115,24 @@ class GradientSwitch(nn.Module):
         self.is_on.copy_(torch.where(counts, after.is_on, before.is_on))
         self.age.copy_(torch.where(counts, after.age, before.age))
         return level
+
+
+def measure_gradient(parameters: list[nn.Parameter], device: torch.device | None = None) -> Tensor:
+    """Return a tower's gradient norm, and the largest of its matrices' gradient norm times weight norm; −1 without any."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    if not trained:
+        return torch.full((2,), -1.0, device=device)
+    # Without any matrix, as where biases alone are trained, all of them.
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2] or trained
+    others = [parameter for parameter in trained if parameter.ndim < 2] if matrices is not trained else []
+    of_matrices = _norms([one.grad for one in matrices])
+    size, norm = (of_matrices * _norms(matrices)).max(), of_matrices.norm()
+    if others:
+        norm = torch.hypot(norm, _norms([one.grad for one in others]).norm())
+    return torch.stack([norm, size])
+
+
+def _norms(tensors: list[Any]) -> Tensor:
+    is_half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+    dtype = torch.float32 if is_half else None  # squares of half precision overflow
+    return torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors], 2, dtype)).float()

@@ -71,13 +71,13 @@ def encode_pairs(
                 loader = _stream(trainer, view, **options)
                 number = len(view.images)
             else:
-                loader = _loader(trainer, _Items(load, number), number, **options)
+                loader = _loader(trainer, EvaluationItems(load, number), number, **options)
             encoded[kind] = _encode(trainer, module, kind, loader, number)
     (image, image_is_valid), (text, text_is_valid) = encoded["image"], encoded["text"]
     return EncodedPairs(image, text, text_image_id, image_is_valid, text_is_valid)
 
 
-class _Items(Dataset[tuple[Any, int, bool]]):
+class EvaluationItems(Dataset[tuple[Any, int, bool]]):
     """All images, or all texts, by number; an unreadable one is stood in for by another, and said to be invalid."""
 
     def __init__(self, load: Callable[[int], Any], number: int) -> None:
@@ -92,7 +92,7 @@ class _Items(Dataset[tuple[Any, int, bool]]):
         raise UnreadablePairError(f"None of the {self.number} inputs can be read. Is the path of the images right?")
 
 
-def _loader(trainer: L.Trainer, items: _Items, number: int, **options: Any) -> DataLoader[Any]:
+def _loader(trainer: L.Trainer, items: EvaluationItems, number: int, **options: Any) -> DataLoader[Any]:
     share = -(-number // trainer.world_size)  # every rank as many: the last ones may come twice
     mine = [min(place * trainer.world_size + trainer.global_rank, number - 1) for place in range(share)]
     return DataLoader(items, sampler=mine, **_options(), **options)
@@ -105,13 +105,14 @@ def _stream(trainer: L.Trainer, pairs: ShardPairs, **options: Any) -> DataLoader
 
 def _options() -> dict[str, Any]:
     return {
-        "collate_fn": _collate,
+        "collate_fn": collate_items,
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # of its own: no number is drawn from the streams of the run
     }
 
 
-def _collate(items: list[tuple[Any, int, bool]]) -> tuple[Any, Tensor, Tensor]:
+def collate_items(items: list[tuple[Any, int, bool]]) -> tuple[Any, Tensor, Tensor]:
+    """Stack items into inputs, numbers and validity."""
     inputs, index, is_valid = zip(*items, strict=True)
     padded = pad_if_ragged(inputs)
     return (

@@ -59,7 +59,7 @@ class HardNegativePairs(Dataset[dict[str, Any]]):
     def with_negatives(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Add a draw to a pair."""
         self.table.wait()
-        text_id, image_id = self._draw(self.table.texts[sample["image_id"]], self.table.images[sample["text_id"]])
+        text_id, image_id = self.draw(self.table.texts[sample["image_id"]], self.table.images[sample["text_id"]])
         of_text = int(self.pairs.text_image_id[text_id]) if text_id >= 0 else -1
         of_image = self._some_text(image_id) if image_id >= 0 else -1
         hard_text_image, hard_text, hard_text_image_id = self._load(of_text, text_id, sample)
@@ -82,7 +82,13 @@ class HardNegativePairs(Dataset[dict[str, Any]]):
                 self.pairs.report(error)
         return sample["image"], sample["text"], -1
 
-    def _draw(self, texts: Tensor, images: Tensor) -> tuple[int, int]:
+    def draw(self, texts: Tensor, images: Tensor) -> tuple[int, int]:
+        """Draw a text and an image from a row of the table each; −1 where there is none.
+
+        Args:
+            texts: The hardest texts of an image.
+            images: The hardest images of a text.
+        """
         num_texts, num_images = int((texts >= 0).sum()), int((images >= 0).sum())
         first, second = torch.rand(2).tolist()
         text_place = int(first * num_texts)

@@ -23,7 +23,8 @@ def encode_in_chunks(encode: Callable[[Any], Tensor], inputs: Any, chunk_size: i
 
     Args:
         encode: Returns one vector a row, `(rows, dim)`.
-        inputs: Rows: a tensor, a list, a :class:`~lightning_itm.PaddedSequence`, or a mapping of these, which becomes a dict.
+        inputs: Rows: a tensor, a list, a :class:`~lightning_itm.data.PaddedSequence`, or a mapping of these, which becomes a
+            dict.
         chunk_size: The most rows at once; chunks are as equal as can be. ``None``: all in one pass, nothing twice.
 
     Raises:

@@ -16,8 +16,8 @@ from lightning_itm import (
     QuintupletLoss,
     SigmoidLoss,
     TripletLoss,
-    collate,
 )
+from lightning_itm.data import collate
 from tests.pictures import captions, cut_outs
 from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_itm import ImageTextPairs, collate
+from lightning_itm import ImageTextPairs
+from lightning_itm.data import collate
 from lightning_itm.data.resumable_loader import SeededDataset
 from tests.pictures import captions, cut_outs
 from tests.tiny import AUGMENTED, PLAIN, tiny_pairs, tokenize

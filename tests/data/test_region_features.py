@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_itm import PaddedSequence, RegionPairs, Vocabulary, collate
+from lightning_itm import RegionPairs
+from lightning_itm.data import PaddedSequence, Vocabulary, collate
 from lightning_itm.data.region_features import SPECIAL, FeatureRows
 from lightning_itm.data.resumable_loader import SeededDataset
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_itm import EmbeddingPairs, InfoNCELoss, SigmoidLoss, TripletLoss
+from lightning_itm import InfoNCELoss, SigmoidLoss, TripletLoss
+from lightning_itm.embeddings import EmbeddingPairs
 from tests.reference import losses as reference
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("selhn_*.npz"))

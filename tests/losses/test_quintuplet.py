@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from lightning_itm import EmbeddingPairs, HardNegatives, InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
+from lightning_itm import InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("aoq_*.npz"))
 NAMES = ("image", "text", "hard_image", "hard_text", "hard_text_image", "hard_image_text")

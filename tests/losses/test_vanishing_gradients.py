@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from lightning_itm import EmbeddingPairs, TripletLoss
+from lightning_itm import TripletLoss
+from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional import DirectionScores, hardest_cost
 
 MARGIN = 0.2

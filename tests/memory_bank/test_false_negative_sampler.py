@@ -7,20 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import normalize
 
-from lightning_itm import (
-    EmbeddingPairs,
-    FalseNegativeSampler,
-    HardNegatives,
-    InfoNCELoss,
-    MemoryCandidates,
-    QuintupletLoss,
-    SigmoidLoss,
-    SimilarityStatistics,
-    TripletLoss,
-)
+from lightning_itm import FalseNegativeSampler, InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional import DirectionScores
 from lightning_itm.functional.false_negatives import DrawnNegative, false_negative_posterior
-from lightning_itm.memory_bank import similarity_statistics
+from lightning_itm.memory_bank import MemoryCandidates, SimilarityStatistics, similarity_statistics
 from tests.functional.test_false_negatives import GOLDEN, golden_steps
 
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_itm import EmbeddingPairs, MemoryBank, MomentumEncoder
+from lightning_itm.embeddings import EmbeddingPairs
+from lightning_itm.memory_bank import MemoryBank, MomentumEncoder
 from tests.tiny import Tiny, tiny_data
 
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from lightning_itm import EmbeddingPairs, ImageTextRetrieval
+from lightning_itm import ImageTextRetrieval
+from lightning_itm.embeddings import EmbeddingPairs
 from tests.reference import retrieval as reference
 
 mpl.use("Agg")

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_itm import HardNegativePairs, ImageTextPairs, NegativeTable, collate
+from lightning_itm import HardNegativePairs, ImageTextPairs
+from lightning_itm.data import collate
+from lightning_itm.mining import NegativeTable
 from tests.pictures import captions, cut_outs
 from tests.tiny import tiny_pairs
 
@@ -69,20 +71,20 @@ class TestPairs:
         pairs = mined_pairs()
         texts, images = pairs.table.texts[0].tolist(), pairs.table.images[0].tolist()
         for _ in range(60):
-            text, image = pairs._draw(pairs.table.texts[0], pairs.table.images[0])
+            text, image = pairs.draw(pairs.table.texts[0], pairs.table.images[0])
             assert images.index(image) == texts.index(text) * 2 // 10
 
     def test_two_draws_if_not_coupled(self):
         pairs = mined_pairs(coupled_ranks=False)
         rows = pairs.table.texts[0], pairs.table.images[0]
         drawn = {
-            (rows[0].tolist().index(t), rows[1].tolist().index(i)) for t, i in (pairs._draw(*rows) for _ in range(200))
+            (rows[0].tolist().index(t), rows[1].tolist().index(i)) for t, i in (pairs.draw(*rows) for _ in range(200))
         }
         assert len(drawn) == 20
 
     def test_fewer_places(self):
         pairs = mined_pairs()
-        drawn = [pairs._draw(pairs.table.texts[3], pairs.table.images[6]) for _ in range(60)]
+        drawn = [pairs.draw(pairs.table.texts[3], pairs.table.images[6]) for _ in range(60)]
         assert {text for text, _ in drawn} == {8, 9, 10, 11}
 
     def test_the_other_half_of_a_mined_pair_matches_it(self):

@@ -7,15 +7,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from lightning_itm import (
-    DualEncoder,
-    ImageTextDataModule,
-    ImageTextRetrieval,
-    InfoNCELoss,
-    SigmoidLoss,
-    TripletLoss,
-    collate,
-)
+from lightning_itm import DualEncoder, ImageTextDataModule, ImageTextRetrieval, InfoNCELoss, SigmoidLoss, TripletLoss
+from lightning_itm.data import collate
 from tests.tiny import SILENT, Tiny, tiny_data, tiny_pairs
 
 KEYS = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {"rsum"}

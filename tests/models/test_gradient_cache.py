@@ -18,12 +18,12 @@ from lightning_itm import (
     InfoNCELoss,
     OfflineHardNegativeMining,
     OpenCLIPDualEncoder,
-    PaddedSequence,
     QuintupletLoss,
     ResidualVSE,
     SigmoidLoss,
     TripletLoss,
 )
+from lightning_itm.data import PaddedSequence
 from lightning_itm.models.gradient_cache import encode_in_chunks
 from lightning_itm.randomness import random_streams
 from tests.models.test_open_clip_dual_encoder import CONFIGS, data_for

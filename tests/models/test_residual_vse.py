@@ -11,17 +11,16 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_itm import (
     DualEncoder,
-    GeneralizedPooling,
     GradientNormMonitor,
     ImageTextDataModule,
     OfflineHardNegativeMining,
-    PaddedSequence,
     QuintupletLoss,
-    RegionEncoder,
     RegionPairs,
     ResidualVSE,
     TripletLoss,
 )
+from lightning_itm.data import PaddedSequence
+from lightning_itm.models import GeneralizedPooling, RegionEncoder
 from lightning_itm.models.residual_vse import BidirectionalGRU
 from tests.tiny import SILENT
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_itm import ImageTextPairs, ShardPairs, verify_shards, write_shards
+from lightning_itm import ImageTextPairs, ShardPairs, write_shards
+from lightning_itm.data import verify_shards
 from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.shards.paths import find_shards
 from tests.pictures import captions, cut_outs
