@@ -15,7 +15,7 @@ import yaml
 
 import lightning_itm as itm
 from lightning_itm.cli import Trainer, main
-from tests.karpathy import write_karpathy
+from tests.helpers.karpathy import write_karpathy
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

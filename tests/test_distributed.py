@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_itm import DualEncoder, InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
 from lightning_itm.data import collate
 from lightning_itm.distributed import gather, gather_with_gradient
-from tests.tiny import SILENT
+from tests.helpers.tiny import SILENT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

@@ -18,7 +18,7 @@ SCRIPT = textwrap.dedent(
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.strategies import DDPStrategy
     from lightning_itm import FalseNegativeElimination, OfflineHardNegativeMining, QuintupletLoss
-    from tests.tiny import SILENT, Tiny, tiny_data
+    from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
     class Die(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -15,7 +15,7 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
-from tests.tiny import SILENT, Tiny, tiny_data
+from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
 EPOCHS, STEPS = 3, 12  # 46 pairs in batches of four, the last of two
 LOSSES = {

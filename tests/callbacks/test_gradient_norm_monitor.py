@@ -18,8 +18,8 @@ from lightning_itm import (
     TripletLoss,
 )
 from lightning_itm.gradient_monitor.figure import spans
-from tests.latent import make_run, measure
-from tests.tiny import SILENT, Tiny, tiny_data
+from tests.helpers.latent import make_run, measure
+from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 

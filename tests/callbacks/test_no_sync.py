@@ -22,8 +22,8 @@ from lightning_itm import (
     TripletLoss,
 )
 from tests.compilation import compiles
-from tests.pictures import captions, cut_outs
-from tests.tiny import SILENT, Tiny, tiny_data
+from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
 LOSSES = {
     "hardest": TripletLoss,

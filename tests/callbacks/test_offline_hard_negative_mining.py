@@ -18,8 +18,8 @@ from lightning_itm import (
     TripletLoss,
 )
 from lightning_itm.data import collate
-from tests.pictures import captions, cut_outs
-from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
+from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
 
 EPOCHS = 3
 

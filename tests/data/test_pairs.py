@@ -9,8 +9,8 @@ from PIL import Image
 from lightning_itm import ImageTextPairs
 from lightning_itm.data import collate
 from lightning_itm.data.resumable_loader import SeededDataset
-from tests.pictures import captions, cut_outs
-from tests.tiny import AUGMENTED, PLAIN, tiny_pairs, tokenize
+from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.tiny import AUGMENTED, PLAIN, tiny_pairs, tokenize
 
 
 def png(image):

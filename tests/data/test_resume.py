@@ -23,7 +23,7 @@ from lightning_itm import (
     write_shards,
 )
 from lightning_itm.data.resumable_loader import SeededDataset
-from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
+from tests.helpers.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
 
 STEPS = 12  # 46 pairs in batches of four, the last of two
 EPOCHS = 3

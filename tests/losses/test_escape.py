@@ -3,8 +3,8 @@
 import lightning as L
 import pytest
 
-from tests.latent import make_run, measure
-from tests.tiny import SILENT
+from tests.helpers.latent import make_run, measure
+from tests.helpers.tiny import SILENT
 
 
 def train(negatives, seed):

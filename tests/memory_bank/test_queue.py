@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.memory_bank import MemoryBank, MomentumEncoder
-from tests.tiny import Tiny, tiny_data
+from tests.helpers.tiny import Tiny, tiny_data
 
 
 def numbered(ids, dim=2):

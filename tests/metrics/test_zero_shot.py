@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_itm import DualEncoder, OpenCLIPDualEncoder, zero_shot_accuracy
+from tests.helpers.pictures import cut_outs
+from tests.helpers.tiny import Tiny, tokenize
 from tests.models.test_open_clip_dual_encoder import CONFIGS
-from tests.pictures import cut_outs
-from tests.tiny import Tiny, tokenize
 
 NAMES = ["dog", "orange cat", "a very long name of a thing", "sea"]
 TEMPLATES = ("a photo of a {}.", "{}", "the {} in a drawing")

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from lightning_itm import HardNegativePairs, ImageTextPairs
 from lightning_itm.data import collate
 from lightning_itm.mining import NegativeTable
-from tests.pictures import captions, cut_outs
-from tests.tiny import tiny_pairs
+from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.tiny import tiny_pairs
 
 
 def mined_pairs(*, coupled_ranks=True, num_texts=10, num_images=2):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_itm import DualEncoder, ImageTextDataModule, ImageTextRetrieval, InfoNCELoss, SigmoidLoss, TripletLoss
 from lightning_itm.data import collate
-from tests.tiny import SILENT, Tiny, tiny_data, tiny_pairs
+from tests.helpers.tiny import SILENT, Tiny, tiny_data, tiny_pairs
 
 KEYS = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {"rsum"}
 RANKS = {f"{way}_{kind}_rank" for way in ("i2t", "t2i") for kind in ("median", "mean")}

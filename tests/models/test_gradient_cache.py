@@ -26,8 +26,8 @@ from lightning_itm import (
 from lightning_itm.data import PaddedSequence
 from lightning_itm.models.gradient_cache import encode_in_chunks
 from lightning_itm.randomness import random_streams
+from tests.helpers.tiny import SILENT, Tiny, tiny_data
 from tests.models.test_open_clip_dual_encoder import CONFIGS, data_for
-from tests.tiny import SILENT, Tiny, tiny_data
 
 LOSSES = {
     "hardest": lambda: TripletLoss(0.5, "hardest"),

@@ -16,8 +16,8 @@ from lightning_itm import (
     TripletLoss,
 )
 from tests.compilation import compiles
-from tests.pictures import captions, cut_outs
-from tests.tiny import SILENT
+from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.tiny import SILENT
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 MULTIMODAL = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}

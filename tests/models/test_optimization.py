@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_itm import OpenCLIPDualEncoder, SigmoidLoss, TripletLoss
 from lightning_itm.models.optimization import layer_depths
+from tests.helpers.tiny import SILENT
 from tests.models.test_open_clip_dual_encoder import CONFIGS, TEXT, data_for
-from tests.tiny import SILENT
 
 
 def with_trunk(name, pool, proj):

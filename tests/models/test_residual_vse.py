@@ -22,7 +22,7 @@ from lightning_itm import (
 from lightning_itm.data import PaddedSequence
 from lightning_itm.models import GeneralizedPooling, RegionEncoder
 from lightning_itm.models.residual_vse import BidirectionalGRU
-from tests.tiny import SILENT
+from tests.helpers.tiny import SILENT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rvse_0.npz"
 

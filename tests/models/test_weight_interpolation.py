@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_itm import InfoNCELoss, TripletLoss, interpolate_weights
-from tests.tiny import SILENT, Tiny, tiny_data
+from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
 
 def weights(seed, dtype=torch.float32):

@@ -14,7 +14,7 @@ from lightning_itm import ImageTextPairs, ShardPairs, write_shards
 from lightning_itm.data import verify_shards
 from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.shards.paths import find_shards
-from tests.pictures import captions, cut_outs
+from tests.helpers.pictures import captions, cut_outs
 
 
 def picture(number):

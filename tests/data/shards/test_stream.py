@@ -25,7 +25,7 @@ from lightning_itm import (
 )
 from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader, batch_sizes, share_of
 from tests.data.shards.test_dataset import img2dataset_sample, png, write_tar
-from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_pairs, tokenize
+from tests.helpers.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_pairs, tokenize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),  # no validation set

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import transforms
 
 from lightning_itm import DualEncoder, ImageTextDataModule, ImageTextPairs
-from tests.pictures import captions, cut_outs
+from tests.helpers.pictures import captions, cut_outs
 
 NUM_IMAGES = 23
 AUGMENTED = transforms.Compose(
