@@ -1,11 +1,11 @@
 """What does fine-tuning on a narrow domain cost elsewhere, and does mixing the weights (WiSE-FT) bring it back?
 
-A small CLIP is trained from scratch with InfoNCE on all training emoji of examples/emoji.py. Then it is fine-tuned on the
-narrow domain alone: emoji whose name has one of the words in PEOPLE. Rsum is of the held-out emoji of that domain. Zero-shot
-accuracy is of all other held-out emoji, classes that the fine-tuning never sees: one class a name, the skin tone left out of
-it, so that tones of one gesture are images of one class. Both are measured before, after, and at shares of the fine-tuned
-weights between. Words, epochs and learning rates were set before these runs were looked at, and nothing is chosen by the
-results. Batch statistics are mixed as weights are. About five minutes a seed on one core.
+A small CLIP is trained from scratch with InfoNCE on all training emoji of examples/train_on_emoji.py. Then it is fine-tuned
+on the narrow domain alone: emoji whose name has one of the words in PEOPLE. Rsum is of the held-out emoji of that domain.
+Zero-shot accuracy is of all other held-out emoji, classes that the fine-tuning never sees: one class a name, the skin tone
+left out of it, so that tones of one gesture are images of one class. Both are measured before, after, and at shares of the
+fine-tuned weights between. Words, epochs and learning rates were set before these runs were looked at, and nothing is chosen
+by the results. Batch statistics are mixed as weights are. About five minutes a seed on one core.
 
     python benchmarks/zero_shot_drift.py --seeds 0 1 2
 """

