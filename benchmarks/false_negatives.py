@@ -32,7 +32,7 @@ from lightning_itm import (
     FalseNegativeElimination,
     FalseNegativeSampler,
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
     OpenCLIPDualEncoder,
     TripletLoss,
@@ -96,7 +96,7 @@ def caption_of(item: Any) -> str:
     return SKIN_TONE.sub("", item.name)
 
 
-def evaluate(model: OpenCLIPDualEncoder, pairs: ImageTextPairs, caption: Tensor) -> float:
+def evaluate(model: OpenCLIPDualEncoder, pairs: ImageTextDataset, caption: Tensor) -> float:
     """Compute rsum, where everything of the right caption is right."""
     model.eval()
     view = pairs.evaluation()
@@ -133,7 +133,7 @@ def fine_tune(args: argparse.Namespace, example: Any, rule: str, start: dict[str
     if start:
         model.load_state_dict(start, strict=False)
     sets = [
-        ImageTextPairs([item.image for item in part], [caption_of(item) for item in part], **model.transforms)
+        ImageTextDataset([item.image for item in part], [caption_of(item) for item in part], **model.transforms)
         for part in (train, test)
     ]
     callbacks: list[Any] = []

@@ -20,8 +20,8 @@ from emoji_mining import load_example
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lightning_itm import DualEncoder, ImageTextPairs, OpenCLIPDualEncoder, TripletLoss
-from lightning_itm.data import collate
+from lightning_itm import DualEncoder, ImageTextDataset, OpenCLIPDualEncoder, TripletLoss
+from lightning_itm.data import collate_pairs
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.gradient_monitor import measure_gradient
 
@@ -80,8 +80,8 @@ def main() -> None:
         model = Mlp() if name == "mlp" else OpenCLIPDualEncoder(name, loss=TripletLoss())
         number = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         some = items[: BATCH[name]]
-        pairs = ImageTextPairs([item.image for item in some], [item.name for item in some], **model.transforms)
-        batch = collate([pairs[i] for i in range(len(some))])
+        pairs = ImageTextDataset([item.image for item in some], [item.name for item in some], **model.transforms)
+        batch = collate_pairs([pairs[i] for i in range(len(some))])
         ids, common = batch["image_id"], None
         for state, eta in STATES.items():
             model.zero_grad()

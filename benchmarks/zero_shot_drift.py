@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from lightning_itm import (
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
     OpenCLIPDualEncoder,
@@ -65,7 +65,7 @@ def other_classes(items: Sequence[Any], transform: Any) -> tuple[DataLoader[Any]
     """Return images with labels, and the names of the labels."""
     others = [item for item in items if not is_narrow(item)]
     names = sorted({without_tone(item.name) for item in others})
-    pairs = ImageTextPairs([item.image for item in others], [item.name for item in others], transform=transform)
+    pairs = ImageTextDataset([item.image for item in others], [item.name for item in others], transform=transform)
     labelled = [(pairs.load_image(i), names.index(without_tone(item.name))) for i, item in enumerate(others)]
     return DataLoader(labelled, batch_size=256), names  # type: ignore[arg-type]  # a list is as good
 
@@ -85,11 +85,11 @@ class Bench:
         transforms = self.model("InfoNCE").transforms
         self.others, self.names = other_classes(val + test, transforms["eval_transform"])
         self.data = ImageTextDataModule(
-            ImageTextPairs(
+            ImageTextDataset(
                 [item.image for item in train], [[item.name, *item.aliases] for item in train], **transforms
             ),
             None,
-            ImageTextPairs([item.image for item in narrow_test], [item.name for item in narrow_test], **transforms),
+            ImageTextDataset([item.image for item in narrow_test], [item.name for item in narrow_test], **transforms),
             batch_size=128,
             num_workers=0,
             seed=seed,

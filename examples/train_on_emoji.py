@@ -42,7 +42,7 @@ from lightning_itm import (
     FalseNegativeElimination,
     GradientNormMonitor,
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
     OpenCLIPDualEncoder,
@@ -133,9 +133,9 @@ def make_data(args: argparse.Namespace, transforms: dict[str, Any]) -> ImageText
     """Read the three sets; training has the aliases too, several texts an image."""
     train, val, test = split()
     return ImageTextDataModule(
-        ImageTextPairs([item.image for item in train], [[item.name, *item.aliases] for item in train], **transforms),
-        ImageTextPairs([item.image for item in val], [item.name for item in val], **transforms),
-        ImageTextPairs([item.image for item in test], [item.name for item in test], **transforms),
+        ImageTextDataset([item.image for item in train], [[item.name, *item.aliases] for item in train], **transforms),
+        ImageTextDataset([item.image for item in val], [item.name for item in val], **transforms),
+        ImageTextDataset([item.image for item in test], [item.name for item in test], **transforms),
         batch_size=128,
         num_workers=args.num_workers,
         seed=args.seed,

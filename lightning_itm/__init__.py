@@ -13,17 +13,17 @@ from lightning_itm.callbacks import (
 )
 from lightning_itm.data import (
     ImageTextDataModule,
-    ImageTextFiles,
-    ImageTextPairs,
-    RegionPairs,
-    ShardPairs,
+    ImageTextDataset,
+    ImageTextFilesDataModule,
+    RegionFeatureDataset,
+    ShardDataset,
     ShardStream,
     write_shards,
 )
 from lightning_itm.losses import InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
 from lightning_itm.memory_bank import FalseNegativeSampler
 from lightning_itm.metrics import ImageTextRetrieval, zero_shot_accuracy
-from lightning_itm.mining import HardNegativePairs
+from lightning_itm.mining import HardNegativeDataset
 from lightning_itm.models import DualEncoder, OpenCLIPDualEncoder, ResidualVSE, interpolate_weights
 
 __all__ = [
@@ -32,19 +32,19 @@ __all__ = [
     "FalseNegativeElimination",
     "FalseNegativeSampler",
     "GradientNormMonitor",
-    "HardNegativePairs",
+    "HardNegativeDataset",
     "ImageTextDataModule",
-    "ImageTextFiles",
-    "ImageTextPairs",
+    "ImageTextDataset",
+    "ImageTextFilesDataModule",
     "ImageTextRetrieval",
     "InfoNCELoss",
     "NegativeWriter",
     "OfflineHardNegativeMining",
     "OpenCLIPDualEncoder",
     "QuintupletLoss",
-    "RegionPairs",
+    "RegionFeatureDataset",
     "ResidualVSE",
-    "ShardPairs",
+    "ShardDataset",
     "ShardStream",
     "SigmoidLoss",
     "TripletLoss",

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.callbacks.negative_writer import NegativeWriter
 from lightning_itm.data.datamodule import ImageTextDataModule
-from lightning_itm.data.files_datamodule import ImageTextFiles, read_pairs
+from lightning_itm.data.files_datamodule import ImageTextFilesDataModule, read_pairs
 from lightning_itm.data.shards.dataset import warn_of_faults
 from lightning_itm.data.shards.index import ShardIndex
 from lightning_itm.data.shards.writer import verify_shards, write_shards
@@ -41,7 +41,7 @@ What is needed most:
   --data.batch_size N         pairs a batch on each process
   --trainer.max_epochs N      and whatever else Lightning's Trainer takes: accelerator, devices, strategy, precision, callbacks
 
-  --model.help OpenCLIPDualEncoder, --data.help ImageTextFiles    their arguments; likewise of another class
+  --model.help OpenCLIPDualEncoder, --data.help ImageTextFilesDataModule    their arguments; likewise of another class
   --print_config                                                  all of it as YAML, to start from"""
 SHARDS_DESCRIPTION = "Write image-text pairs into tar shards, and look after these."
 
@@ -161,7 +161,7 @@ class ItmCLI(LightningCLI):
         parser.set_defaults(
             {
                 "model": {"class_path": f"{OpenCLIPDualEncoder.__module__}.{OpenCLIPDualEncoder.__name__}"},
-                "data": {"class_path": f"{ImageTextFiles.__module__}.{ImageTextFiles.__name__}"},
+                "data": {"class_path": f"{ImageTextFilesDataModule.__module__}.{ImageTextFilesDataModule.__name__}"},
             }
         )
 

@@ -57,7 +57,7 @@ def config(tmp_path):
             },
         },
         "data": {
-            "class_path": "lightning_itm.ImageTextFiles",
+            "class_path": "lightning_itm.ImageTextFilesDataModule",
             "init_args": {
                 **dict.fromkeys(("train", "val", "test"), "dataset.json"),
                 "batch_size": 12,
@@ -106,7 +106,7 @@ def test_a_run_from_yaml_equals_the_same_run_from_python(config):
         augmentation={"scale": [0.5, 1.0]},
     )
     pairs = [
-        itm.ImageTextPairs.from_karpathy("dataset.json", ".", split, **model.transforms) for split in ("train", "val")
+        itm.ImageTextDataset.from_karpathy("dataset.json", ".", split, **model.transforms) for split in ("train", "val")
     ]
     callbacks = [
         itm.OfflineHardNegativeMining(num_texts=6, num_images=4),
@@ -185,7 +185,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
     for devices in (1, 2):
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(devices=devices, strategy="ddp_fork" if devices > 1 else "auto", accelerator="cpu", **options)
-        data = itm.ImageTextFiles("dataset.json", batch_size=5, num_workers=0)
+        data = itm.ImageTextFilesDataModule("dataset.json", batch_size=5, num_workers=0)
         trainer.mine(model, data, output=f"mined-{devices}", num_texts=5, num_images=4)
     for name, mined, key in (("texts_of_images", "texts", "text_id"), ("images_of_texts", "images", "image_id")):
         one, two = (
@@ -231,7 +231,7 @@ def test_what_can_not_be_read_is_left_out_of_mining_and_named(tmp_path):
     L.seed_everything(0, verbose=False)
     model = itm.OpenCLIPDualEncoder("emoji-clip")
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    data = itm.ImageTextFiles("dataset.json", batch_size=5, num_workers=0)
+    data = itm.ImageTextFilesDataModule("dataset.json", batch_size=5, num_workers=0)
     with pytest.warns(UserWarning, match=r"1 of 12 images can't be read, the first: .*000005\.jpg.* nobody's negative"):
         Trainer(**options).mine(model, data, output="mined", num_texts=55, num_images=11)
     rows = [json.loads(line) for line in Path("mined/texts_of_images.jsonl").read_text().splitlines()]
@@ -297,7 +297,7 @@ class TestFiles:
                     assert sample["text"].endswith("sentence 3.")
                     assert sample["image"].shape[0] == 3
             assert len(set(seen)) == 20
-        alone = itm.ImageTextPairs.from_karpathy(tmp_path / "coco" / "dataset.json", tmp_path / "coco", ["train"])
+        alone = itm.ImageTextDataset.from_karpathy(tmp_path / "coco" / "dataset.json", tmp_path / "coco", ["train"])
         assert len(alone.images) == 8
         assert all("train2014" in str(image) for image in alone.images)
         with pytest.raises(ValueError, match=r"one of \['restval', 'test', 'train', 'val'\], .* got 'dev'"):
@@ -361,16 +361,16 @@ class TestFiles:
         with pytest.raises(FileNotFoundError, match="Expected nowhere, found none"):
             itm.data.read_pairs("nowhere")
         with pytest.warns(UserWarning, match="`train` and `val` are the same, folder, which has no splits"):
-            itm.ImageTextFiles("folder", "folder")
+            itm.ImageTextFilesDataModule("folder", "folder")
         write_karpathy(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"\(12 of 12 images have no text\)"):
-            itm.ImageTextPairs.from_folder("val2014")
+            itm.ImageTextDataset.from_folder("val2014")
         options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
         model = itm.OpenCLIPDualEncoder("emoji-clip")
         with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="shards with `stream=True`"):
-            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFiles("dataset.json", stream=True))
+            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFilesDataModule("dataset.json", stream=True))
         with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="Expected `test`, a file"):
-            L.Trainer(**options).predict(model, datamodule=itm.ImageTextFiles("dataset.json"))
+            L.Trainer(**options).predict(model, datamodule=itm.ImageTextFilesDataModule("dataset.json"))
         model.transforms = None
         with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="Expected `model_name`"):
-            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFiles("dataset.json"))
+            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFilesDataModule("dataset.json"))

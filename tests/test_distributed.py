@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_itm import DualEncoder, InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
-from lightning_itm.data import collate
+from lightning_itm.data import collate_pairs
 from lightning_itm.distributed import gather, gather_with_gradient
 from tests.helpers.tiny import SILENT
 
@@ -62,7 +62,7 @@ def samples():
 
 
 def mined_samples():
-    """With negatives as a HardNegativePairs would add them, one pair without any."""
+    """With negatives as a HardNegativeDataset would add them, one pair without any."""
     data, mined = samples(), samples()[::-1]
     for place, (sample, negative) in enumerate(zip(data, mined, strict=True)):
         sample.update(
@@ -84,7 +84,7 @@ def one_step(make_loss, devices, data, **kwargs):
         precision="64-true",
         **SILENT,
     )
-    trainer.fit(model, DataLoader(data, len(data) // devices, collate_fn=collate))
+    trainer.fit(model, DataLoader(data, len(data) // devices, collate_fn=collate_pairs))
     return torch.load("gradients.pt")
 
 
@@ -129,7 +129,7 @@ def test_metric_of_two_processes_equals_that_of_one():
         model = Evaluate(InfoNCELoss())
         data = samples()[:11]
         trainer = L.Trainer(devices=devices, strategy="ddp_fork" if devices > 1 else "auto", **SILENT)
-        trainer.test(model, DataLoader(data, 2, collate_fn=collate), verbose=False)
+        trainer.test(model, DataLoader(data, 2, collate_fn=collate_pairs), verbose=False)
         results.append(torch.load("metrics.pt"))
     assert results[0].keys() == results[1].keys()
     assert results[0]["test/rsum"] > 0

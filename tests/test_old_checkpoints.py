@@ -1,10 +1,28 @@
 """A checkpoint of an older version, of a run with every callback, resumes and ends as that run did."""
 
+import csv
+
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch import Tensor
 
-from tests.fixtures.make_checkpoint import EPOCHS, FOLDER, MODES, STEPS_PER_EPOCH, STOP, fit
+from lightning_itm import ImageTextFilesDataModule
+from tests.fixtures.make_checkpoint import (
+    EPOCHS,
+    FOLDER,
+    MODES,
+    OPTIONS,
+    STEPS_PER_EPOCH,
+    STOP,
+    Model,
+    SaveAt,
+    as_tensor,
+    fit,
+    tokenize,
+)
 
 # The run is float64, and a perturbation of its weights by one part in 10^12 grows to 3e-11 at its end. What the mining pass
 # embeds, and what the monitor averages, is float32: rounded by 1.2e-7, which grows alike to 3e-6.
@@ -56,3 +74,40 @@ def test_checks_something(mode):
     assert not torch.equal(
         start["/callbacks/OfflineHardNegativeMining/texts"], end["/callbacks/OfflineHardNegativeMining/texts"]
     )
+
+
+class ModelWithTransforms(Model):
+    @property
+    def transforms(self):
+        return {"transform": as_tensor, "eval_transform": as_tensor, "tokenizer": tokenize}
+
+
+class Watch(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append((trainer.current_epoch, batch_idx, batch["text_id"].tolist()))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_datamodule_under_its_earlier_name(tmp_path):
+    with open(tmp_path / "train.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "text"])
+        for i in range(24):
+            Image.new("RGB", (2, 2), (i, 2 * i, 3 * i)).save(tmp_path / f"{i}.png")
+            writer.writerow([f"{i}.png", f"picture {i}"])
+
+    def run(*callbacks, **options):
+        watch = Watch()
+        trainer = L.Trainer(max_epochs=EPOCHS, callbacks=[watch, *callbacks], precision="64-true", **OPTIONS)
+        data = ImageTextFilesDataModule(str(tmp_path / "train.csv"), batch_size=4, num_workers=0)
+        trainer.fit(ModelWithTransforms(), datamodule=data, weights_only=True, **options)
+        return watch.seen
+
+    seen = run(SaveAt(tmp_path / "stop.ckpt"))
+    checkpoint = torch.load(tmp_path / "stop.ckpt", weights_only=True)
+    checkpoint["ImageTextFiles"] = checkpoint.pop("ImageTextFilesDataModule")
+    torch.save(checkpoint, tmp_path / "older.ckpt")
+    assert run(ckpt_path=tmp_path / "older.ckpt") == seen[STOP:]

@@ -8,7 +8,7 @@ import lightning as L
 from torch import Tensor
 
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
-from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.rows import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
 from lightning_itm.mining.encode import EncodedPairs, is_progress_shown
 from lightning_itm.mining.search import find_negatives
@@ -53,7 +53,7 @@ class NegativeWriter(EmbeddingWriter):
     def write(
         self,
         trainer: L.Trainer,
-        pairs: ImageTextPairs,
+        pairs: ImageTextDataset,
         image: Tensor,
         image_is_valid: Tensor,
         text: Tensor,
@@ -80,7 +80,7 @@ class NegativeWriter(EmbeddingWriter):
 DESCRIBE = {"image": describe_image, "text": describe_text}
 
 
-def _rows(pairs: ImageTextPairs, of: str, mined: str, index: Tensor, scores: Tensor) -> Iterator[dict[str, Any]]:
+def _rows(pairs: ImageTextDataset, of: str, mined: str, index: Tensor, scores: Tensor) -> Iterator[dict[str, Any]]:
     for anchor, (numbers, values) in enumerate(zip(index.cpu(), scores.float().cpu(), strict=True)):
         hardest = [
             {**DESCRIBE[mined](pairs, number), "score": round(value, 6)}

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.callbacks._strategies import check_whole_weights
-from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.stream import ShardStream
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
 from lightning_itm.mining.encode import encode_pairs, is_progress_shown
 from lightning_itm.mining.figure import contact_sheet
-from lightning_itm.mining.hard_negative_dataset import HardNegativePairs
+from lightning_itm.mining.hard_negative_dataset import HardNegativeDataset
 from lightning_itm.mining.negative_table import NegativeTable
 from lightning_itm.mining.search import find_negatives, padded_rows
 
@@ -31,8 +31,8 @@ class OfflineHardNegativeMining(Callback):
     it; the others take the mined pairs as further candidates.
 
     Args:
-        dataset: What is mined, if it is not the datamodule's ``train_dataset``: an :class:`~lightning_itm.ImageTextPairs`, the
-            :class:`~lightning_itm.HardNegativePairs` around it that the train loader reads, or the
+        dataset: What is mined, if it is not the datamodule's ``train_dataset``: an :class:`~lightning_itm.ImageTextDataset`,
+            the :class:`~lightning_itm.HardNegativeDataset` around it that the train loader reads, or the
             :class:`~lightning_itm.ShardStream` that is trained on; of remote shards with ``inject="embeddings"`` alone.
         num_texts: Texts kept for an image.
         num_images: Images kept for a text.
@@ -100,7 +100,7 @@ class OfflineHardNegativeMining(Callback):
         self.rank_min = rank_min
         self.limits = {"max_score": max_score, "absolute_margin": absolute_margin, "relative_margin": relative_margin}
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.pairs: ImageTextPairs | None = None
+        self.pairs: ImageTextDataset | None = None
         self.table: NegativeTable | None = None
         self.embedded: EmbeddedNegatives | None = None
         self._epoch, self._is_finished, self._is_fitting = 0, False, False
@@ -121,10 +121,10 @@ class OfflineHardNegativeMining(Callback):
         check_whole_weights(trainer, "mining encodes with the whole module")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = self.dataset if self.dataset is not None else getattr(datamodule, "train_dataset", None)
-        pairs = dataset.pairs if isinstance(dataset, HardNegativePairs | ShardStream) else dataset
-        if not isinstance(pairs, ImageTextPairs):
+        pairs = dataset.pairs if isinstance(dataset, HardNegativeDataset | ShardStream) else dataset
+        if not isinstance(pairs, ImageTextDataset):
             raise MisconfigurationException(
-                f"Expected pairs to mine, got {type(pairs).__name__}. Give `dataset=ImageTextPairs(...)`, or fit with an "
+                f"Expected pairs to mine, got {type(pairs).__name__}. Give `dataset=ImageTextDataset(...)`, or fit with an "
                 "ImageTextDataModule that has them as `train_dataset`."
             )
         self.pairs, (num_images, num_texts) = pairs, (len(pairs.images), len(pairs.texts))
@@ -142,13 +142,13 @@ class OfflineHardNegativeMining(Callback):
             if datamodule is not None and dataset is datamodule.train_dataset:
                 datamodule.train_dataset = pairs  # without the draws of an earlier callback
             return
-        if isinstance(dataset, HardNegativePairs) and (self.dataset is not None or datamodule is None):
+        if isinstance(dataset, HardNegativeDataset) and (self.dataset is not None or datamodule is None):
             dataset.table, dataset.coupled_ranks = self.table, self.coupled_ranks  # the loader is the user's own
         elif datamodule is not None and getattr(datamodule, "train_dataset", None) in (dataset, pairs):
-            datamodule.train_dataset = HardNegativePairs(pairs, self.table, coupled_ranks=self.coupled_ranks)
+            datamodule.train_dataset = HardNegativeDataset(pairs, self.table, coupled_ranks=self.coupled_ranks)
         else:
             raise MisconfigurationException(
-                "Expected an ImageTextDataModule with the pairs as `train_dataset`, or `dataset=HardNegativePairs(pairs)` "
+                "Expected an ImageTextDataModule with the pairs as `train_dataset`, or `dataset=HardNegativeDataset(pairs)` "
                 "that the train loader reads; got neither, and no negative would reach a batch."
             )
 
@@ -161,7 +161,7 @@ class OfflineHardNegativeMining(Callback):
                 f"Expected local shards with `inject='samples'`, which reads mined images at random, got "
                 f"{stream.pairs.contents.shards[0]}. Use `inject='embeddings'`, or copy the shards."
             )
-        stream.negatives = HardNegativePairs(stream.pairs, self._table(), coupled_ranks=self.coupled_ranks)
+        stream.negatives = HardNegativeDataset(stream.pairs, self._table(), coupled_ranks=self.coupled_ranks)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the datamodule as it was, and no file behind; the table stays, to be looked at."""
@@ -170,7 +170,7 @@ class OfflineHardNegativeMining(Callback):
         table = self.table
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = getattr(datamodule, "train_dataset", None)
-        if isinstance(dataset, HardNegativePairs) and dataset is not self.dataset and dataset.table is table:
+        if isinstance(dataset, HardNegativeDataset) and dataset is not self.dataset and dataset.table is table:
             datamodule.train_dataset = dataset.pairs
         stream = dataset if self.dataset is None else self.dataset
         if isinstance(stream, ShardStream) and getattr(stream.negatives, "table", None) is table:
@@ -330,7 +330,7 @@ class OfflineHardNegativeMining(Callback):
             pl_module.log_dict(self._unlogged, on_step=False, on_epoch=True, sync_dist=True)
         self._unlogged = {}
 
-    def _pairs(self) -> ImageTextPairs:
+    def _pairs(self) -> ImageTextDataset:
         if self.pairs is None:
             raise RuntimeError("Expected to be attached to a Trainer that fits; nothing was mined yet.")
         return self.pairs
@@ -341,7 +341,7 @@ class OfflineHardNegativeMining(Callback):
         return self.table
 
 
-def fingerprint(pairs: ImageTextPairs) -> str:
+def fingerprint(pairs: ImageTextDataset) -> str:
     """Return what tells one training set from another: its texts, and which image each belongs to."""
     digest = hashlib.blake2b(digest_size=16)
     for text in pairs.texts:

@@ -48,11 +48,11 @@ def check_batch(batch: Any) -> None:
         )
 
 
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch.
 
     Args:
-        samples: One dict a pair, as :class:`~lightning_itm.ImageTextPairs` returns them.
+        samples: One dict a pair, as :class:`~lightning_itm.ImageTextDataset` returns them.
 
     Returns:
         A batch: numbers and tensors stacked, strings in a list, sequences of several lengths padded.
@@ -65,8 +65,12 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if len(shapes) > 1:
             raise ValueError(
                 f"Expected every {key} of a batch to have one shape, got {sorted(shapes)}. "
-                + ("Give `ImageTextPairs` a `transform` and an `eval_transform` that resize." if key == "image" else "")
-                + ("Give `ImageTextPairs` a `tokenizer` that pads to a fixed length." if key == "text" else "")
+                + (
+                    "Give `ImageTextDataset` a `transform` and an `eval_transform` that resize."
+                    if key == "image"
+                    else ""
+                )
+                + ("Give `ImageTextDataset` a `tokenizer` that pads to a fixed length." if key == "text" else "")
             )
     padded = {key: pad_if_ragged([sample[key] for sample in samples]) for key in samples[0]}
     padded = {key: values for key, values in padded.items() if values is not None}

@@ -9,8 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_itm.data.batch import collate
-from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
+from lightning_itm.data.batch import collate_pairs
+from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.position import Position
 from lightning_itm.data.resumable_loader import EpochSampler, ResumableLoader, SeededDataset
 from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
@@ -27,7 +27,7 @@ class ImageTextDataModule(L.LightningDataModule):
     Args:
         train_dataset: What is trained on, by number, or a :class:`~lightning_itm.ShardStream`; may be wrapped later (by a
             callback, in ``setup``).
-        val_dataset: What is validated on; an :class:`~lightning_itm.ImageTextPairs`, or a ``Subset`` of one, is read through
+        val_dataset: What is validated on; an :class:`~lightning_itm.ImageTextDataset`, or a ``Subset`` of one, is read through
             its ``evaluation()``.
         test_dataset: What is tested on, likewise.
         batch_size: Pairs a batch on each rank.
@@ -44,6 +44,9 @@ class ImageTextDataModule(L.LightningDataModule):
         ValueError: ``batch_size`` is not positive.
         MisconfigurationException: A dataset that the Trainer asks for is missing, or too small for one batch.
     """
+
+    earlier_names: tuple[str, ...] = ()
+    """Names that the class had, under which older checkpoints keep its state."""
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class ImageTextDataModule(L.LightningDataModule):
         """Return the loader of ``test_dataset``, in order, with evaluation transforms."""
         return self._evaluation_loader(_given(self.test_dataset, "test_dataset"))
 
-    def predict_pairs(self) -> ImageTextPairs:
+    def predict_pairs(self) -> ImageTextDataset:
         """Return the pairs of the set that is predicted (:attr:`predict_split`), with evaluation transforms.
 
         Raises:
@@ -114,8 +117,8 @@ class ImageTextDataModule(L.LightningDataModule):
         """
         dataset = _given(getattr(self, f"{self.predict_split}_dataset"), f"{self.predict_split}_dataset")
         pairs = getattr(dataset, "pairs", dataset)  # what wraps pairs has them: a stream, mined negatives
-        if not isinstance(pairs, ImageTextPairs):
-            raise MisconfigurationException(f"Expected ImageTextPairs to predict, got {type(pairs).__name__}.")
+        if not isinstance(pairs, ImageTextDataset):
+            raise MisconfigurationException(f"Expected an ImageTextDataset to predict, got {type(pairs).__name__}.")
         return pairs.evaluation()
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
@@ -181,7 +184,7 @@ class ImageTextDataModule(L.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.persistent_workers and self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "collate_fn": collate,
+            "collate_fn": collate_pairs,
             # Of its own: the workers' seed is drawn from it, and not from the stream that dropout draws from.
             "generator": torch.Generator().manual_seed(self.seed),
         }
@@ -190,7 +193,7 @@ class ImageTextDataModule(L.LightningDataModule):
 class _Parts(Dataset[dict[str, Any]]):
     """The images, or the texts, of a set, each with its id; another stands in for one that can't be read, which is invalid."""
 
-    def __init__(self, pairs: ImageTextPairs, kind: str) -> None:
+    def __init__(self, pairs: ImageTextDataset, kind: str) -> None:
         self.kind = kind
         self.load = pairs.load_image if kind == "image" else pairs.load_text
         self.number = len(pairs.images if kind == "image" else pairs.texts)
@@ -213,7 +216,7 @@ class _Parts(Dataset[dict[str, Any]]):
 def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:
     if isinstance(dataset, ShardStream):
         dataset = dataset.pairs
-    if isinstance(dataset, ImageTextPairs):
+    if isinstance(dataset, ImageTextDataset):
         return dataset.evaluation()
     if isinstance(dataset, Subset):
         return Subset(_evaluation_view(dataset.dataset), dataset.indices)

@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_itm.data.datamodule import ImageTextDataModule
-from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.data.shards.dataset import ShardPairs
+from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
 from lightning_itm.data.shards.paths import is_remote
 from lightning_itm.data.shards.stream import ShardStream
@@ -29,7 +29,7 @@ def read_pairs(
     text_column: str = "text",
     index: str | PathLike[str] | None = None,
     **kwargs: Any,
-) -> ImageTextPairs:
+) -> ImageTextDataset:
     """Read image-text pairs, whatever their form.
 
     Args:
@@ -39,7 +39,7 @@ def read_pairs(
         split: Of a Karpathy JSON.
         image_column: Of a table.
         text_column: Of a table.
-        index: See :class:`~lightning_itm.ShardPairs`.
+        index: See :class:`~lightning_itm.ShardDataset`.
         **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``.
 
     Raises:
@@ -47,12 +47,12 @@ def read_pairs(
         FileNotFoundError: It is not there.
     """
     if is_shards(source) or not isinstance(source, str | PathLike):
-        return ShardPairs(source, index=index, **kwargs)
+        return ShardDataset(source, index=index, **kwargs)
     path, ending = Path(source), Path(source).suffix.lower()
     if not ending and not path.exists():
         raise FileNotFoundError(f"Expected {source}, found none.")
     if path.is_dir():
-        return ImageTextPairs.from_folder(path, **kwargs)
+        return ImageTextDataset.from_folder(path, **kwargs)
     if ending not in (".json", ".jsonl", ".csv", ".tsv"):
         raise ValueError(
             f"Expected a .json (Karpathy), .jsonl, .csv, .tsv or .tar file, a pattern of .tar files or a folder, got {source}."
@@ -61,11 +61,11 @@ def read_pairs(
         raise FileNotFoundError(f"Expected {source}, found none.")
     root = path.parent if image_root is None else image_root
     if ending == ".json":
-        return ImageTextPairs.from_karpathy(path, root, split, **kwargs)
+        return ImageTextDataset.from_karpathy(path, root, split, **kwargs)
     columns = {"image_column": image_column, "text_column": text_column}
     if ending == ".jsonl":
-        return ImageTextPairs.from_jsonl(path, root, **columns, **kwargs)
-    return ImageTextPairs.from_csv(path, root, delimiter="," if ending == ".csv" else "\t", **columns, **kwargs)
+        return ImageTextDataset.from_jsonl(path, root, **columns, **kwargs)
+    return ImageTextDataset.from_csv(path, root, delimiter="," if ending == ".csv" else "\t", **columns, **kwargs)
 
 
 def is_shards(source: Source) -> bool:
@@ -76,7 +76,7 @@ def is_shards(source: Source) -> bool:
     return path.suffix.lower() == ".tar" or is_remote(fspath(source)) or (path.is_dir() and any(path.glob("*.tar")))
 
 
-class ImageTextFiles(ImageTextDataModule):
+class ImageTextFilesDataModule(ImageTextDataModule):
     """Batches of image-text pairs from files: what :func:`read_pairs` reads, for Python and for the command line.
 
     Args:
@@ -107,6 +107,8 @@ class ImageTextFiles(ImageTextDataModule):
     Raises:
         MisconfigurationException: No source for what the Trainer asks for, no transforms, or a stream of what are no shards.
     """
+
+    earlier_names = ("ImageTextFiles",)
 
     def __init__(
         self,
@@ -204,12 +206,12 @@ class ImageTextFiles(ImageTextDataModule):
             )
         return transforms
 
-    def _read(self, split: str) -> ImageTextPairs | ShardStream:
+    def _read(self, split: str) -> ImageTextDataset | ShardStream:
         index = self.index.get(split)
         pairs = read_pairs(self.sources[split], split=split, index=index, **self.options, **self.transforms)
         if not self.stream or split != "train":
             return pairs
-        if not isinstance(pairs, ShardPairs):
+        if not isinstance(pairs, ShardDataset):
             raise MisconfigurationException(
                 f"Expected `train` to be .tar shards with `stream=True`, got {self.sources[split]}. Write it into shards "
                 "first: `lightning-itm shards write`."

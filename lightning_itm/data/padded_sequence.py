@@ -58,7 +58,7 @@ class PaddedSequence:
 
 @dataclass
 class Unpadded:
-    """One sequence of a sample, which :func:`~lightning_itm.data.collate` pads."""
+    """One sequence of a sample, which :func:`~lightning_itm.data.collate_pairs` pads."""
 
     values: Tensor
 

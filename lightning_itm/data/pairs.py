@@ -15,7 +15,7 @@ from lightning_itm.data.image import ImageSource, UnreadableImageError, check_so
 from lightning_itm.data.readers import flatten_texts, read_folder, read_jsonl, read_karpathy, read_table
 
 
-class ImageTextPairs(Dataset[dict[str, Any]]):
+class ImageTextDataset(Dataset[dict[str, Any]]):
     """Image-text pairs with random access. One item is one *text* with its image.
 
     Args:
@@ -35,7 +35,7 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
 
     Example:
         >>> red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-        >>> pairs = ImageTextPairs([red, blue], [["red", "a red square"], ["blue"]])
+        >>> pairs = ImageTextDataset([red, blue], [["red", "a red square"], ["blue"]])
         >>> len(pairs), pairs[1]["text"], pairs[1]["image_id"], pairs[2]["image_id"]
         (3, 'a red square', 0, 1)
     """
@@ -76,7 +76,7 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         image_root: str | PathLike[str],
         split: str | Sequence[str] = "train",
         **kwargs: Any,
-    ) -> "ImageTextPairs":
+    ) -> "ImageTextDataset":
         """Read a Karpathy split (``dataset_flickr8k.json``, ``dataset_flickr30k.json``, ``dataset_coco.json``).
 
         Args:
@@ -104,7 +104,7 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         text_column: str = "text",
         delimiter: str = ",",
         **kwargs: Any,
-    ) -> "ImageTextPairs":
+    ) -> "ImageTextDataset":
         r"""Read a table with a header, one pair a row; rows with the same image share it.
 
         Args:
@@ -130,12 +130,12 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         image_column: str = "image",
         text_column: str = "text",
         **kwargs: Any,
-    ) -> "ImageTextPairs":
+    ) -> "ImageTextDataset":
         """Read one JSON object a line; its text is a string or a list of strings. Else as :meth:`from_csv`."""
         return cls(*read_jsonl(path, image_root, image_column, text_column), **kwargs)
 
     @classmethod
-    def from_folder(cls, folder: str | PathLike[str], **kwargs: Any) -> "ImageTextPairs":
+    def from_folder(cls, folder: str | PathLike[str], **kwargs: Any) -> "ImageTextDataset":
         """Read a folder of images, each with a ``.txt`` of the same name beside it, one text a line; subfolders too.
 
         Args:
@@ -147,7 +147,7 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         """
         return cls(*read_folder(folder), **kwargs)
 
-    def evaluation(self) -> "ImageTextPairs":
+    def evaluation(self) -> "ImageTextDataset":
         """Return a view of the same pairs with ``eval_transform``; what can't be read is an error there."""
         view = copy.copy(self)
         view.is_evaluation = True
@@ -213,7 +213,7 @@ class ImageTextPairs(Dataset[dict[str, Any]]):
         if int(self.num_replaced) == 1:
             warnings.warn(
                 f"{error}. Another pair takes its place; further ones are counted in "
-                "`ImageTextPairs.num_replaced` and not reported.",
+                "`ImageTextDataset.num_replaced` and not reported.",
                 stacklevel=3,
             )
 

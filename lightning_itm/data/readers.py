@@ -18,7 +18,7 @@ ImagesAndTexts = tuple[list[Path], list[list[str]]]
 def read_karpathy(
     path: str | PathLike[str], image_root: str | PathLike[str], split: str | Sequence[str]
 ) -> ImagesAndTexts:
-    """Read a split of a Karpathy JSON; see :meth:`ImageTextPairs.from_karpathy <lightning_itm.ImageTextPairs>`."""
+    """Read a split of a Karpathy JSON; see :meth:`ImageTextDataset.from_karpathy <lightning_itm.ImageTextDataset>`."""
     entries = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
     wanted = {"train", "restval"} if split == "train" else {split} if isinstance(split, str) else set(split)
     chosen = [entry for entry in entries if entry["split"] in wanted]

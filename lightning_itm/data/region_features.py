@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lightning_itm.data.padded_sequence import Unpadded
-from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
+from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.readers import flatten_texts
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>", "<mask>")
@@ -77,12 +77,12 @@ class Vocabulary:
         return [random.randrange(len(SPECIAL), len(self))] if kind < 0.6 and len(self) > len(SPECIAL) else []
 
 
-class RegionPairs(ImageTextPairs):
+class RegionFeatureDataset(ImageTextDataset):
     """Sets of region features with captions, for :class:`~lightning_itm.ResidualVSE`. One item is one caption with its image.
 
     The features are mapped, not loaded: a file of any size takes no more memory than the batches read from it. They come as
     float32 whatever the file holds. In training, regions are dropped and words changed at random, as published. A loader of
-    your own needs ``collate_fn=lightning_itm.data.collate``, which pads.
+    your own needs ``collate_fn=lightning_itm.data.collate_pairs``, which pads.
 
     Args:
         features: A ``.npy`` file `(images, regions, dim)`, or such an array.
@@ -138,7 +138,7 @@ class RegionPairs(ImageTextPairs):
     @classmethod
     def from_scan(
         cls, folder: str | PathLike[str], split: str = "train", *, captions_per_image: int = 5, **kwargs: Any
-    ) -> "RegionPairs":
+    ) -> "RegionFeatureDataset":
         """Read the layout in which the field's features are published: ``train_ims.npy`` and ``train_caps.txt``.
 
         The file has one row an image, or, as the published validation and test files, each row as often as the image has

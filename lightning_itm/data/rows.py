@@ -7,13 +7,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.tar import TarMember
 
 ROWS_AT_ONCE = 10_000
 
 
-def describe_image(pairs: ImageTextPairs, image_id: int) -> dict[str, Any]:
+def describe_image(pairs: ImageTextDataset, image_id: int) -> dict[str, Any]:
     """Return the id and the name of an image; one in memory has no name."""
     source = pairs.images[image_id]
     if isinstance(source, TarMember):
@@ -21,7 +21,7 @@ def describe_image(pairs: ImageTextPairs, image_id: int) -> dict[str, Any]:
     return {"image_id": image_id, "image": fspath(source) if isinstance(source, str | PathLike) else None}
 
 
-def describe_text(pairs: ImageTextPairs, text_id: int) -> dict[str, Any]:
+def describe_text(pairs: ImageTextDataset, text_id: int) -> dict[str, Any]:
     """Return the id of a text, that of its image, and the text."""
     return {"text_id": text_id, "image_id": int(pairs.text_image_id[text_id]), "text": pairs.texts[text_id]}
 

@@ -17,7 +17,7 @@ def open_clip_transforms(
         augmentation: Arguments of ``open_clip.AugmentationCfg``, such as ``{"scale": (0.5, 1)}``.
 
     Returns:
-        ``transform``, ``eval_transform`` and ``tokenizer``, as :class:`~lightning_itm.ImageTextPairs` takes them.
+        ``transform``, ``eval_transform`` and ``tokenizer``, as :class:`~lightning_itm.ImageTextDataset` takes them.
     """
     known = open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained and ":" not in model_name else {}
     preprocessing = {f"image_{name}": known.get(name) for name in ("mean", "std", "interpolation", "resize_mode")}

@@ -3,7 +3,7 @@
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
 from lightning_itm.mining.encode import EncodedPairs, EvaluationItems, collate_items, encode_pairs
 from lightning_itm.mining.figure import contact_sheet
-from lightning_itm.mining.hard_negative_dataset import HardNegativePairs
+from lightning_itm.mining.hard_negative_dataset import HardNegativeDataset
 from lightning_itm.mining.negative_table import NegativeTable
 from lightning_itm.mining.search import FoundNegatives, find_negatives
 
@@ -12,7 +12,7 @@ __all__ = [
     "EncodedPairs",
     "EvaluationItems",
     "FoundNegatives",
-    "HardNegativePairs",
+    "HardNegativeDataset",
     "NegativeTable",
     "collate_items",
     "contact_sheet",

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from lightning_itm.data.padded_sequence import pad_if_ragged
-from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
-from lightning_itm.data.shards.dataset import ShardPairs
+from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.loader import StreamedImages
 from lightning_itm.distributed import gather
 from lightning_itm.functional.similarity import unit_norm
@@ -43,7 +43,7 @@ class EncodedPairs:
 
 
 def encode_pairs(
-    trainer: L.Trainer, module: Any, pairs: ImageTextPairs, num_texts: int, *, batch_size: int, num_workers: int
+    trainer: L.Trainer, module: Any, pairs: ImageTextDataset, num_texts: int, *, batch_size: int, num_workers: int
 ) -> EncodedPairs:
     """Encode each image and each text once, as for evaluation, split over the ranks; every rank gets all.
 
@@ -67,7 +67,7 @@ def encode_pairs(
             ("text", view.load_text, num_texts),
         ):
             options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-            if kind == "image" and isinstance(view, ShardPairs) and not view.is_local:
+            if kind == "image" and isinstance(view, ShardDataset) and not view.is_local:
                 loader = _stream(trainer, view, **options)
                 number = len(view.images)
             else:
@@ -98,7 +98,7 @@ def _loader(trainer: L.Trainer, items: EvaluationItems, number: int, **options: 
     return DataLoader(items, sampler=mine, **_options(), **options)
 
 
-def _stream(trainer: L.Trainer, pairs: ShardPairs, **options: Any) -> DataLoader[Any]:
+def _stream(trainer: L.Trainer, pairs: ShardDataset, **options: Any) -> DataLoader[Any]:
     images = StreamedImages(pairs, rank=trainer.global_rank, world_size=trainer.world_size)
     return DataLoader(images, **_options(), **options)
 

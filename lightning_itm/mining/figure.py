@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from lightning_itm.data.image import UnreadableImageError, open_rgb
-from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.mining.negative_table import NegativeTable
 
 
 def contact_sheet(
-    pairs: ImageTextPairs, table: NegativeTable, n: int = 8, *, num_negatives: int = 4, seed: int = 0
+    pairs: ImageTextDataset, table: NegativeTable, n: int = 8, *, num_negatives: int = 4, seed: int = 0
 ) -> Any:
     """Draw pairs, one a row: the image and its text, its hardest texts, and the hardest images of the text.
 
@@ -67,7 +67,7 @@ def contact_sheet(
     return figure
 
 
-def _show(ax: Any, pairs: ImageTextPairs, image_id: int) -> None:
+def _show(ax: Any, pairs: ImageTextDataset, image_id: int) -> None:
     if isinstance(pairs.images, range):  # features, by number: there is nothing to see
         ax.text(0.5, 0.5, f"image {image_id}", ha="center", va="center", fontsize=8, transform=ax.transAxes)
         return

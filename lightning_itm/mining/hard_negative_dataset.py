@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
+from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.mining.negative_table import NegativeTable
 
 
-class HardNegativePairs(Dataset[dict[str, Any]]):
+class HardNegativeDataset(Dataset[dict[str, Any]]):
     """Pairs, each with a draw from the negatives mined for it.
 
     For a pair (I1, T1): a text T3 of the table's row for I1, the image I4 it belongs to; an image I3 of the row for T1, and a
@@ -22,7 +22,7 @@ class HardNegativePairs(Dataset[dict[str, Any]]):
         coupled_ranks: One draw for both: n of T3 and n · 60 // 300 of I3, as published. Else two.
 
     Raises:
-        TypeError: ``pairs`` are no :class:`ImageTextPairs`.
+        TypeError: ``pairs`` is no :class:`ImageTextDataset`.
         ValueError: The table is of another set.
 
     References:
@@ -30,11 +30,11 @@ class HardNegativePairs(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, pairs: ImageTextPairs, table: NegativeTable | None = None, *, coupled_ranks: bool = True
+        self, pairs: ImageTextDataset, table: NegativeTable | None = None, *, coupled_ranks: bool = True
     ) -> None:
-        if not isinstance(pairs, ImageTextPairs):
+        if not isinstance(pairs, ImageTextDataset):
             raise TypeError(
-                f"Expected ImageTextPairs, got {type(pairs).__name__}. Read other data into ImageTextPairs."
+                f"Expected an ImageTextDataset, got {type(pairs).__name__}. Read other data into an ImageTextDataset."
             )
         sizes = len(pairs.images), len(pairs.texts)
         self.table = table or NegativeTable(*sizes, texts_per_image=300, images_per_text=60)
@@ -46,7 +46,7 @@ class HardNegativePairs(Dataset[dict[str, Any]]):
         self.order = pairs.text_image_id.argsort(stable=True)
         self.end = torch.bincount(pairs.text_image_id, minlength=sizes[0]).cumsum(0)
 
-    def evaluation(self) -> ImageTextPairs:
+    def evaluation(self) -> ImageTextDataset:
         """Return the pairs alone, with evaluation transforms."""
         return self.pairs.evaluation()
 

@@ -109,8 +109,8 @@ class DualEncoder(L.LightningModule):
         image, text = self._unit_vectors("image", batch["image"]), self._unit_vectors("text", batch["text"])
         return EmbeddingPairs(image, text, batch["image_id"], batch["text_id"])
 
-    def embed_hard(self, batch: Any) -> HardNegatives:
-        """Encode the mined negatives that came with a batch (:class:`~lightning_itm.HardNegativePairs`), with gradient."""
+    def embed_hard_negatives(self, batch: Any) -> HardNegatives:
+        """Encode the mined negatives that came with a batch (:class:`~lightning_itm.HardNegativeDataset`), with gradient."""
         return HardNegatives(
             text=self._unit_vectors("text", batch["hard_text"]),
             text_image=self._unit_vectors("image", batch["hard_text_image"]),
@@ -137,7 +137,7 @@ class DualEncoder(L.LightningModule):
         pairs = self.embed(batch)
         inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
         if "hard_text" in batch:
-            inputs["hard"] = self.embed_hard(batch)
+            inputs["hard"] = self.embed_hard_negatives(batch)
         outputs: dict[str, Tensor] = self.loss(pairs, pairs.gather(), **inputs)
         if not isinstance(outputs, dict) or "loss" not in outputs:
             raise TypeError(f"Expected the loss to return a dict with 'loss', got {type(outputs).__name__}.")
@@ -210,6 +210,10 @@ class DualEncoder(L.LightningModule):
         """Keep the random streams of a resumed run until training starts: the sanity check would use them up."""
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._restored_rng = checkpoint.get("rng")
+            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+            for name in getattr(datamodule, "earlier_names", ()):
+                if name in checkpoint:  # Lightning looks for the present name alone
+                    datamodule.load_state_dict(checkpoint[name])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights; say so if they come with another loss."""

@@ -43,7 +43,7 @@ class OpenCLIPDualEncoder(DualEncoder):
     Attributes:
         model: The open_clip model.
         transforms: ``transform``, ``eval_transform`` and ``tokenizer``, by these names, for
-            ``ImageTextPairs(..., **model.transforms)``.
+            ``ImageTextDataset(..., **model.transforms)``.
 
     Raises:
         ValueError: open_clip has no model, or no weights, of that name; ``layer_decay`` is outside (0, 1].

@@ -132,8 +132,9 @@ class WordEncoder(nn.Module):
 class ResidualVSE(DualEncoder):
     """Match sets of region features with sentences: RVSE++, with selective hard negatives unless told otherwise.
 
-    ``image`` and ``text`` of a batch are :class:`~lightning_itm.data.PaddedSequence`, as :class:`~lightning_itm.RegionPairs`
-    makes them: values `(images, regions, image_dim)`, and word ids `(texts, words)`.
+    ``image`` and ``text`` of a batch are :class:`~lightning_itm.data.PaddedSequence`, as
+    :class:`~lightning_itm.RegionFeatureDataset` makes them: values `(images, regions, image_dim)`, and word ids `(texts,
+    words)`.
 
     Args:
         vocab_size: Number of words, ``len(vocabulary)``.

@@ -13,7 +13,7 @@ from lightning_itm import (
     FalseNegativeElimination,
     GradientNormMonitor,
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
     OpenCLIPDualEncoder,
@@ -181,7 +181,7 @@ def tiny_flat(tmp_path):
 
 def open_clip_data(model, **kwargs):
     """Twenty-three images of two texts: mining's last batches are smaller than the others."""
-    pairs = ImageTextPairs(cut_outs(23, 40), captions(23), **model.transforms)
+    pairs = ImageTextDataset(cut_outs(23, 40), captions(23), **model.transforms)
     return ImageTextDataModule(pairs, pairs, **{"batch_size": 4, "num_workers": 0, **kwargs})
 
 

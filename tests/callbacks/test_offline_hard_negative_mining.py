@@ -8,16 +8,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_itm import (
-    HardNegativePairs,
+    HardNegativeDataset,
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
     QuintupletLoss,
     SigmoidLoss,
     TripletLoss,
 )
-from lightning_itm.data import collate
+from lightning_itm.data import collate_pairs
 from tests.helpers.pictures import captions, cut_outs
 from tests.helpers.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
 
@@ -45,7 +45,7 @@ class Watch(Callback):
 def embed_all(model, pairs):
     flags = model.training
     model.eval()
-    loader = DataLoader(pairs.evaluation(), len(pairs), collate_fn=collate)
+    loader = DataLoader(pairs.evaluation(), len(pairs), collate_fn=collate_pairs)
     found = model.embed(next(iter(loader)))
     model.train(flags)
     return found
@@ -179,11 +179,11 @@ def test_logs(tmp_path):
 
 
 def test_a_loader_of_the_users_own():
-    pairs = HardNegativePairs(tiny_pairs())
+    pairs = HardNegativeDataset(tiny_pairs())
     miner, watch = OfflineHardNegativeMining(pairs, num_texts=5, num_images=4), Watch()
     trainer = L.Trainer(callbacks=[miner, watch], max_epochs=1, limit_val_batches=0, **SILENT)
     with pytest.warns(UserWarning, match="no `val_dataloader`"):
-        trainer.fit(Tiny(QuintupletLoss()), DataLoader(pairs, 4, shuffle=True, collate_fn=collate))
+        trainer.fit(Tiny(QuintupletLoss()), DataLoader(pairs, 4, shuffle=True, collate_fn=collate_pairs))
     assert all(value >= 0 for step in watch.steps for value in step[3])
 
 
@@ -212,10 +212,10 @@ def test_more_places_than_negatives():
 def test_a_broken_image_is_never_mined():
     images = cut_outs(23)
     images[0] = images[5] = b"no image"
-    pairs = ImageTextPairs(images, captions(23), transform=AUGMENTED, eval_transform=PLAIN, tokenizer=tokenize)
+    pairs = ImageTextDataset(images, captions(23), transform=AUGMENTED, eval_transform=PLAIN, tokenizer=tokenize)
     miner = OfflineHardNegativeMining(num_texts=44, num_images=22)
     data = ImageTextDataModule(pairs, batch_size=4, num_workers=0)
-    data.val_dataloader = lambda: DataLoader(tiny_pairs().evaluation(), 23, collate_fn=collate)
+    data.val_dataloader = lambda: DataLoader(tiny_pairs().evaluation(), 23, collate_fn=collate_pairs)
     with pytest.warns(UserWarning, match=r"Image [05]: bytes does not open"):
         L.Trainer(callbacks=[miner], max_epochs=1, **SILENT).fit(Tiny(QuintupletLoss()), datamodule=data)
     assert not ((miner.table.images == 5) | (miner.table.images == 0)).any()
@@ -226,7 +226,7 @@ def test_a_broken_image_is_never_mined():
 def test_a_fit_without_the_callback_has_no_mined_negatives():
     data, watch = tiny_data(), Watch()
     L.Trainer(callbacks=[OfflineHardNegativeMining()], max_epochs=1, **SILENT).fit(Tiny(), datamodule=data)
-    assert isinstance(data.train_dataset, ImageTextPairs)
+    assert isinstance(data.train_dataset, ImageTextDataset)
 
     class Check(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -287,7 +287,7 @@ class TestNothingIsMined:
 
 class TestBadInput:
     def test_one_image(self):
-        pairs = ImageTextPairs(cut_outs(1), [["a", "b"]])
+        pairs = ImageTextDataset(cut_outs(1), [["a", "b"]])
         with pytest.raises(Exception, match="at least two images to mine among, got 1"):
             L.Trainer(callbacks=[OfflineHardNegativeMining()], max_epochs=1, **SILENT).fit(
                 Tiny(), datamodule=ImageTextDataModule(pairs)
@@ -295,7 +295,7 @@ class TestBadInput:
 
     def test_no_pairs(self):
         data = ImageTextDataModule([1, 2, 3])
-        with pytest.raises(Exception, match=r"Expected pairs to mine, got list. Give `dataset=ImageTextPairs"):
+        with pytest.raises(Exception, match=r"Expected pairs to mine, got list. Give `dataset=ImageTextDataset"):
             L.Trainer(callbacks=[OfflineHardNegativeMining()], max_epochs=1, **SILENT).fit(Tiny(), datamodule=data)
 
     def test_pairs_that_no_loader_reads(self):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_itm import RegionPairs
-from lightning_itm.data import PaddedSequence, Vocabulary, collate
+from lightning_itm import RegionFeatureDataset
+from lightning_itm.data import PaddedSequence, Vocabulary, collate_pairs
 from lightning_itm.data.region_features import SPECIAL, FeatureRows
 from lightning_itm.data.resumable_loader import SeededDataset
 
@@ -45,7 +45,9 @@ class TestVocabulary:
 class TestRegionPairs:
     def make(self, num_images=6, **kwargs):
         features = np.random.default_rng(0).standard_normal((num_images, 5, 3)).astype(np.float16)
-        return features, RegionPairs(features, [[f"text {i}", f"other {i}"] for i in range(num_images)], **kwargs)
+        return features, RegionFeatureDataset(
+            features, [[f"text {i}", f"other {i}"] for i in range(num_images)], **kwargs
+        )
 
     def test_evaluation_has_all_regions_and_words(self):
         features, pairs = self.make(lengths=[5, 4, 3, 2, 1, 5], vocabulary=Vocabulary([*SPECIAL, "text"]))
@@ -65,7 +67,7 @@ class TestRegionPairs:
 
     def test_batches_are_padded(self):
         _, pairs = self.make(lengths=[5, 4, 3, 2, 1, 5])
-        batch = collate([pairs.evaluation()[i] for i in (0, 9)])
+        batch = collate_pairs([pairs.evaluation()[i] for i in (0, 9)])
         assert isinstance(batch["image"], PaddedSequence)
         assert batch["image"].lengths.tolist() == [5, 1]
         assert (batch["image"].values[1, 1:] == 0).all()
@@ -91,7 +93,7 @@ class TestFiles:
     @pytest.mark.parametrize("repeats", [1, 5])
     def test_scan_layout(self, repeats, tmp_path):
         features = self.write(tmp_path, repeats=repeats)
-        pairs = RegionPairs.from_scan(tmp_path)
+        pairs = RegionFeatureDataset.from_scan(tmp_path)
         assert (len(pairs.images), len(pairs.texts)) == (8, 40)
         assert pairs.texts[23] == "image 4 caption 3"
         assert pairs.text_image_id[23] == 4
@@ -100,26 +102,26 @@ class TestFiles:
 
     def test_one_caption_an_image(self, tmp_path):
         self.write(tmp_path, num_images=10, captions=1)
-        pairs = RegionPairs.from_scan(tmp_path)
+        pairs = RegionFeatureDataset.from_scan(tmp_path)
         assert (len(pairs.images), len(pairs.texts)) == (10, 10)
 
     def test_signs_within_a_caption_end_no_line(self, tmp_path):
         self.write(tmp_path, num_images=2)
         lines = ["a\u2028b", "a\x85b", "a\x0cb", *(f"c{i}" for i in range(7))]
         (tmp_path / "train_caps.txt").write_text("\r\n".join(lines) + "\r\n\r\n", encoding="utf-8-sig", newline="")
-        assert RegionPairs.from_scan(tmp_path).texts == lines
+        assert RegionFeatureDataset.from_scan(tmp_path).texts == lines
 
     def test_numbers_that_do_not_match(self, tmp_path):
         self.write(tmp_path, captions=4)
         with pytest.raises(
             ValueError, match=r"5 captions an image, got 8 rows in train_ims.npy and 32 lines in train_caps.txt"
         ):
-            RegionPairs.from_scan(tmp_path)
-        assert len(RegionPairs.from_scan(tmp_path, captions_per_image=4)) == 32
+            RegionFeatureDataset.from_scan(tmp_path)
+        assert len(RegionFeatureDataset.from_scan(tmp_path, captions_per_image=4)) == 32
 
     def test_a_file_that_is_not_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"dev_ims.npy, found none. Is `folder`"):
-            RegionPairs.from_scan(tmp_path, "dev")
+            RegionFeatureDataset.from_scan(tmp_path, "dev")
 
     def test_a_file_is_mapped_and_not_loaded(self, tmp_path):
         """Neither by the pairs nor by what a worker that is spawned gets."""
@@ -128,7 +130,7 @@ class TestFiles:
         array[7] = 1.5
         array.flush()
         tracemalloc.start()
-        pairs = RegionPairs(tmp_path / "train_ims.npy", [f"text {i}" for i in range(300)])
+        pairs = RegionFeatureDataset(tmp_path / "train_ims.npy", [f"text {i}" for i in range(300)])
         sent = pickle.dumps(pairs)
         again = pickle.loads(sent)
         assert float(again.evaluation().load_image(7).values.mean()) == 1.5
@@ -157,14 +159,14 @@ class TestBadInput:
     )
     def test_wrong_arguments(self, shape, texts, options, message):
         with pytest.raises(ValueError, match=message):
-            RegionPairs(np.zeros(shape, dtype=np.float32), [f"text {i}" for i in range(texts)], **options)
+            RegionFeatureDataset(np.zeros(shape, dtype=np.float32), [f"text {i}" for i in range(texts)], **options)
 
     def test_features_of_another_kind(self):
         with pytest.raises(TypeError, match=r"an array or the path of a .npy file, got list. Use `numpy.asarray`"):
-            RegionPairs([[1.0]], ["a"])
+            RegionFeatureDataset([[1.0]], ["a"])
 
     def test_an_empty_caption_is_replaced_and_counted(self):
-        pairs = RegionPairs(np.zeros((2, 4, 2), dtype=np.float32), ["", "a text"])
+        pairs = RegionFeatureDataset(np.zeros((2, 4, 2), dtype=np.float32), ["", "a text"])
         with pytest.warns(UserWarning, match="Text 0, of image 0, is empty"):
             sample = pairs[0]
         assert (sample["image_id"], sample["text_id"]) == (1, 1)

@@ -17,7 +17,7 @@ from lightning_itm import (
     ImageTextDataModule,
     OfflineHardNegativeMining,
     QuintupletLoss,
-    ShardPairs,
+    ShardDataset,
     ShardStream,
     TripletLoss,
     write_shards,
@@ -81,7 +81,7 @@ def fit(
     data = tiny_data(**{name: value for name, value in loader.items() if name != "shards"})
     if "shards" in loader:
         transforms = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": tokenize}
-        data.train_dataset = ShardStream(ShardPairs(loader["shards"], **transforms), shuffle_buffer=9)
+        data.train_dataset = ShardStream(ShardDataset(loader["shards"], **transforms), shuffle_buffer=9)
     trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
     return model.state_dict(), watch.seen
 

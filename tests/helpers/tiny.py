@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-from lightning_itm import DualEncoder, ImageTextDataModule, ImageTextPairs
+from lightning_itm import DualEncoder, ImageTextDataModule, ImageTextDataset
 from tests.helpers.pictures import captions, cut_outs
 
 NUM_IMAGES = 23
@@ -37,7 +37,7 @@ class Tiny(DualEncoder):
 
 def tiny_pairs(num_images=NUM_IMAGES, **kwargs):
     kwargs = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": tokenize, **kwargs}
-    return ImageTextPairs(cut_outs(num_images), captions(num_images), **kwargs)
+    return ImageTextDataset(cut_outs(num_images), captions(num_images), **kwargs)
 
 
 def tiny_data(**kwargs):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_itm import HardNegativePairs, ImageTextPairs
-from lightning_itm.data import collate
+from lightning_itm import HardNegativeDataset, ImageTextDataset
+from lightning_itm.data import collate_pairs
 from lightning_itm.mining import NegativeTable
 from tests.helpers.pictures import captions, cut_outs
 from tests.helpers.tiny import tiny_pairs
@@ -20,7 +20,7 @@ def mined_pairs(*, coupled_ranks=True, num_texts=10, num_images=2):
     images = torch.stack([(row // 2 + 1 + torch.arange(num_images)) % 23 for row in range(46)])
     texts[3, 4:], texts[5], images[11] = -1, -1, -1
     table.publish(texts, images)
-    return HardNegativePairs(pairs, table, coupled_ranks=coupled_ranks)
+    return HardNegativeDataset(pairs, table, coupled_ranks=coupled_ranks)
 
 
 class TestTable:
@@ -42,7 +42,7 @@ class TestTable:
     def test_a_worker_waits_until_it_is_published(self):
         pairs = mined_pairs()
         pairs.table.is_pending = True
-        iterator = iter(DataLoader(pairs, 4, num_workers=1, collate_fn=collate))
+        iterator = iter(DataLoader(pairs, 4, num_workers=1, collate_fn=collate_pairs))
         pairs.table.publish(torch.full((23, 10), 7), torch.full((46, 2), 5))
         assert set(next(iterator)["hard_image_id"].tolist()) == {5}
 
@@ -114,7 +114,7 @@ class TestPairs:
 
     def test_a_mined_image_that_does_not_open(self):
         images = cut_outs(2)
-        pairs = HardNegativePairs(ImageTextPairs([images[0], b"none"], captions(2)))
+        pairs = HardNegativeDataset(ImageTextDataset([images[0], b"none"], captions(2)))
         texts, places = torch.full((2, 300), -1), torch.full((4, 60), -1)
         texts[0, 0], places[0, 0] = 2, 1
         pairs.table.publish(texts, places)
@@ -124,9 +124,9 @@ class TestPairs:
         assert torch.equal(sample["hard_image"], sample["image"])
 
     def test_other_data(self):
-        with pytest.raises(TypeError, match=r"Expected ImageTextPairs, got list. Read other data"):
-            HardNegativePairs([1, 2, 3])
+        with pytest.raises(TypeError, match=r"Expected an ImageTextDataset, got list. Read other data"):
+            HardNegativeDataset([1, 2, 3])
 
     def test_a_table_of_another_set(self):
         with pytest.raises(ValueError, match="a table of 23 images and 46 texts"):
-            HardNegativePairs(tiny_pairs(), NegativeTable(3, 4, texts_per_image=2, images_per_text=1))
+            HardNegativeDataset(tiny_pairs(), NegativeTable(3, 4, texts_per_image=2, images_per_text=1))

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from lightning_itm import DualEncoder, ImageTextDataModule, ImageTextRetrieval, InfoNCELoss, SigmoidLoss, TripletLoss
-from lightning_itm.data import collate
+from lightning_itm.data import collate_pairs
 from tests.helpers.tiny import SILENT, Tiny, tiny_data, tiny_pairs
 
 KEYS = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {"rsum"}
@@ -17,7 +17,7 @@ RANKS = {f"{way}_{kind}_rank" for way in ("i2t", "t2i") for kind in ("median", "
 
 def tiny_batch(num_pairs=6):
     pairs = tiny_pairs()
-    return collate([pairs[i] for i in range(num_pairs)])
+    return collate_pairs([pairs[i] for i in range(num_pairs)])
 
 
 def trainer(**options):
@@ -201,7 +201,7 @@ def test_a_validation_that_broke_off_leaves_nothing_behind():
 
 def test_several_validation_sets_have_a_prefix_each():
     model = Tiny()
-    loaders = [DataLoader(tiny_pairs(n).evaluation(), 8, collate_fn=collate) for n in (5, 9)]
+    loaders = [DataLoader(tiny_pairs(n).evaluation(), 8, collate_fn=collate_pairs) for n in (5, 9)]
     results = trainer().validate(model, loaders, verbose=False)[0]
     assert {"val/rsum", "val_1/rsum"} <= results.keys()
     assert results["val/i2t_mean_rank"] <= 9
@@ -221,7 +221,7 @@ def test_metric_is_a_users_choice_and_starts_anew_each_time():
 
 
 def test_predict_returns_embeddings():
-    loader = DataLoader(tiny_pairs().evaluation(), 20, collate_fn=collate)
+    loader = DataLoader(tiny_pairs().evaluation(), 20, collate_fn=collate_pairs)
     batches = trainer().predict(Tiny(), loader)
     assert [len(pairs) for pairs in batches] == [20, 20, 6]
 

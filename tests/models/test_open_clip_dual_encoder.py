@@ -9,7 +9,7 @@ import torch
 from lightning_itm import (
     FalseNegativeElimination,
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
     OpenCLIPDualEncoder,
     SigmoidLoss,
@@ -98,7 +98,7 @@ def weights(tmp_path):
 
 
 def data_for(model, **kwargs):
-    pairs = ImageTextPairs(cut_outs(16, 40), captions(16), **model.transforms)
+    pairs = ImageTextDataset(cut_outs(16, 40), captions(16), **model.transforms)
     return ImageTextDataModule(pairs, pairs, pairs, **{"batch_size": 8, "num_workers": 0, **kwargs})
 
 
@@ -225,7 +225,7 @@ def test_fine_tuned_weights_go_back_to_open_clip(tmp_path):
 
 def test_augmentation_is_of_training_only():
     model = OpenCLIPDualEncoder("tiny-vit", augmentation={"scale": (0.1, 0.2)})
-    pairs = ImageTextPairs(cut_outs(2, 40), ["a", "b"], **model.transforms)
+    pairs = ImageTextDataset(cut_outs(2, 40), ["a", "b"], **model.transforms)
     first = pairs[0]["image"]
     assert not torch.equal(first, pairs[0]["image"])
     assert torch.equal(pairs.evaluation()[0]["image"], model.transforms["eval_transform"](cut_outs(2, 40)[0]))

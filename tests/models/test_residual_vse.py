@@ -15,7 +15,7 @@ from lightning_itm import (
     ImageTextDataModule,
     OfflineHardNegativeMining,
     QuintupletLoss,
-    RegionPairs,
+    RegionFeatureDataset,
     ResidualVSE,
     TripletLoss,
 )
@@ -98,7 +98,7 @@ def make_pairs(num_images=40, captions=2, dim=6, seed=0, **kwargs):
         [np.stack([words[int(name[1:])] for name in row] + [generator.standard_normal(dim)]) for row in names]
     )
     texts = [[" ".join(generator.permutation(row)) for _ in range(captions)] for row in names]
-    return RegionPairs(features.astype(np.float16), texts, **kwargs)
+    return RegionFeatureDataset(features.astype(np.float16), texts, **kwargs)
 
 
 def fit(loss=None, callbacks=(), epochs=3, **kwargs):

@@ -8,13 +8,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
+from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.shards.index import ShardIndex
 from lightning_itm.data.shards.paths import is_remote
 from lightning_itm.data.shards.tar import TarMember
 
 
-class ShardPairs(ImageTextPairs):
+class ShardDataset(ImageTextDataset):
     """Image-text pairs in uncompressed tar shards, by number. One item is one text with its image.
 
     A sample of a shard is an image (``.jpg``, ``.png``, ``.webp``) and a ``.txt``, which is one text, or a ``.json`` with
@@ -29,7 +29,7 @@ class ShardPairs(ImageTextPairs):
     Args:
         shards: A folder, a pattern such as ``"train/{00000..00031}.tar"``, a path or an address, or a list of these.
         index: The file that says what is where; default: beside the first shard. Remote shards need one.
-        transform: As for :class:`ImageTextPairs`, also the next two.
+        transform: As for :class:`ImageTextDataset`, also the next two.
         eval_transform: For validation, test and mining.
         tokenizer: Of the texts.
 
@@ -59,7 +59,7 @@ class ShardPairs(ImageTextPairs):
         return not any(is_remote(shard) for shard in self.contents.shards)
 
     def load_image(self, image_id: int) -> Any:
-        """Return one image, as :class:`ImageTextPairs` does.
+        """Return one image, as :class:`ImageTextDataset` does.
 
         Raises:
             RuntimeError: The shard is remote.

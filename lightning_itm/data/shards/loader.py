@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import shuffle as shuffled
 
-from lightning_itm.data.batch import collate
+from lightning_itm.data.batch import collate_pairs
 from lightning_itm.data.pairs import UnreadablePairError
-from lightning_itm.data.shards.dataset import ShardPairs
+from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.stream import ShardStream, read_images
 from lightning_itm.randomness import seeded
 
@@ -95,7 +95,7 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
         sizes_done = share.batch_sizes[: len(range(worker, num_done, num_workers))]
         pairs = self._pairs(epoch, worker, share, num_skipped=sum(sizes_done))
         for size in share.batch_sizes[len(sizes_done) :]:
-            yield collate([next(pairs) for _ in range(size)])
+            yield collate_pairs([next(pairs) for _ in range(size)])
 
     def _pairs(self, epoch: int, worker: int, share: Share, num_skipped: int) -> Iterator[dict[str, Any]]:
         """Yield as many pairs as the share has; a neighbour stands in for one that can't be used."""
@@ -136,7 +136,7 @@ class StreamedImages(IterableDataset[tuple[Any, int, bool]]):
         world_size: Number of ranks; every one has as many images, so the last image may come several times.
     """
 
-    def __init__(self, pairs: ShardPairs, *, rank: int, world_size: int) -> None:
+    def __init__(self, pairs: ShardDataset, *, rank: int, world_size: int) -> None:
         self.pairs, self.rank, self.world_size = pairs, rank, world_size
 
     def __iter__(self) -> Iterator[tuple[Any, int, bool]]:

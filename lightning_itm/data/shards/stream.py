@@ -12,7 +12,7 @@ from webdataset.tariterators import tar_file_expander
 
 from lightning_itm.data.image import IMAGE_ENDINGS
 from lightning_itm.data.pairs import UnreadablePairError
-from lightning_itm.data.shards.dataset import ShardPairs
+from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
 from lightning_itm.data.shards.tar import check_fetched, group_samples, open_shard
 from lightning_itm.randomness import seeded
@@ -50,15 +50,15 @@ class ShardStream(Dataset[Any]):
 
     def __init__(
         self,
-        pairs: ShardPairs,
+        pairs: ShardDataset,
         *,
         shuffle_buffer: int = 4096,
         resampled: bool = False,
         pairs_per_epoch: int | None = None,
     ) -> None:
-        if not isinstance(pairs, ShardPairs):
+        if not isinstance(pairs, ShardDataset):
             raise TypeError(
-                f"Expected ShardPairs, got {type(pairs).__name__}. Write other pairs with `write_shards` first."
+                f"Expected a ShardDataset, got {type(pairs).__name__}. Write other pairs with `write_shards` first."
             )
         for name, value in (("shuffle_buffer", shuffle_buffer), ("pairs_per_epoch", pairs_per_epoch)):
             if value is not None and value < 1:

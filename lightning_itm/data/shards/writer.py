@@ -14,7 +14,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from lightning_itm.data.image import UnreadableImageError, open_rgb
-from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.paths import MANIFEST, find_shards, read_manifest
 from lightning_itm.data.shards.tar import TarMember
 
@@ -22,7 +22,7 @@ FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def write_shards(
-    pairs: ImageTextPairs, folder: str | PathLike[str], *, images_per_shard: int = 1000, prefix: str = ""
+    pairs: ImageTextDataset, folder: str | PathLike[str], *, images_per_shard: int = 1000, prefix: str = ""
 ) -> dict[str, Any]:
     """Write pairs into tar shards, each image once with all of its texts.
 

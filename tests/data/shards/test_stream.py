@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
 from lightning_itm import (
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     OfflineHardNegativeMining,
-    ShardPairs,
+    ShardDataset,
     ShardStream,
     write_shards,
 )
@@ -39,7 +39,7 @@ TRANSFORMS = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": toke
 def shards(tmp_path):
     """23 pictures with two texts each, in five shards."""
     write_shards(tiny_pairs(), tmp_path / "shards", images_per_shard=5)
-    return ShardPairs(tmp_path / "shards", **TRANSFORMS)
+    return ShardDataset(tmp_path / "shards", **TRANSFORMS)
 
 
 def streamed(stream, *, num_workers, rank=0, world_size=1, batch_size=4, drop_last=False, epoch=0, done=0):
@@ -121,13 +121,13 @@ class TestEpoch:
         from examples.train_on_emoji import find_emoji
 
         emoji = find_emoji()[:601]
-        pairs = ImageTextPairs([item.image for item in emoji], [[item.name, *item.aliases] for item in emoji])
+        pairs = ImageTextDataset([item.image for item in emoji], [[item.name, *item.aliases] for item in emoji])
         assert len(pairs) % 2 == 0  # else one would come twice on two processes
         write_shards(pairs, tmp_path / "emoji", images_per_shard=130)
         transforms = {"transform": PLAIN, "eval_transform": PLAIN, "tokenizer": tokenize}
         for devices in (1, 2):
             for num_workers in (0, 2):
-                stream = ShardStream(ShardPairs(tmp_path / "emoji", **transforms), shuffle_buffer=100)
+                stream = ShardStream(ShardDataset(tmp_path / "emoji", **transforms), shuffle_buffer=100)
                 name = f"{devices}-{num_workers}"
                 data = ImageTextDataModule(stream, batch_size=64, num_workers=num_workers, drop_last=False)
                 trainer = L.Trainer(
@@ -196,7 +196,7 @@ class TestEpoch:
             assert set(counts) <= set(range(46))
 
     def test_bad_input(self, shards):
-        with pytest.raises(TypeError, match=r"Expected ShardPairs, got ImageTextPairs\. Write other pairs"):
+        with pytest.raises(TypeError, match=r"Expected a ShardDataset, got ImageTextDataset\. Write other pairs"):
             ShardStream(tiny_pairs())
         with pytest.raises(ValueError, match="`shuffle_buffer` to be at least 1, got 0"):
             ShardStream(shards, shuffle_buffer=0)
@@ -262,7 +262,7 @@ class TestFaults:
         broken = img2dataset_sample(1, image=b"no image")
         write_tar(tmp_path / "00000.tar", [*img2dataset_sample(0), *broken, *img2dataset_sample(2)])
         write_tar(tmp_path / "00001.tar", [member for number in (3, 4, 5) for member in img2dataset_sample(number)])
-        pairs = ShardPairs(tmp_path)
+        pairs = ShardDataset(tmp_path)
         path = tmp_path / "00001.tar"
         path.write_bytes(path.read_bytes()[: 3 * 1024 + 540])  # the second sample's image is gone
         with pytest.warns(
@@ -282,7 +282,7 @@ class TestFaults:
         twice = [("000000001.JPG", png(200)), *img2dataset_sample(2)]
         write_tar(tmp_path / "0.tar", [*img2dataset_sample(0), *img2dataset_sample(1), *twice])
         with pytest.warns(UserWarning, match="1 with a key that came before"):
-            pairs = ShardPairs(tmp_path)
+            pairs = ShardDataset(tmp_path)
         batches = streamed(ShardStream(pairs), num_workers=0, batch_size=3)
         numbers = (255 * batches[0]["image"][:, 0, 0, 0]).round().int().tolist()
         assert batches[0]["text"] == [f"number {number}" for number in numbers]
@@ -296,7 +296,7 @@ class TestFaults:
     def test_nothing_readable(self, tmp_path):
         write_tar(tmp_path / "0.tar", [member for n in range(4) for member in img2dataset_sample(n, image=b"no image")])
         with pytest.warns(UserWarning, match="does not open"), pytest.raises(RuntimeError, match="None of the 4 pairs"):
-            streamed(ShardStream(ShardPairs(tmp_path)), num_workers=0)
+            streamed(ShardStream(ShardDataset(tmp_path)), num_workers=0)
 
 
 class Negatives(Callback):
@@ -353,7 +353,7 @@ class TestMining:
         if shutil.which("curl"):
             urls.append(f"http://127.0.0.1:{server.server_port}/{{00000..00004}}.tar")
         for number, url in enumerate(urls):
-            remote = ShardPairs(url, index=tmp_path / f"{number}.index", **TRANSFORMS)
+            remote = ShardDataset(url, index=tmp_path / f"{number}.index", **TRANSFORMS)
             assert list(remote.texts) == list(shards.texts)
             assert not remote.is_local
             stream = ShardStream(remote, shuffle_buffer=11)
@@ -376,4 +376,4 @@ class TestMining:
 
     def test_no_index_for_remote_shards(self):
         with pytest.raises(ValueError, match="Expected `index`, the file in which to keep"):
-            ShardPairs("https://example.com/{0..3}.tar")
+            ShardDataset("https://example.com/{0..3}.tar")
