@@ -133,7 +133,9 @@ class Bench:
             L.seed_everything(self.seed, verbose=False)
             start, model = time.perf_counter(), self.model(method)
             before = copy.deepcopy(model.state_dict())
-            mining = OfflineHardNegativeMining(num_texts=30, num_images=6, relative_margin=0.05, inject="embeddings")
+            mining = OfflineHardNegativeMining(
+                texts_per_image=30, images_per_text=6, relative_margin=0.05, inject="embeddings"
+            )
             self.trainer([mining] * (method == "AOQ")).fit(model, datamodule=self.data)
             after = copy.deepcopy(model.state_dict())
             for share in SHARES:

@@ -63,7 +63,7 @@ def make_callbacks(args: argparse.Namespace) -> list[L.Callback]:
     if args.mining:
         callbacks.append(
             OfflineHardNegativeMining(
-                num_texts=30, num_images=6, relative_margin=0.05, inject=args.mining, seed=args.seed
+                texts_per_image=30, images_per_text=6, relative_margin=0.05, inject=args.mining, seed=args.seed
             )
         )
     if args.memory:

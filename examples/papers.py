@@ -77,7 +77,7 @@ def aoq(args: argparse.Namespace) -> Recipe:
     data, words, width = region_data(args)
     loss = QuintupletLoss(TripletLoss(0.2), offline_margin=0.0, alpha=0.3, beta=1.5)  # the paper's
     model = StepDecayedVSE(words, width, args.embed_dim, 300, loss, learning_rate=5e-4)  # RVSE++'s
-    mining = OfflineHardNegativeMining(num_texts=300, num_images=60, coupled_ranks=True)  # the paper's
+    mining = OfflineHardNegativeMining(texts_per_image=300, images_per_text=60, coupled_ranks=True)  # the paper's
     return model, data, [mining], {"max_epochs": 30, "gradient_clip_val": 2.0}  # RVSE++'s
 
 

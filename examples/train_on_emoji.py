@@ -164,7 +164,7 @@ def train_row(
     data = make_data(args, model.transforms)
     name = f"{stage}-{loss}".replace(" ", "-")
     logger = CSVLogger(args.out, name, version="")
-    miner = OfflineHardNegativeMining(num_texts=30, num_images=6, relative_margin=0.05, inject=inject)
+    miner = OfflineHardNegativeMining(texts_per_image=30, images_per_text=6, relative_margin=0.05, inject=inject)
     memory = FalseNegativeElimination(
         queue_size=2048, momentum=0.99, start_epoch=0 if start else 1, fill_during_warmup=True, seed=args.seed
     )

@@ -95,8 +95,8 @@ class Trainer(L.Trainer):
         output: str = "mined",
         split: Literal["train", "val", "test"] = "train",
         format: Literal["jsonl", "parquet"] = "jsonl",
-        num_texts: int = 300,
-        num_images: int = 60,
+        texts_per_image: int = 300,
+        images_per_text: int = 60,
         rank_min: int = 0,
         max_score: float | None = None,
         absolute_margin: float | None = None,
@@ -112,8 +112,8 @@ class Trainer(L.Trainer):
             output: A new folder.
             split: The set.
             format: Of the files.
-            num_texts: Texts kept for an image.
-            num_images: Images kept for a text.
+            texts_per_image: Texts kept for an image.
+            images_per_text: Images kept for a text.
             rank_min: Skip so many of the hardest.
             max_score: Leave out candidates that are more similar than this.
             absolute_margin: Leave out candidates that are not so much less similar than the positive.
@@ -125,7 +125,7 @@ class Trainer(L.Trainer):
             "absolute_margin": absolute_margin,
             "relative_margin": relative_margin,
         }
-        writer = NegativeWriter(output, num_texts, num_images, format=format, **guards)
+        writer = NegativeWriter(output, texts_per_image, images_per_text, format=format, **guards)
         options = {"return_predictions": False, "ckpt_path": ckpt_path, "weights_only": weights_only}
         self._predict_with(writer, split, model, datamodule, **options)
 

@@ -73,7 +73,7 @@ def config(tmp_path):
             "callbacks": [
                 {
                     "class_path": "lightning_itm.OfflineHardNegativeMining",
-                    "init_args": {"num_texts": 6, "num_images": 4},
+                    "init_args": {"texts_per_image": 6, "images_per_text": 4},
                 },
                 {
                     "class_path": "lightning_itm.FalseNegativeElimination",
@@ -109,7 +109,7 @@ def test_a_run_from_yaml_equals_the_same_run_from_python(config):
         itm.ImageTextDataset.from_karpathy("dataset.json", ".", split, **model.transforms) for split in ("train", "val")
     ]
     callbacks = [
-        itm.OfflineHardNegativeMining(num_texts=6, num_images=4),
+        itm.OfflineHardNegativeMining(texts_per_image=6, images_per_text=4),
         itm.FalseNegativeElimination(24, min_count=4),
         itm.GradientNormMonitor(),
     ]
@@ -156,7 +156,7 @@ def test_every_command(config, capsys, tmp_path):
 
     scores = image @ text.T
     for format in ("jsonl", "parquet"):
-        main(["mine", *given, *trained, "--output", f"mined-{format}", "--format", format, "--num_texts", "4"])
+        main(["mine", *given, *trained, "--output", f"mined-{format}", "--format", format, "--texts_per_image", "4"])
     lines = Path("mined-jsonl/texts_of_images.jsonl").read_text().splitlines()
     images = [json.loads(line) for line in Path("mined-jsonl/images_of_texts.jsonl").read_text().splitlines()]
     assert (len(lines), len(images)) == (12, 60)
@@ -186,7 +186,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(devices=devices, strategy="ddp_fork" if devices > 1 else "auto", accelerator="cpu", **options)
         data = itm.ImageTextFilesDataModule("dataset.json", batch_size=5, num_workers=0)
-        trainer.mine(model, data, output=f"mined-{devices}", num_texts=5, num_images=4)
+        trainer.mine(model, data, output=f"mined-{devices}", texts_per_image=5, images_per_text=4)
     for name, mined, key in (("texts_of_images", "texts", "text_id"), ("images_of_texts", "images", "image_id")):
         one, two = (
             [json.loads(line)[mined] for line in Path(f"mined-{devices}", f"{name}.jsonl").read_text().splitlines()]
@@ -233,7 +233,7 @@ def test_what_can_not_be_read_is_left_out_of_mining_and_named(tmp_path):
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     data = itm.ImageTextFilesDataModule("dataset.json", batch_size=5, num_workers=0)
     with pytest.warns(UserWarning, match=r"1 of 12 images can't be read, the first: .*000005\.jpg.* nobody's negative"):
-        Trainer(**options).mine(model, data, output="mined", num_texts=55, num_images=11)
+        Trainer(**options).mine(model, data, output="mined", texts_per_image=55, images_per_text=11)
     rows = [json.loads(line) for line in Path("mined/texts_of_images.jsonl").read_text().splitlines()]
     assert [len(row["texts"]) for row in rows] == [50] * 5 + [55] + [50] * 6
     assert all(entry["image_id"] != 5 for row in rows for entry in row["texts"])

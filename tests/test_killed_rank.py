@@ -32,7 +32,7 @@ SCRIPT = textwrap.dedent(
                 if how == "hangs":
                     signal.pause()
 
-    callbacks = [Die(), OfflineHardNegativeMining(num_texts=6, num_images=4, inject="embeddings")]
+    callbacks = [Die(), OfflineHardNegativeMining(texts_per_image=6, images_per_text=4, inject="embeddings")]
     callbacks.append(FalseNegativeElimination(16, min_count=4, start_epoch=0))
     trainer = L.Trainer(
         **SILENT, devices=2, max_epochs=4, callbacks=callbacks,

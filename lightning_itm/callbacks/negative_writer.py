@@ -22,8 +22,8 @@ class NegativeWriter(EmbeddingWriter):
 
     Args:
         folder: Where to; it must not hold results already.
-        num_texts: Texts kept for an image.
-        num_images: Images kept for a text.
+        texts_per_image: Texts kept for an image.
+        images_per_text: Images kept for a text.
         format: ``"jsonl"`` or ``"parquet"``, which needs pyarrow.
         **guards: Of :func:`~lightning_itm.functional.top_k_negatives`.
 
@@ -36,8 +36,8 @@ class NegativeWriter(EmbeddingWriter):
     def __init__(
         self,
         folder: str | Path,
-        num_texts: int = 300,
-        num_images: int = 60,
+        texts_per_image: int = 300,
+        images_per_text: int = 60,
         *,
         format: Literal["jsonl", "parquet"] = "jsonl",
         **guards: Any,
@@ -47,7 +47,12 @@ class NegativeWriter(EmbeddingWriter):
             raise ValueError(f"Expected `format` to be 'jsonl' or 'parquet', got {format!r}.")
         if format == "parquet":
             pyarrow()  # before anything is encoded
-        self.num_texts, self.num_images, self.format, self.guards = num_texts, num_images, format, guards
+        self.texts_per_image, self.images_per_text, self.format, self.guards = (
+            texts_per_image,
+            images_per_text,
+            format,
+            guards,
+        )
         self.results = tuple(f"{name}.{format}" for name in ("texts_of_images", "images_of_texts"))
 
     def write(
@@ -63,8 +68,8 @@ class NegativeWriter(EmbeddingWriter):
         encoded = EncodedPairs(image, text, pairs.text_image_id.to(image.device), image_is_valid, text_is_valid)
         found = find_negatives(
             encoded,
-            self.num_texts,
-            self.num_images,
+            self.texts_per_image,
+            self.images_per_text,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             is_shown=is_progress_shown(trainer),

@@ -34,8 +34,8 @@ class OfflineHardNegativeMining(Callback):
         dataset: What is mined, if it is not the datamodule's ``train_dataset``: an :class:`~lightning_itm.ImageTextDataset`,
             the :class:`~lightning_itm.HardNegativeDataset` around it that the train loader reads, or the
             :class:`~lightning_itm.ShardStream` that is trained on; of remote shards with ``inject="embeddings"`` alone.
-        num_texts: Texts kept for an image.
-        num_images: Images kept for a text.
+        texts_per_image: Texts kept for an image.
+        images_per_text: Images kept for a text.
         every_n_epochs: Mine anew after so many epochs; ``None``: once, as published.
         start_epoch: The first epoch with mined negatives.
         inject: ``"samples"``: the negatives are loaded with the pair and encoded with gradient. ``"embeddings"`` (ours): they
@@ -67,8 +67,8 @@ class OfflineHardNegativeMining(Callback):
         self,
         dataset: Dataset[Any] | None = None,
         *,
-        num_texts: int = 300,
-        num_images: int = 60,
+        texts_per_image: int = 300,
+        images_per_text: int = 60,
         every_n_epochs: int | None = 1,
         start_epoch: int = 0,
         inject: Literal["samples", "embeddings"] = "samples",
@@ -82,8 +82,8 @@ class OfflineHardNegativeMining(Callback):
         seed: int = 0,
     ) -> None:
         for name, value, least in (
-            ("num_texts", num_texts, 1),
-            ("num_images", num_images, 1),
+            ("texts_per_image", texts_per_image, 1),
+            ("images_per_text", images_per_text, 1),
             ("every_n_epochs", every_n_epochs, 1),
             ("start_epoch", start_epoch, 0),
             ("rank_min", rank_min, 0),
@@ -94,7 +94,7 @@ class OfflineHardNegativeMining(Callback):
         if inject not in ("samples", "embeddings"):
             raise ValueError(f"Expected `inject` to be 'samples' or 'embeddings', got {inject!r}.")
         self.dataset = dataset
-        self.num_texts, self.num_images = num_texts, num_images
+        self.texts_per_image, self.images_per_text = texts_per_image, images_per_text
         self.every_n_epochs, self.start_epoch = every_n_epochs, start_epoch
         self.inject, self.coupled_ranks = inject, coupled_ranks
         self.rank_min = rank_min
@@ -131,7 +131,7 @@ class OfflineHardNegativeMining(Callback):
         if num_images < 2:
             raise MisconfigurationException(f"Expected at least two images to mine among, got {num_images}.")
         self.table = NegativeTable(
-            num_images, num_texts, texts_per_image=self.num_texts, images_per_text=self.num_images
+            num_images, num_texts, texts_per_image=self.texts_per_image, images_per_text=self.images_per_text
         )
         self.table.is_pending = True
         self._epoch, self._is_finished, self._restored, self.embedded = 0, False, None, None
@@ -269,10 +269,10 @@ class OfflineHardNegativeMining(Callback):
                 "their order differ. Resume with the same data, or start from the weights alone (`load_from_checkpoint`)."
             )
         places = state_dict["texts"].shape[1], state_dict["images"].shape[1]
-        if places != (self.num_texts, self.num_images):
+        if places != (self.texts_per_image, self.images_per_text):
             raise ValueError(
-                f"Expected {self.num_texts} texts and {self.num_images} images a row, got {places} in the checkpoint. Resume "
-                "with the same `num_texts` and `num_images`."
+                f"Expected {self.texts_per_image} texts and {self.images_per_text} images a row, got {places} in the "
+                "checkpoint. Resume with the same `texts_per_image` and `images_per_text`."
             )
         self._restored = state_dict
         if not (state_dict["is_finished"] and self.is_due(int(state_dict["epoch"]) + 1)):
@@ -292,8 +292,8 @@ class OfflineHardNegativeMining(Callback):
         between = time.perf_counter()
         found = find_negatives(
             encoded,
-            self.num_texts,
-            self.num_images,
+            self.texts_per_image,
+            self.images_per_text,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             is_shown=is_progress_shown(trainer),

@@ -31,8 +31,8 @@ class FoundNegatives:
 
 def find_negatives(
     pairs: EncodedPairs,
-    num_texts: int,
-    num_images: int,
+    texts_per_image: int,
+    images_per_text: int,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -43,8 +43,8 @@ def find_negatives(
 
     Args:
         pairs: All embeddings.
-        num_texts: Texts kept for an image.
-        num_images: Images kept for a text.
+        texts_per_image: Texts kept for an image.
+        images_per_text: Images kept for a text.
         rank: This rank.
         world_size: Number of ranks.
         is_shown: Draw a progress bar.
@@ -54,10 +54,10 @@ def find_negatives(
     of_image, of_text = pairs.positive()
     split = {"rank": rank, "world_size": world_size, "is_shown": is_shown, **guards}
     texts, rejected_texts = _search(
-        pairs.image, pairs.text, pairs.text_is_valid, image_id, pairs.text_image_id, of_image, num_texts, **split
+        pairs.image, pairs.text, pairs.text_is_valid, image_id, pairs.text_image_id, of_image, texts_per_image, **split
     )
     images, rejected_images = _search(
-        pairs.text, pairs.image, pairs.image_is_valid, pairs.text_image_id, image_id, of_text, num_images, **split
+        pairs.text, pairs.image, pairs.image_is_valid, pairs.text_image_id, image_id, of_text, images_per_text, **split
     )
     gap = torch.cat([of_image - texts.scores[:, 0], of_text - images.scores[:, 0]])
     gap = gap[gap.isfinite()]

@@ -184,7 +184,7 @@ class TestOneRun:
     def test_beside_the_other_callbacks(self, loss, has_memory, mining):
         callbacks = [FalseNegativeElimination(16, min_count=4, start_epoch=0)] * has_memory
         if mining:
-            callbacks.append(OfflineHardNegativeMining(num_texts=12, num_images=8, inject=mining))
+            callbacks.append(OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=mining))
         model, monitor, _, trainer = fit(loss(), callbacks)
         assert len(monitor.curves()["step"]) == 24
         assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -35,8 +35,10 @@ LOSSES = {
 }
 CALLBACKS = {
     "memory": lambda: FalseNegativeElimination(16, momentum=0.9, min_count=4, start_epoch=0),
-    "mining": lambda: OfflineHardNegativeMining(num_texts=12, num_images=8, inject="embeddings", batch_size=16),
-    "samples": lambda: OfflineHardNegativeMining(num_texts=12, num_images=8, batch_size=16),
+    "mining": lambda: OfflineHardNegativeMining(
+        texts_per_image=12, images_per_text=8, inject="embeddings", batch_size=16
+    ),
+    "samples": lambda: OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, batch_size=16),
     "monitor": GradientNormMonitor,
 }
 COMBINATIONS = [(), ("memory",), ("mining",), ("memory", "mining")]
@@ -135,7 +137,9 @@ class Encoded(Tiny):
 
 
 def mine(model, **options):
-    mining = OfflineHardNegativeMining(num_texts=12, num_images=8, inject="embeddings", batch_size=4, num_workers=1)
+    mining = OfflineHardNegativeMining(
+        texts_per_image=12, images_per_text=8, inject="embeddings", batch_size=4, num_workers=1
+    )
     trainer = L.Trainer(callbacks=[mining], max_epochs=1, limit_train_batches=1, limit_val_batches=0, **options)
     trainer.fit(model, datamodule=tiny_data())
     assert model.calls == 12

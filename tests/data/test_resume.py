@@ -75,7 +75,7 @@ def fit(
     watch, checkpoint = Watch(kill_at), ModelCheckpoint(folder, "{step}", save_top_k=-1, **(save or {}))
     options = {**SILENT, "max_epochs": EPOCHS, "enable_checkpointing": True, **trainer_options}
     model = model_class()
-    miners = [] if mining is None else [OfflineHardNegativeMining(num_texts=12, num_images=8, **mining)]
+    miners = [] if mining is None else [OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, **mining)]
     banks = [] if memory is None else [FalseNegativeElimination(16, min_count=4, **memory)]
     trainer = L.Trainer(callbacks=[*banks, watch, *miners, checkpoint], **options)
     data = tiny_data(**{name: value for name, value in loader.items() if name != "shards"})

@@ -12,12 +12,12 @@ from tests.helpers.pictures import captions, cut_outs
 from tests.helpers.tiny import tiny_pairs
 
 
-def mined_pairs(*, coupled_ranks=True, num_texts=10, num_images=2):
+def mined_pairs(*, coupled_ranks=True, texts_per_image=10, images_per_text=2):
     """23 images of two texts each; a table with other images only, and rows that are shorter than the others."""
     pairs = tiny_pairs()
-    table = NegativeTable(23, 46, texts_per_image=num_texts, images_per_text=num_images)
-    texts = torch.stack([(2 * row + 2 + torch.arange(num_texts)) % 46 for row in range(23)])
-    images = torch.stack([(row // 2 + 1 + torch.arange(num_images)) % 23 for row in range(46)])
+    table = NegativeTable(23, 46, texts_per_image=texts_per_image, images_per_text=images_per_text)
+    texts = torch.stack([(2 * row + 2 + torch.arange(texts_per_image)) % 46 for row in range(23)])
+    images = torch.stack([(row // 2 + 1 + torch.arange(images_per_text)) % 23 for row in range(46)])
     texts[3, 4:], texts[5], images[11] = -1, -1, -1
     table.publish(texts, images)
     return HardNegativeDataset(pairs, table, coupled_ranks=coupled_ranks)

@@ -266,7 +266,7 @@ class Plain(Tiny):
 
 def fit(model, inject, **options):
     callbacks = [
-        OfflineHardNegativeMining(num_texts=12, num_images=8, inject=inject),
+        OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=inject),
         FalseNegativeElimination(queue_size=16, min_count=4, start_epoch=0),
         GradientNormMonitor(),
     ]

@@ -119,7 +119,7 @@ def test_learns():
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("inject", ["samples", "embeddings"])
 def test_with_the_callbacks(inject, precision):
-    callbacks = [OfflineHardNegativeMining(num_texts=8, num_images=4, inject=inject), GradientNormMonitor()]
+    callbacks = [OfflineHardNegativeMining(texts_per_image=8, images_per_text=4, inject=inject), GradientNormMonitor()]
     model, trainer = fit(QuintupletLoss(), callbacks)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert "mining/gap" in trainer.callback_metrics

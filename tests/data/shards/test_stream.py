@@ -330,7 +330,7 @@ class TestMining:
         tables = []
         for dataset in (shards, ShardStream(shards, shuffle_buffer=11)):
             L.seed_everything(0, verbose=False)
-            miner = OfflineHardNegativeMining(num_texts=9, num_images=6, inject=inject)
+            miner = OfflineHardNegativeMining(texts_per_image=9, images_per_text=6, inject=inject)
             check = Negatives(shards, miner)
             data = ImageTextDataModule(dataset, batch_size=4, num_workers=num_workers, drop_last=False)
             trainer = L.Trainer(**SILENT, max_epochs=1, callbacks=[miner, check])
@@ -360,7 +360,9 @@ class TestMining:
             tables = []
             for dataset in (shards, stream):
                 L.seed_everything(0, verbose=False)
-                miner = OfflineHardNegativeMining(num_texts=9, num_images=6, inject="embeddings", batch_size=5)
+                miner = OfflineHardNegativeMining(
+                    texts_per_image=9, images_per_text=6, inject="embeddings", batch_size=5
+                )
                 data = ImageTextDataModule(dataset, batch_size=4, num_workers=num_workers, drop_last=False)
                 L.Trainer(**SILENT, max_epochs=1, callbacks=[miner]).fit(Tiny(), datamodule=data)
                 tables.append(miner.table)
