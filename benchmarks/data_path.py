@@ -24,17 +24,10 @@ from PIL import Image
 from skimage import data as pictures
 from torch.utils.data import DataLoader
 
-from lightning_itm import (
-    HardNegativePairs,
-    ImageTextPairs,
-    NegativeTable,
-    ShardPairs,
-    ShardStream,
-    collate,
-    write_shards,
-)
-from lightning_itm.data.sampler import EpochSampler, SeededDataset
-from lightning_itm.data.streamed import StreamedBatches, StreamLoader
+from lightning_itm import HardNegativeDataset, ImageTextDataset, ShardDataset, ShardStream, write_shards
+from lightning_itm.data import EpochSampler, SeededDataset, collate_pairs
+from lightning_itm.data.shards import StreamedBatches, StreamLoader
+from lightning_itm.mining import NegativeTable
 
 TEXTS_PER_IMAGE = 5
 DRAWS = 20_000
@@ -61,20 +54,20 @@ def measure_manifest(num_images: int, folder: Path) -> dict[str, float]:
     path = folder / "manifest.jsonl"
     write_manifest(path, num_images)
     (folder / f"{0:012d}.jpg").touch()  # the first is looked for
-    indexing, pairs = timed(lambda: ImageTextPairs.from_jsonl(path, folder))
+    indexing, pairs = timed(lambda: ImageTextDataset.from_jsonl(path, folder))
 
-    def fill() -> HardNegativePairs:
+    def fill() -> HardNegativeDataset:
         table = NegativeTable(num_images, len(pairs), texts_per_image=300, images_per_text=60)
         table.texts.random_(len(pairs))
         table.images.random_(num_images)
-        return HardNegativePairs(pairs, table)
+        return HardNegativeDataset(pairs, table)
 
     filling, mined = timed(fill)
     seeded = SeededDataset(mined)
     sampler = EpochSampler(seeded, 256, lambda: (0, 0))
     sampling, order = timed(lambda: list(sampler))
     some = order[: min(DRAWS, len(order))]
-    drawing, _ = timed(lambda: [mined._draw(mined.table.texts[i // 5], mined.table.images[i]) for i in some])
+    drawing, _ = timed(lambda: [mined.draw(mined.table.texts[i // 5], mined.table.images[i]) for i in some])
     return {
         "index": indexing,
         "table": filling,
@@ -92,11 +85,11 @@ def measure_shards(num_images: int, folder: Path) -> dict[str, float]:
     Image.fromarray(cat()).resize((64, 64)).save(picture)
     data = picture.read_bytes()
     texts = [[f"caption {k} of image {i}" for k in range(TEXTS_PER_IMAGE)] for i in range(num_images)]
-    write_shards(ImageTextPairs([data] * num_images, texts), folder / "shards", images_per_shard=1000)
+    write_shards(ImageTextDataset([data] * num_images, texts), folder / "shards", images_per_shard=1000)
     for index in (folder / "shards").glob("*.index"):
         index.unlink()
-    indexing, pairs = timed(lambda: ShardPairs(folder / "shards", tokenizer=lambda _: torch.zeros(1, 4)))
-    loader = DataLoader(SeededDataset(pairs), 256, shuffle=True, collate_fn=collate)
+    indexing, pairs = timed(lambda: ShardDataset(folder / "shards", tokenizer=lambda _: torch.zeros(1, 4)))
+    loader = DataLoader(SeededDataset(pairs), 256, shuffle=True, collate_fn=collate_pairs)
     by_number, _ = timed(lambda: sum(len(batch["text_id"]) for batch in loader))
     batches = StreamedBatches(ShardStream(pairs), 256, drop_last=False, rank=0, world_size=1, seed=0)
     streaming, count = timed(lambda: sum(len(batch["text_id"]) for batch in StreamLoader(batches, lambda: (0, 0))))

@@ -1,8 +1,9 @@
 """Does mining help here? Fine-tune a converged model with and without negatives mined before each epoch.
 
 From what InfoNCE reached from scratch, 8 epochs of: the hardest negative, AOQ, InfoNCE, InfoNCE with mined negatives; and
-InfoNCE for as long as AOQ took. Rsum on the test set of examples/emoji.py, for each seed, and mean and standard deviation.
-Split, epochs and learning rates were set before these runs were looked at. About nine minutes a seed on two cores.
+InfoNCE for as long as AOQ took. Rsum on the test set of examples/train_on_emoji.py, for each seed, and mean and standard
+deviation. Split, epochs and learning rates were set before these runs were looked at. About
+nine minutes a seed on two cores.
 
     python benchmarks/emoji_mining.py --seeds 0 1 2
 """
@@ -18,17 +19,17 @@ from typing import Any
 
 import open_clip
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "emoji.py"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_on_emoji.py"
 ROWS = ("start", "hardest", "AOQ", "AOQ, embeddings", "InfoNCE", "InfoNCE+", "InfoNCE, AOQ's time")
 
 
 def load_example() -> Any:
-    """Import examples/emoji.py, under a name that is not that of the package `emoji`."""
-    spec = importlib.util.spec_from_file_location("emoji_example", EXAMPLE)
+    """Import examples/train_on_emoji.py."""
+    spec = importlib.util.spec_from_file_location("train_on_emoji", EXAMPLE)
     if spec is None or spec.loader is None:
         raise FileNotFoundError(EXAMPLE)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["emoji_example"] = module
+    sys.modules["train_on_emoji"] = module
     spec.loader.exec_module(module)
     return module
 

@@ -32,16 +32,14 @@ from lightning_itm import (
     FalseNegativeElimination,
     FalseNegativeSampler,
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
-    MemoryCandidates,
-    MemoryDirection,
     OpenCLIPDualEncoder,
     TripletLoss,
 )
-from lightning_itm.functional import DirectionScores, recall_at_k, retrieval_rank
-from lightning_itm.functional.false_negatives import DrawnNegative
-from lightning_itm.modules.pair_loss import DirectionCost
+from lightning_itm.functional import DirectionScores, DrawnNegative, recall_at_k, retrieval_rank
+from lightning_itm.losses import DirectionCost
+from lightning_itm.memory_bank import MemoryCandidates, MemoryDirection
 
 HARDEST, OF_BATCH, PUBLISHED = "hardest of the bank", "hardest of the batch", "exp (published)"
 RULES: dict[str, dict[str, Any]] = {
@@ -98,7 +96,7 @@ def caption_of(item: Any) -> str:
     return SKIN_TONE.sub("", item.name)
 
 
-def evaluate(model: OpenCLIPDualEncoder, pairs: ImageTextPairs, caption: Tensor) -> float:
+def evaluate(model: OpenCLIPDualEncoder, pairs: ImageTextDataset, caption: Tensor) -> float:
     """Compute rsum, where everything of the right caption is right."""
     model.eval()
     view = pairs.evaluation()
@@ -135,7 +133,7 @@ def fine_tune(args: argparse.Namespace, example: Any, rule: str, start: dict[str
     if start:
         model.load_state_dict(start, strict=False)
     sets = [
-        ImageTextPairs([item.image for item in part], [caption_of(item) for item in part], **model.transforms)
+        ImageTextDataset([item.image for item in part], [caption_of(item) for item in part], **model.transforms)
         for part in (train, test)
     ]
     callbacks: list[Any] = []

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_itm import EmbeddingPairs, FalseNegativeSampler, InfoNCELoss, MemoryBank, MemoryCandidates, TripletLoss
+from lightning_itm import FalseNegativeSampler, InfoNCELoss, TripletLoss
+from lightning_itm.embeddings import EmbeddingPairs
+from lightning_itm.memory_bank import MemoryBank, MemoryCandidates
 
 MARGIN, PRIOR, SHARPNESS, THRESHOLD = 0.2, 1e-4, 0.5, 1e-3
 

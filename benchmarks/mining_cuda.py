@@ -19,15 +19,15 @@ import torch
 from timing import Report, seconds_of
 from torch.utils.data import DataLoader
 
-from lightning_itm import ImageTextPairs, InfoNCELoss, OpenCLIPDualEncoder
-from lightning_itm.modules.encoding import _collate, _Items, encode_pairs
+from lightning_itm import ImageTextDataset, InfoNCELoss, OpenCLIPDualEncoder
+from lightning_itm.mining import EvaluationItems, collate_items, encode_pairs
 
 
-def make_pairs(model: OpenCLIPDualEncoder, number: int) -> ImageTextPairs:
+def make_pairs(model: OpenCLIPDualEncoder, number: int) -> ImageTextDataset:
     """Make pairs of one picture, which costs nothing to load: bytes that are turned into float32 as a transform would."""
     size, context = model.model.visual.image_size[0], model.model.context_length
     picture, tokens = torch.randn(3, size, size), torch.randint(1, 1000, (context,))
-    return ImageTextPairs(
+    return ImageTextDataset(
         [np.zeros((1, 1, 3), dtype=np.uint8)] * number,
         [f"text {place}" for place in range(number)],
         transform=lambda _: picture,
@@ -36,16 +36,16 @@ def make_pairs(model: OpenCLIPDualEncoder, number: int) -> ImageTextPairs:
     )
 
 
-def plainly(model: Any, pairs: ImageTextPairs, number: int, args: argparse.Namespace) -> torch.Tensor:
+def plainly(model: Any, pairs: ImageTextDataset, number: int, args: argparse.Namespace) -> torch.Tensor:
     """Encode images, then texts, and keep the embeddings."""
     found, view = [], pairs.evaluation()
     for encode, load in ((model.encode_image, view.load_image), (model.encode_text, view.load_text)):
         loader: DataLoader[Any] = DataLoader(
-            _Items(load, number),
+            EvaluationItems(load, number),
             args.batch_size,
             sampler=range(number),
             num_workers=args.num_workers,
-            collate_fn=_collate,
+            collate_fn=collate_items,
             pin_memory=args.device == "cuda",
         )
         with torch.inference_mode(), torch.autocast(args.device, dtype=torch.bfloat16):

@@ -1,9 +1,10 @@
 """The statistic of GradientNormMonitor in networks of four sizes: spread embeddings, and embeddings that run into one point.
 
-An MLP, the CLIP of examples/emoji.py, ViT-B/32 and ViT-L/14 of open_clip, all with random weights, on emoji and their names;
-the hardest-negative loss with margin 0.2. A random network is nearly collapsed or not by accident, so its outputs are centred
-and scaled to length one ("spread"), and then pulled into one point: times η, plus one common vector. Printed: the loss, how
-far the images spread around their mean, and κ of each tower, healthy in the first line of a model and collapsed in its last.
+An MLP, the CLIP of examples/train_on_emoji.py, ViT-B/32 and ViT-L/14 of open_clip, all with random weights, on emoji and
+their names; the hardest-negative loss with margin 0.2. A random network is nearly collapsed or not by accident, so its
+outputs are centred and scaled to length one ("spread"), and then pulled into one point: times η, plus one common vector.
+Printed: the loss, how far the images spread around their mean, and κ of each tower, healthy in the first line of a model and
+collapsed in its last.
 
     python benchmarks/relative_gradient.py                        # a few minutes, most of them ViT-L/14
     python benchmarks/relative_gradient.py --models mlp emoji-clip
@@ -19,8 +20,10 @@ from emoji_mining import load_example
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lightning_itm import DualEncoder, EmbeddingPairs, ImageTextPairs, OpenCLIPDualEncoder, TripletLoss, collate
-from lightning_itm.callbacks.gradient_norm_monitor import measure_gradient
+from lightning_itm import DualEncoder, ImageTextDataset, OpenCLIPDualEncoder, TripletLoss
+from lightning_itm.data import collate_pairs
+from lightning_itm.embeddings import EmbeddingPairs
+from lightning_itm.gradient_monitor import measure_gradient
 
 STATES = {"spread": 0.0, "η = 0.3": 0.3, "η = 0.1": 0.1, "η = 0.01": 0.01}
 BATCH = {"mlp": 64, "emoji-clip": 64, "ViT-B-32": 16, "ViT-L-14": 6}
@@ -49,7 +52,7 @@ class Mlp(DualEncoder):
 
 
 def _pixels(image: object) -> Tensor:
-    from lightning_itm.data.image import to_tensor
+    from lightning_itm.data import to_tensor
 
     return to_tensor(image)  # type: ignore[arg-type]
 
@@ -77,8 +80,8 @@ def main() -> None:
         model = Mlp() if name == "mlp" else OpenCLIPDualEncoder(name, loss=TripletLoss())
         number = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         some = items[: BATCH[name]]
-        pairs = ImageTextPairs([item.image for item in some], [item.name for item in some], **model.transforms)
-        batch = collate([pairs[i] for i in range(len(some))])
+        pairs = ImageTextDataset([item.image for item in some], [item.name for item in some], **model.transforms)
+        batch = collate_pairs([pairs[i] for i in range(len(some))])
         ids, common = batch["image_id"], None
         for state, eta in STATES.items():
             model.zero_grad()

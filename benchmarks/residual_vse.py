@@ -27,16 +27,9 @@ from emoji_mining import load_example
 from PIL import Image
 from torch import Tensor
 
-from lightning_itm import (
-    GradientNormMonitor,
-    ImageTextDataModule,
-    PaddedSequence,
-    RegionEncoder,
-    RegionPairs,
-    ResidualVSE,
-    TripletLoss,
-    Vocabulary,
-)
+from lightning_itm import GradientNormMonitor, ImageTextDataModule, RegionFeatureDataset, ResidualVSE, TripletLoss
+from lightning_itm.data import PaddedSequence, Vocabulary
+from lightning_itm.models import RegionEncoder
 
 PATCH, GRID = 12, 6
 ROWS = ("VSE++", "VSE++, monitored", "RVSE++")
@@ -78,7 +71,7 @@ def run(args: argparse.Namespace, folder: Path, row: str, seed: int) -> tuple[fl
     L.seed_everything(seed, verbose=False)
     names = (folder / "train_caps.txt").read_text(encoding="utf-8").splitlines()
     shared: dict[str, Any] = {"captions_per_image": 1, "vocabulary": Vocabulary.build(names, min_count=2)}
-    train, test = (RegionPairs.from_scan(folder, split, **shared) for split in ("train", "test"))
+    train, test = (RegionFeatureDataset.from_scan(folder, split, **shared) for split in ("train", "test"))
     loss = TripletLoss(negatives="selective" if row == "RVSE++" else "hardest")
     model = ResidualVSE(len(train.vocabulary), PATCH * PATCH * 3, args.embed_dim, 128, loss)
     if row != "RVSE++":

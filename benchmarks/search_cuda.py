@@ -21,7 +21,7 @@ from torch.nn.functional import normalize, pad
 
 from lightning_itm.functional import TopK, top_k_negatives
 from lightning_itm.functional import _top_k_search as searching
-from lightning_itm.functional.group_maxima import group_keys, group_maxima
+from lightning_itm.functional.grouped_top_k import group_keys, group_maxima
 
 BUDGET = 1 << 30  # bytes of scores, the same for every way
 
@@ -95,12 +95,17 @@ def measure(report: Report, num_images: int, num_texts: int, k: int, is_i2t: boo
             seconds[name].append(seconds_of(way, args.device))
     for name, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(times, seconds["bfloat16 product alone"], strict=True))
-        share = ""
+        found_share = ""
         if name.startswith("top_k"):
             found = search(method="grouped" if name.endswith("grouped") else "chunked")
-            share = f"{recall(found, anchors, keys, k, *ids):.5f}"
+            found_share = f"{recall(found, anchors, keys, k, *ids):.5f}"
         report.row(
-            f"{len(anchors)} x {len(keys)}, k {k}", name, statistics.median(times), ratio, memory[name] / 1e9, share
+            f"{len(anchors)} x {len(keys)}, k {k}",
+            name,
+            statistics.median(times),
+            ratio,
+            memory[name] / 1e9,
+            found_share,
         )
 
 
@@ -116,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.group_size is not None:
         searching.group_size = lambda *_: args.group_size
-    share, args.runs = (500, 1) if args.quick else (1, args.runs)
+    divisor, args.runs = (500, 1) if args.quick else (1, args.runs)
     report = Report(
         args.device, args.out, ("search", 30), ("way", 32), ("s", 9), ("ratio", 8), ("GB", 7), ("recall", 9)
     )
@@ -127,7 +132,7 @@ def main() -> None:
         (113_287, 566_435, 60, False),
         (1_000_000, 1_000_000, 60, True),
     ):
-        measure(report, num_images // share, num_texts // share, k, is_i2t, args)
+        measure(report, num_images // divisor, num_texts // divisor, k, is_i2t, args)
     report.close(f"group size {args.group_size or 'by k'}, depth {searching._DEPTH}, median of {args.runs} runs")
 
 

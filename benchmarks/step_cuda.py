@@ -23,16 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
-from lightning_itm import (
-    EmbeddingPairs,
-    FalseNegativeElimination,
-    GradientNormMonitor,
-    InfoNCELoss,
-    OpenCLIPDualEncoder,
-    TripletLoss,
-)
-from lightning_itm.modules.embedded_negatives import EmbeddedNegatives
-from lightning_itm.modules.momentum import MomentumEncoder
+from lightning_itm import FalseNegativeElimination, GradientNormMonitor, InfoNCELoss, OpenCLIPDualEncoder, TripletLoss
+from lightning_itm.embeddings import EmbeddingPairs
+from lightning_itm.memory_bank import MomentumEncoder
+from lightning_itm.mining import EmbeddedNegatives
 
 WARMUP = 10  # steps that are not timed
 QUEUE = 65_536

@@ -1,11 +1,11 @@
 """What does fine-tuning on a narrow domain cost elsewhere, and does mixing the weights (WiSE-FT) bring it back?
 
-A small CLIP is trained from scratch with InfoNCE on all training emoji of examples/emoji.py. Then it is fine-tuned on the
-narrow domain alone: emoji whose name has one of the words in PEOPLE. Rsum is of the held-out emoji of that domain. Zero-shot
-accuracy is of all other held-out emoji, classes that the fine-tuning never sees: one class a name, the skin tone left out of
-it, so that tones of one gesture are images of one class. Both are measured before, after, and at shares of the fine-tuned
-weights between. Words, epochs and learning rates were set before these runs were looked at, and nothing is chosen by the
-results. Batch statistics are mixed as weights are. About five minutes a seed on one core.
+A small CLIP is trained from scratch with InfoNCE on all training emoji of examples/train_on_emoji.py. Then it is fine-tuned
+on the narrow domain alone: emoji whose name has one of the words in PEOPLE. Rsum is of the held-out emoji of that domain.
+Zero-shot accuracy is of all other held-out emoji, classes that the fine-tuning never sees: one class a name, the skin tone
+left out of it, so that tones of one gesture are images of one class. Both are measured before, after, and at shares of the
+fine-tuned weights between. Words, epochs and learning rates were set before these runs were looked at, and nothing is chosen
+by the results. Batch statistics are mixed as weights are. About five minutes a seed on one core.
 
     python benchmarks/zero_shot_drift.py --seeds 0 1 2
 """
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from lightning_itm import (
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
     OpenCLIPDualEncoder,
@@ -65,7 +65,7 @@ def other_classes(items: Sequence[Any], transform: Any) -> tuple[DataLoader[Any]
     """Return images with labels, and the names of the labels."""
     others = [item for item in items if not is_narrow(item)]
     names = sorted({without_tone(item.name) for item in others})
-    pairs = ImageTextPairs([item.image for item in others], [item.name for item in others], transform=transform)
+    pairs = ImageTextDataset([item.image for item in others], [item.name for item in others], transform=transform)
     labelled = [(pairs.load_image(i), names.index(without_tone(item.name))) for i, item in enumerate(others)]
     return DataLoader(labelled, batch_size=256), names  # type: ignore[arg-type]  # a list is as good
 
@@ -85,11 +85,11 @@ class Bench:
         transforms = self.model("InfoNCE").transforms
         self.others, self.names = other_classes(val + test, transforms["eval_transform"])
         self.data = ImageTextDataModule(
-            ImageTextPairs(
+            ImageTextDataset(
                 [item.image for item in train], [[item.name, *item.aliases] for item in train], **transforms
             ),
             None,
-            ImageTextPairs([item.image for item in narrow_test], [item.name for item in narrow_test], **transforms),
+            ImageTextDataset([item.image for item in narrow_test], [item.name for item in narrow_test], **transforms),
             batch_size=128,
             num_workers=0,
             seed=seed,
@@ -133,7 +133,9 @@ class Bench:
             L.seed_everything(self.seed, verbose=False)
             start, model = time.perf_counter(), self.model(method)
             before = copy.deepcopy(model.state_dict())
-            mining = OfflineHardNegativeMining(num_texts=30, num_images=6, relative_margin=0.05, inject="embeddings")
+            mining = OfflineHardNegativeMining(
+                texts_per_image=30, images_per_text=6, relative_margin=0.05, inject="embeddings"
+            )
             self.trainer([mining] * (method == "AOQ")).fit(model, datamodule=self.data)
             after = copy.deepcopy(model.state_dict())
             for share in SHARES:

@@ -38,10 +38,9 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
     interpolate_weights,
-    read_pairs,
     zero_shot_accuracy,
 )
-from lightning_itm.data.image import open_rgb
+from lightning_itm.data import open_rgb, read_pairs
 
 LOSSES = ("infonce", "sigmoid", "hardest", "selective", "quintuplet")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -64,7 +63,7 @@ def make_callbacks(args: argparse.Namespace) -> list[L.Callback]:
     if args.mining:
         callbacks.append(
             OfflineHardNegativeMining(
-                num_texts=30, num_images=6, relative_margin=0.05, inject=args.mining, seed=args.seed
+                texts_per_image=30, images_per_text=6, relative_margin=0.05, inject=args.mining, seed=args.seed
             )
         )
     if args.memory:

@@ -22,11 +22,11 @@ from lightning_itm import (
     FalseNegativeElimination,
     GradientNormMonitor,
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     OfflineHardNegativeMining,
     OpenCLIPDualEncoder,
     QuintupletLoss,
-    RegionPairs,
+    RegionFeatureDataset,
     ResidualVSE,
     TripletLoss,
 )
@@ -47,10 +47,12 @@ Recipe = tuple[L.LightningModule, ImageTextDataModule, list[Any], dict[str, Any]
 
 def region_data(args: argparse.Namespace) -> tuple[ImageTextDataModule, int, int]:
     """Return the data, the size of the vocabulary (words that occur four times), and the width of the features."""
-    train = RegionPairs.from_scan(
+    train = RegionFeatureDataset.from_scan(
         args.data, "train"
     )  # a fifth of regions dropped, a fifth of words changed: the paper's
-    val, test = (RegionPairs.from_scan(args.data, split, vocabulary=train.vocabulary) for split in ("dev", "test"))
+    val, test = (
+        RegionFeatureDataset.from_scan(args.data, split, vocabulary=train.vocabulary) for split in ("dev", "test")
+    )
     data = ImageTextDataModule(
         train, val, test, batch_size=args.batch_size or 128, num_workers=args.num_workers
     )  # 128: RVSE++'s
@@ -75,7 +77,7 @@ def aoq(args: argparse.Namespace) -> Recipe:
     data, words, width = region_data(args)
     loss = QuintupletLoss(TripletLoss(0.2), offline_margin=0.0, alpha=0.3, beta=1.5)  # the paper's
     model = StepDecayedVSE(words, width, args.embed_dim, 300, loss, learning_rate=5e-4)  # RVSE++'s
-    mining = OfflineHardNegativeMining(num_texts=300, num_images=60, coupled_ranks=True)  # the paper's
+    mining = OfflineHardNegativeMining(texts_per_image=300, images_per_text=60, coupled_ranks=True)  # the paper's
     return model, data, [mining], {"max_epochs": 30, "gradient_clip_val": 2.0}  # RVSE++'s
 
 
@@ -84,7 +86,7 @@ def fne(args: argparse.Namespace) -> Recipe:
     loss = TripletLoss(0.2)  # the margin of the paper's code
     model = OpenCLIPDualEncoder(args.model, args.pretrained or None, loss, learning_rate=1e-5)  # ours
     sets = [
-        ImageTextPairs.from_karpathy(args.data, args.images, split, **model.transforms)
+        ImageTextDataset.from_karpathy(args.data, args.images, split, **model.transforms)
         for split in ("train", "val", "test")
     ]
     data = ImageTextDataModule(*sets, batch_size=args.batch_size or 128, num_workers=args.num_workers)  # ours

@@ -1,76 +1,54 @@
-"""Better negatives for fine-tuning CLIP and other dual encoders, as a PyTorch Lightning plugin."""
+"""Better negatives for fine-tuning CLIP and other dual encoders, as a PyTorch Lightning plugin.
 
-from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
-from lightning_itm.callbacks.false_negative_elimination import FalseNegativeElimination
-from lightning_itm.callbacks.gradient_norm_monitor import GradientNormMonitor
-from lightning_itm.callbacks.negative_writer import NegativeWriter
-from lightning_itm.callbacks.offline_hard_negative_mining import OfflineHardNegativeMining
-from lightning_itm.data.batch import EmbeddingPairs, HardNegatives, ImageTextBatch, collate
-from lightning_itm.data.datamodule import ImageTextDataModule
-from lightning_itm.data.features import RegionPairs, Vocabulary
-from lightning_itm.data.files import ImageTextFiles, open_clip_transforms, read_pairs
-from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
-from lightning_itm.data.memory import MemoryCandidates, MemoryDirection, NegativeSampler
-from lightning_itm.data.padded import PaddedSequence
-from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.data.shard_stream import ShardStream
-from lightning_itm.data.shards import ShardPairs, verify_shards, write_shards
-from lightning_itm.modules.contrastive_losses import InfoNCELoss, SigmoidLoss
-from lightning_itm.modules.dual_encoder import DualEncoder
-from lightning_itm.modules.false_negatives import FalseNegativeSampler, SimilarityStatistics
-from lightning_itm.modules.hinge_losses import QuintupletLoss, TripletLoss
-from lightning_itm.modules.memory_bank import MemoryBank
-from lightning_itm.modules.momentum import MomentumEncoder
-from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
-from lightning_itm.modules.pair_loss import PairLoss
-from lightning_itm.modules.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
-from lightning_itm.modules.retrieval import ImageTextRetrieval
-from lightning_itm.modules.weight_interpolation import interpolate_weights
-from lightning_itm.modules.zero_shot import zero_shot_accuracy
+Here stand the names of a training script. Every room exports the rest: ``lightning_itm.losses``, ``.metrics``, ``.mining``,
+``.memory_bank``, ``.gradient_monitor``, ``.models``, ``.data``, ``.embeddings``, ``.functional``.
+"""
+
+from lightning_itm.callbacks import (
+    EmbeddingWriter,
+    FalseNegativeElimination,
+    GradientNormMonitor,
+    NegativeWriter,
+    OfflineHardNegativeMining,
+)
+from lightning_itm.data import (
+    ImageTextDataModule,
+    ImageTextDataset,
+    ImageTextFilesDataModule,
+    RegionFeatureDataset,
+    ShardDataset,
+    ShardStream,
+    write_shards,
+)
+from lightning_itm.losses import InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
+from lightning_itm.memory_bank import FalseNegativeSampler
+from lightning_itm.metrics import ImageTextRetrieval, zero_shot_accuracy
+from lightning_itm.mining import HardNegativeDataset
+from lightning_itm.models import DualEncoder, OpenCLIPDualEncoder, ResidualVSE, interpolate_weights
 
 __all__ = [
     "DualEncoder",
-    "EmbeddingPairs",
     "EmbeddingWriter",
     "FalseNegativeElimination",
     "FalseNegativeSampler",
-    "GeneralizedPooling",
     "GradientNormMonitor",
-    "HardNegativePairs",
-    "HardNegatives",
-    "ImageTextBatch",
+    "HardNegativeDataset",
     "ImageTextDataModule",
-    "ImageTextFiles",
-    "ImageTextPairs",
+    "ImageTextDataset",
+    "ImageTextFilesDataModule",
     "ImageTextRetrieval",
     "InfoNCELoss",
-    "MemoryBank",
-    "MemoryCandidates",
-    "MemoryDirection",
-    "MomentumEncoder",
-    "NegativeSampler",
-    "NegativeTable",
     "NegativeWriter",
     "OfflineHardNegativeMining",
     "OpenCLIPDualEncoder",
-    "PaddedSequence",
-    "PairLoss",
     "QuintupletLoss",
-    "RegionEncoder",
-    "RegionPairs",
+    "RegionFeatureDataset",
     "ResidualVSE",
-    "ShardPairs",
+    "ShardDataset",
     "ShardStream",
     "SigmoidLoss",
-    "SimilarityStatistics",
     "TripletLoss",
-    "Vocabulary",
-    "WordEncoder",
-    "collate",
     "interpolate_weights",
-    "open_clip_transforms",
-    "read_pairs",
-    "verify_shards",
     "write_shards",
     "zero_shot_accuracy",
 ]

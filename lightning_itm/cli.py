@@ -13,11 +13,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.callbacks.negative_writer import NegativeWriter
 from lightning_itm.data.datamodule import ImageTextDataModule
-from lightning_itm.data.files import ImageTextFiles, read_pairs
-from lightning_itm.data.shard_index import ShardIndex
-from lightning_itm.data.shards import verify_shards, warn_of_faults, write_shards
-from lightning_itm.modules.dual_encoder import DualEncoder
-from lightning_itm.modules.open_clip import OpenCLIPDualEncoder
+from lightning_itm.data.files_datamodule import ImageTextFilesDataModule, read_pairs
+from lightning_itm.data.shards.dataset import warn_of_faults
+from lightning_itm.data.shards.index import ShardIndex
+from lightning_itm.data.shards.writer import verify_shards, write_shards
+from lightning_itm.models.dual_encoder import DualEncoder
+from lightning_itm.models.open_clip_dual_encoder import OpenCLIPDualEncoder
 
 DESCRIPTION = """\
 Fine-tune CLIP and other dual encoders on images and texts.
@@ -40,7 +41,7 @@ What is needed most:
   --data.batch_size N         pairs a batch on each process
   --trainer.max_epochs N      and whatever else Lightning's Trainer takes: accelerator, devices, strategy, precision, callbacks
 
-  --model.help OpenCLIPDualEncoder, --data.help ImageTextFiles    their arguments; likewise of another class
+  --model.help OpenCLIPDualEncoder, --data.help ImageTextFilesDataModule    their arguments; likewise of another class
   --print_config                                                  all of it as YAML, to start from"""
 SHARDS_DESCRIPTION = "Write image-text pairs into tar shards, and look after these."
 
@@ -94,8 +95,8 @@ class Trainer(L.Trainer):
         output: str = "mined",
         split: Literal["train", "val", "test"] = "train",
         format: Literal["jsonl", "parquet"] = "jsonl",
-        num_texts: int = 300,
-        num_images: int = 60,
+        texts_per_image: int = 300,
+        images_per_text: int = 60,
         rank_min: int = 0,
         max_score: float | None = None,
         absolute_margin: float | None = None,
@@ -111,8 +112,8 @@ class Trainer(L.Trainer):
             output: A new folder.
             split: The set.
             format: Of the files.
-            num_texts: Texts kept for an image.
-            num_images: Images kept for a text.
+            texts_per_image: Texts kept for an image.
+            images_per_text: Images kept for a text.
             rank_min: Skip so many of the hardest.
             max_score: Leave out candidates that are more similar than this.
             absolute_margin: Leave out candidates that are not so much less similar than the positive.
@@ -124,7 +125,7 @@ class Trainer(L.Trainer):
             "absolute_margin": absolute_margin,
             "relative_margin": relative_margin,
         }
-        writer = NegativeWriter(output, num_texts, num_images, format=format, **guards)
+        writer = NegativeWriter(output, texts_per_image, images_per_text, format=format, **guards)
         options = {"return_predictions": False, "ckpt_path": ckpt_path, "weights_only": weights_only}
         self._predict_with(writer, split, model, datamodule, **options)
 
@@ -160,7 +161,7 @@ class ItmCLI(LightningCLI):
         parser.set_defaults(
             {
                 "model": {"class_path": f"{OpenCLIPDualEncoder.__module__}.{OpenCLIPDualEncoder.__name__}"},
-                "data": {"class_path": f"{ImageTextFiles.__module__}.{ImageTextFiles.__name__}"},
+                "data": {"class_path": f"{ImageTextFilesDataModule.__module__}.{ImageTextFilesDataModule.__name__}"},
             }
         )
 

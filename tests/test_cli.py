@@ -15,7 +15,7 @@ import yaml
 
 import lightning_itm as itm
 from lightning_itm.cli import Trainer, main
-from tests.karpathy import write_karpathy
+from tests.helpers.karpathy import write_karpathy
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -57,7 +57,7 @@ def config(tmp_path):
             },
         },
         "data": {
-            "class_path": "lightning_itm.ImageTextFiles",
+            "class_path": "lightning_itm.ImageTextFilesDataModule",
             "init_args": {
                 **dict.fromkeys(("train", "val", "test"), "dataset.json"),
                 "batch_size": 12,
@@ -73,7 +73,7 @@ def config(tmp_path):
             "callbacks": [
                 {
                     "class_path": "lightning_itm.OfflineHardNegativeMining",
-                    "init_args": {"num_texts": 6, "num_images": 4},
+                    "init_args": {"texts_per_image": 6, "images_per_text": 4},
                 },
                 {
                     "class_path": "lightning_itm.FalseNegativeElimination",
@@ -106,10 +106,10 @@ def test_a_run_from_yaml_equals_the_same_run_from_python(config):
         augmentation={"scale": [0.5, 1.0]},
     )
     pairs = [
-        itm.ImageTextPairs.from_karpathy("dataset.json", ".", split, **model.transforms) for split in ("train", "val")
+        itm.ImageTextDataset.from_karpathy("dataset.json", ".", split, **model.transforms) for split in ("train", "val")
     ]
     callbacks = [
-        itm.OfflineHardNegativeMining(num_texts=6, num_images=4),
+        itm.OfflineHardNegativeMining(texts_per_image=6, images_per_text=4),
         itm.FalseNegativeElimination(24, min_count=4),
         itm.GradientNormMonitor(),
     ]
@@ -148,7 +148,7 @@ def test_every_command(config, capsys, tmp_path):
     assert (image.shape[0], text.shape[0], len(rows)) == (12, 60, 60)
     loss = itm.QuintupletLoss(itm.TripletLoss(negatives="selective"))
     model = itm.OpenCLIPDualEncoder.load_from_checkpoint(checkpoint(), weights_only=True, loss=loss).eval()
-    pairs = itm.read_pairs("shards/train", **model.transforms).evaluation()
+    pairs = itm.data.read_pairs("shards/train", **model.transforms).evaluation()
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model.encode_image(torch.stack([pairs.load_image(7)])))
     np.testing.assert_allclose(image[7], expected[0], atol=1e-6)
@@ -156,7 +156,7 @@ def test_every_command(config, capsys, tmp_path):
 
     scores = image @ text.T
     for format in ("jsonl", "parquet"):
-        main(["mine", *given, *trained, "--output", f"mined-{format}", "--format", format, "--num_texts", "4"])
+        main(["mine", *given, *trained, "--output", f"mined-{format}", "--format", format, "--texts_per_image", "4"])
     lines = Path("mined-jsonl/texts_of_images.jsonl").read_text().splitlines()
     images = [json.loads(line) for line in Path("mined-jsonl/images_of_texts.jsonl").read_text().splitlines()]
     assert (len(lines), len(images)) == (12, 60)
@@ -186,8 +186,8 @@ def test_two_processes_write_what_one_writes(tmp_path):
     for devices in (1, 2):
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(devices=devices, strategy="ddp_fork" if devices > 1 else "auto", accelerator="cpu", **options)
-        data = itm.ImageTextFiles("dataset.json", batch_size=5, num_workers=0)
-        trainer.mine(model, data, output=f"mined-{devices}", num_texts=5, num_images=4)
+        data = itm.ImageTextFilesDataModule("dataset.json", batch_size=5, num_workers=0)
+        trainer.mine(model, data, output=f"mined-{devices}", texts_per_image=5, images_per_text=4)
     for name, mined, key in (("texts_of_images", "texts", "text_id"), ("images_of_texts", "images", "image_id")):
         one, two = (
             [json.loads(line)[mined] for line in Path(f"mined-{devices}", f"{name}.jsonl").read_text().splitlines()]
@@ -232,9 +232,9 @@ def test_what_can_not_be_read_is_left_out_of_mining_and_named(tmp_path):
     L.seed_everything(0, verbose=False)
     model = itm.OpenCLIPDualEncoder("emoji-clip")
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    data = itm.ImageTextFiles("dataset.json", batch_size=5, num_workers=0)
+    data = itm.ImageTextFilesDataModule("dataset.json", batch_size=5, num_workers=0)
     with pytest.warns(UserWarning, match=r"1 of 12 images can't be read, the first: .*000005\.jpg.* nobody's negative"):
-        Trainer(**options).mine(model, data, output="mined", num_texts=55, num_images=11)
+        Trainer(**options).mine(model, data, output="mined", texts_per_image=55, images_per_text=11)
     rows = [json.loads(line) for line in Path("mined/texts_of_images.jsonl").read_text().splitlines()]
     assert [len(row["texts"]) for row in rows] == [50] * 5 + [55] + [50] * 6
     assert all(entry["image_id"] != 5 for row in rows for entry in row["texts"])
@@ -296,7 +296,7 @@ class TestFiles:
             path = write_karpathy(tmp_path / style, style=style)
             seen = []
             for split, number in counts.items():
-                pairs = itm.read_pairs(path, split=split)
+                pairs = itm.data.read_pairs(path, split=split)
                 assert (len(pairs.images), len(pairs)) == (number, 5 * number)
                 seen += [str(image) for image in pairs.images]
                 for text_id in range(0, len(pairs), 5):
@@ -304,15 +304,15 @@ class TestFiles:
                     assert sample["text"].endswith("sentence 3.")
                     assert sample["image"].shape[0] == 3
             assert len(set(seen)) == 20
-        alone = itm.ImageTextPairs.from_karpathy(tmp_path / "coco" / "dataset.json", tmp_path / "coco", ["train"])
+        alone = itm.ImageTextDataset.from_karpathy(tmp_path / "coco" / "dataset.json", tmp_path / "coco", ["train"])
         assert len(alone.images) == 8
         assert all("train2014" in str(image) for image in alone.images)
         with pytest.raises(ValueError, match=r"one of \['restval', 'test', 'train', 'val'\], .* got 'dev'"):
-            itm.read_pairs(tmp_path / "coco" / "dataset.json", split="dev")
+            itm.data.read_pairs(tmp_path / "coco" / "dataset.json", split="dev")
 
     def test_every_form_gives_the_same_pairs(self, tmp_path):
         write_karpathy(tmp_path)
-        expected = itm.read_pairs("dataset.json", split="val")
+        expected = itm.data.read_pairs("dataset.json", split="val")
         rows = [
             (os.path.relpath(image, tmp_path), text)
             for image, texts in zip(
@@ -339,7 +339,7 @@ class TestFiles:
             "shards/{00000..00001}.tar": {},
         }
         for source, options in forms.items():
-            pairs = itm.read_pairs(source, **options)
+            pairs = itm.data.read_pairs(source, **options)
             assert list(pairs.texts) == list(expected.texts), source
             assert torch.equal(pairs.text_image_id, expected.text_image_id)
             assert torch.equal(pairs[7]["image"], expected[7]["image"])
@@ -347,37 +347,37 @@ class TestFiles:
     @pytest.mark.parametrize("name", ["ViT-B-32", "emoji-clip"])
     def test_transforms_by_name_are_those_of_the_model(self, name):
         _, train, evaluation = open_clip.create_model_and_transforms(name, aug_cfg={"scale": (0.5, 1.0)})
-        ours = itm.open_clip_transforms(name, augmentation={"scale": (0.5, 1.0)})
+        ours = itm.data.open_clip_transforms(name, augmentation={"scale": (0.5, 1.0)})
         assert str(ours["transform"]) == str(train)
         assert str(ours["eval_transform"]) == str(evaluation)
 
     def test_transforms_by_name_know_what_weights_were_trained_with(self):
-        plain, trained = (itm.open_clip_transforms("PE-Core-T-16-384", tag) for tag in (None, "meta"))
+        plain, trained = (itm.data.open_clip_transforms("PE-Core-T-16-384", tag) for tag in (None, "meta"))
         assert "mean=(0.5, 0.5, 0.5)" in str(trained["eval_transform"])
         assert "bilinear" in str(trained["eval_transform"])
         assert "mean=(0.5, 0.5, 0.5)" not in str(plain["eval_transform"])
 
     def test_bad_input(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"Expected nothing\.json, found none"):
-            itm.read_pairs("nothing.json")
+            itm.data.read_pairs("nothing.json")
         with pytest.raises(ValueError, match=r"or a folder, got pairs\.xlsx"):
-            itm.read_pairs("pairs.xlsx")
+            itm.data.read_pairs("pairs.xlsx")
         Path("empty").mkdir()
         with pytest.raises(FileNotFoundError, match="Expected images"):
-            itm.read_pairs("empty")
+            itm.data.read_pairs("empty")
         with pytest.raises(FileNotFoundError, match="Expected nowhere, found none"):
-            itm.read_pairs("nowhere")
+            itm.data.read_pairs("nowhere")
         with pytest.warns(UserWarning, match="`train` and `val` are the same, folder, which has no splits"):
-            itm.ImageTextFiles("folder", "folder")
+            itm.ImageTextFilesDataModule("folder", "folder")
         write_karpathy(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"\(12 of 12 images have no text\)"):
-            itm.ImageTextPairs.from_folder("val2014")
+            itm.ImageTextDataset.from_folder("val2014")
         options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
         model = itm.OpenCLIPDualEncoder("emoji-clip")
         with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="shards with `stream=True`"):
-            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFiles("dataset.json", stream=True))
+            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFilesDataModule("dataset.json", stream=True))
         with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="Expected `test`, a file"):
-            L.Trainer(**options).predict(model, datamodule=itm.ImageTextFiles("dataset.json"))
+            L.Trainer(**options).predict(model, datamodule=itm.ImageTextFilesDataModule("dataset.json"))
         model.transforms = None
         with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="Expected `model_name`"):
-            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFiles("dataset.json"))
+            L.Trainer(**options).fit(model, datamodule=itm.ImageTextFilesDataModule("dataset.json"))

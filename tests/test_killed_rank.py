@@ -18,7 +18,7 @@ SCRIPT = textwrap.dedent(
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.strategies import DDPStrategy
     from lightning_itm import FalseNegativeElimination, OfflineHardNegativeMining, QuintupletLoss
-    from tests.tiny import SILENT, Tiny, tiny_data
+    from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
     class Die(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -32,7 +32,7 @@ SCRIPT = textwrap.dedent(
                 if how == "hangs":
                     signal.pause()
 
-    callbacks = [Die(), OfflineHardNegativeMining(num_texts=6, num_images=4, inject="embeddings")]
+    callbacks = [Die(), OfflineHardNegativeMining(texts_per_image=6, images_per_text=4, inject="embeddings")]
     callbacks.append(FalseNegativeElimination(16, min_count=4, start_epoch=0))
     trainer = L.Trainer(
         **SILENT, devices=2, max_epochs=4, callbacks=callbacks,

@@ -13,9 +13,9 @@ import pytest
 
 from lightning_itm import ImageTextDataModule
 from lightning_itm.cli import main
-from tests.modules.test_open_clip import CONFIGS
-from tests.pictures import cut_outs
-from tests.tiny import SILENT, tiny_pairs
+from tests.helpers.pictures import cut_outs
+from tests.helpers.tiny import SILENT, tiny_pairs
+from tests.models.test_open_clip_dual_encoder import CONFIGS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_itm.data.datamodule import ImageTextDataModule
-from lightning_itm.data.export import describe_image, describe_text, write_jsonl
-from lightning_itm.data.pairs import ImageTextPairs
+from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.data.rows import describe_image, describe_text, write_jsonl
 from lightning_itm.distributed import world_size
 
 
@@ -82,7 +82,7 @@ class EmbeddingWriter(Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the parts of all ranks together, and write them."""
-        pairs: ImageTextPairs = trainer.datamodule.predict_pairs()  # type: ignore[attr-defined]
+        pairs: ImageTextDataset = trainer.datamodule.predict_pairs()  # type: ignore[attr-defined]
         sizes = {"image": len(pairs.images), "text": len(pairs.texts)}
         whole = {kind: self._whole(kind, size) for kind, size in sizes.items()}
         self._found = {}
@@ -101,7 +101,7 @@ class EmbeddingWriter(Callback):
     def write(
         self,
         trainer: L.Trainer,
-        pairs: ImageTextPairs,
+        pairs: ImageTextDataset,
         image: Tensor,
         image_is_valid: Tensor,
         text: Tensor,

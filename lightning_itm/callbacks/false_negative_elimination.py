@@ -10,15 +10,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_itm.callbacks.whole_weights import check_whole_weights
-from lightning_itm.data.batch import EmbeddingPairs
-from lightning_itm.data.memory import MemoryCandidates
+from lightning_itm.callbacks._strategies import check_whole_weights
+from lightning_itm.checks import check_choice
+from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.false_negatives import Weighting
-from lightning_itm.modules.false_negatives import FalseNegativeSampler
-from lightning_itm.modules.memory_bank import MemoryBank
-from lightning_itm.modules.momentum import MomentumEncoder, check_momentum
-from lightning_itm.modules.pair_loss import check_choice
-from lightning_itm.modules.similarity_plot import plot_similarities
+from lightning_itm.memory_bank.candidates import MemoryCandidates
+from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
+from lightning_itm.memory_bank.figure import plot_similarities
+from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder, check_momentum
+from lightning_itm.memory_bank.queue import MemoryBank
 
 CHECKPOINT_KEY = "false_negative_elimination"
 
@@ -36,7 +36,7 @@ class FalseNegativeElimination(Callback):
         momentum: Share of the old weights that the slow copy keeps at an optimizer step.
         start_epoch: The first epoch with candidates from memory; before, the batch is all there is.
         prior: Share of candidates that match though they belong to another image.
-        sharpness: See :class:`~lightning_itm.modules.false_negatives.FalseNegativeSampler` for this and the next five.
+        sharpness: See :class:`~lightning_itm.FalseNegativeSampler` for this and the next five.
         threshold: The posterior of a likely match.
         min_count: Positives counted before posteriors are used.
         weighting: What likely matches weigh.
@@ -146,7 +146,8 @@ class FalseNegativeElimination(Callback):
         self.encoder.module.load_state_dict(restored["encoder"], strict=pl_module.strict_loading)
         self.sampler.load_state_dict(restored["sampler"])
         if restored["bank"] is not None:
-            self.bank = MemoryBank(*restored["bank"]["image"].shape)
+            image = restored["bank"]["image"]
+            self.bank = MemoryBank(*image.shape).to(image.dtype)  # or float64 would be rounded
             self.bank.load_state_dict(restored["bank"])
 
     def on_train_batch_start(

@@ -8,11 +8,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_itm.callbacks.whole_weights import check_whole_weights
+from lightning_itm.callbacks._strategies import check_whole_weights
 from lightning_itm.data.batch import check_batch
 from lightning_itm.distributed import gather
-from lightning_itm.modules.gradient_plot import plot_gradients
-from lightning_itm.modules.gradient_switch import GradientSwitch
+from lightning_itm.gradient_monitor.figure import plot_gradients
+from lightning_itm.gradient_monitor.switch import GradientSwitch, measure_gradient
 
 ROWS_AT_ONCE = 256  # of the history; stacked, or there would be a small tensor for each step
 
@@ -211,24 +211,3 @@ class GradientNormMonitor(Callback):
         if self.switch is None:
             raise RuntimeError("Expected a switch; it is made in `on_fit_start`, which did not run.")
         return self.switch
-
-
-def measure_gradient(parameters: list[nn.Parameter], device: torch.device | None = None) -> Tensor:
-    """Return a tower's gradient norm, and the largest of its matrices' gradient norm times weight norm; −1 without any."""
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    if not trained:
-        return torch.full((2,), -1.0, device=device)
-    # Without any matrix, as where biases alone are trained, all of them.
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2] or trained
-    others = [parameter for parameter in trained if parameter.ndim < 2] if matrices is not trained else []
-    of_matrices = _norms([one.grad for one in matrices])
-    size, norm = (of_matrices * _norms(matrices)).max(), of_matrices.norm()
-    if others:
-        norm = torch.hypot(norm, _norms([one.grad for one in others]).norm())
-    return torch.stack([norm, size])
-
-
-def _norms(tensors: list[Any]) -> Tensor:
-    is_half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
-    dtype = torch.float32 if is_half else None  # squares of half precision overflow
-    return torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors], 2, dtype)).float()

@@ -8,10 +8,10 @@ import lightning as L
 from torch import Tensor
 
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
-from lightning_itm.data.export import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
-from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.modules.encoding import EncodedPairs, is_progress_shown
-from lightning_itm.modules.mining import find_negatives
+from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.data.rows import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
+from lightning_itm.mining.encode import EncodedPairs, is_progress_shown
+from lightning_itm.mining.search import find_negatives
 
 
 class NegativeWriter(EmbeddingWriter):
@@ -22,8 +22,8 @@ class NegativeWriter(EmbeddingWriter):
 
     Args:
         folder: Where to; it must not hold results already.
-        num_texts: Texts kept for an image.
-        num_images: Images kept for a text.
+        texts_per_image: Texts kept for an image.
+        images_per_text: Images kept for a text.
         format: ``"jsonl"`` or ``"parquet"``, which needs pyarrow.
         **guards: Of :func:`~lightning_itm.functional.top_k_negatives`.
 
@@ -36,8 +36,8 @@ class NegativeWriter(EmbeddingWriter):
     def __init__(
         self,
         folder: str | Path,
-        num_texts: int = 300,
-        num_images: int = 60,
+        texts_per_image: int = 300,
+        images_per_text: int = 60,
         *,
         format: Literal["jsonl", "parquet"] = "jsonl",
         **guards: Any,
@@ -47,13 +47,18 @@ class NegativeWriter(EmbeddingWriter):
             raise ValueError(f"Expected `format` to be 'jsonl' or 'parquet', got {format!r}.")
         if format == "parquet":
             pyarrow()  # before anything is encoded
-        self.num_texts, self.num_images, self.format, self.guards = num_texts, num_images, format, guards
+        self.texts_per_image, self.images_per_text, self.format, self.guards = (
+            texts_per_image,
+            images_per_text,
+            format,
+            guards,
+        )
         self.results = tuple(f"{name}.{format}" for name in ("texts_of_images", "images_of_texts"))
 
     def write(
         self,
         trainer: L.Trainer,
-        pairs: ImageTextPairs,
+        pairs: ImageTextDataset,
         image: Tensor,
         image_is_valid: Tensor,
         text: Tensor,
@@ -63,8 +68,8 @@ class NegativeWriter(EmbeddingWriter):
         encoded = EncodedPairs(image, text, pairs.text_image_id.to(image.device), image_is_valid, text_is_valid)
         found = find_negatives(
             encoded,
-            self.num_texts,
-            self.num_images,
+            self.texts_per_image,
+            self.images_per_text,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             is_shown=is_progress_shown(trainer),
@@ -80,7 +85,7 @@ class NegativeWriter(EmbeddingWriter):
 DESCRIBE = {"image": describe_image, "text": describe_text}
 
 
-def _rows(pairs: ImageTextPairs, of: str, mined: str, index: Tensor, scores: Tensor) -> Iterator[dict[str, Any]]:
+def _rows(pairs: ImageTextDataset, of: str, mined: str, index: Tensor, scores: Tensor) -> Iterator[dict[str, Any]]:
     for anchor, (numbers, values) in enumerate(zip(index.cpu(), scores.float().cpu(), strict=True)):
         hardest = [
             {**DESCRIBE[mined](pairs, number), "score": round(value, 6)}

@@ -10,14 +10,15 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_itm.callbacks.whole_weights import check_whole_weights
-from lightning_itm.data.contact_sheet import contact_sheet
-from lightning_itm.data.hard_negatives import HardNegativePairs, NegativeTable
-from lightning_itm.data.pairs import ImageTextPairs
-from lightning_itm.data.shard_stream import ShardStream
-from lightning_itm.modules.embedded_negatives import EmbeddedNegatives
-from lightning_itm.modules.encoding import encode_pairs, is_progress_shown
-from lightning_itm.modules.mining import find_negatives, padded_rows
+from lightning_itm.callbacks._strategies import check_whole_weights
+from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.data.shards.stream import ShardStream
+from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
+from lightning_itm.mining.encode import encode_pairs, is_progress_shown
+from lightning_itm.mining.figure import contact_sheet
+from lightning_itm.mining.hard_negative_dataset import HardNegativeDataset
+from lightning_itm.mining.negative_table import NegativeTable
+from lightning_itm.mining.search import find_negatives, padded_rows
 
 FAST_DEV_RUN_PAIRS = 512
 
@@ -30,11 +31,11 @@ class OfflineHardNegativeMining(Callback):
     it; the others take the mined pairs as further candidates.
 
     Args:
-        dataset: What is mined, if it is not the datamodule's ``train_dataset``: an :class:`~lightning_itm.ImageTextPairs`, the
-            :class:`~lightning_itm.HardNegativePairs` around it that the train loader reads, or the
+        dataset: What is mined, if it is not the datamodule's ``train_dataset``: an :class:`~lightning_itm.ImageTextDataset`,
+            the :class:`~lightning_itm.HardNegativeDataset` around it that the train loader reads, or the
             :class:`~lightning_itm.ShardStream` that is trained on; of remote shards with ``inject="embeddings"`` alone.
-        num_texts: Texts kept for an image.
-        num_images: Images kept for a text.
+        texts_per_image: Texts kept for an image.
+        images_per_text: Images kept for a text.
         every_n_epochs: Mine anew after so many epochs; ``None``: once, as published.
         start_epoch: The first epoch with mined negatives.
         inject: ``"samples"``: the negatives are loaded with the pair and encoded with gradient. ``"embeddings"`` (ours): they
@@ -66,8 +67,8 @@ class OfflineHardNegativeMining(Callback):
         self,
         dataset: Dataset[Any] | None = None,
         *,
-        num_texts: int = 300,
-        num_images: int = 60,
+        texts_per_image: int = 300,
+        images_per_text: int = 60,
         every_n_epochs: int | None = 1,
         start_epoch: int = 0,
         inject: Literal["samples", "embeddings"] = "samples",
@@ -81,8 +82,8 @@ class OfflineHardNegativeMining(Callback):
         seed: int = 0,
     ) -> None:
         for name, value, least in (
-            ("num_texts", num_texts, 1),
-            ("num_images", num_images, 1),
+            ("texts_per_image", texts_per_image, 1),
+            ("images_per_text", images_per_text, 1),
             ("every_n_epochs", every_n_epochs, 1),
             ("start_epoch", start_epoch, 0),
             ("rank_min", rank_min, 0),
@@ -93,13 +94,13 @@ class OfflineHardNegativeMining(Callback):
         if inject not in ("samples", "embeddings"):
             raise ValueError(f"Expected `inject` to be 'samples' or 'embeddings', got {inject!r}.")
         self.dataset = dataset
-        self.num_texts, self.num_images = num_texts, num_images
+        self.texts_per_image, self.images_per_text = texts_per_image, images_per_text
         self.every_n_epochs, self.start_epoch = every_n_epochs, start_epoch
         self.inject, self.coupled_ranks = inject, coupled_ranks
         self.rank_min = rank_min
         self.limits = {"max_score": max_score, "absolute_margin": absolute_margin, "relative_margin": relative_margin}
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.pairs: ImageTextPairs | None = None
+        self.pairs: ImageTextDataset | None = None
         self.table: NegativeTable | None = None
         self.embedded: EmbeddedNegatives | None = None
         self._epoch, self._is_finished, self._is_fitting = 0, False, False
@@ -120,17 +121,17 @@ class OfflineHardNegativeMining(Callback):
         check_whole_weights(trainer, "mining encodes with the whole module")
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = self.dataset if self.dataset is not None else getattr(datamodule, "train_dataset", None)
-        pairs = dataset.pairs if isinstance(dataset, HardNegativePairs | ShardStream) else dataset
-        if not isinstance(pairs, ImageTextPairs):
+        pairs = dataset.pairs if isinstance(dataset, HardNegativeDataset | ShardStream) else dataset
+        if not isinstance(pairs, ImageTextDataset):
             raise MisconfigurationException(
-                f"Expected pairs to mine, got {type(pairs).__name__}. Give `dataset=ImageTextPairs(...)`, or fit with an "
+                f"Expected pairs to mine, got {type(pairs).__name__}. Give `dataset=ImageTextDataset(...)`, or fit with an "
                 "ImageTextDataModule that has them as `train_dataset`."
             )
         self.pairs, (num_images, num_texts) = pairs, (len(pairs.images), len(pairs.texts))
         if num_images < 2:
             raise MisconfigurationException(f"Expected at least two images to mine among, got {num_images}.")
         self.table = NegativeTable(
-            num_images, num_texts, texts_per_image=self.num_texts, images_per_text=self.num_images
+            num_images, num_texts, texts_per_image=self.texts_per_image, images_per_text=self.images_per_text
         )
         self.table.is_pending = True
         self._epoch, self._is_finished, self._restored, self.embedded = 0, False, None, None
@@ -141,13 +142,13 @@ class OfflineHardNegativeMining(Callback):
             if datamodule is not None and dataset is datamodule.train_dataset:
                 datamodule.train_dataset = pairs  # without the draws of an earlier callback
             return
-        if isinstance(dataset, HardNegativePairs) and (self.dataset is not None or datamodule is None):
+        if isinstance(dataset, HardNegativeDataset) and (self.dataset is not None or datamodule is None):
             dataset.table, dataset.coupled_ranks = self.table, self.coupled_ranks  # the loader is the user's own
         elif datamodule is not None and getattr(datamodule, "train_dataset", None) in (dataset, pairs):
-            datamodule.train_dataset = HardNegativePairs(pairs, self.table, coupled_ranks=self.coupled_ranks)
+            datamodule.train_dataset = HardNegativeDataset(pairs, self.table, coupled_ranks=self.coupled_ranks)
         else:
             raise MisconfigurationException(
-                "Expected an ImageTextDataModule with the pairs as `train_dataset`, or `dataset=HardNegativePairs(pairs)` "
+                "Expected an ImageTextDataModule with the pairs as `train_dataset`, or `dataset=HardNegativeDataset(pairs)` "
                 "that the train loader reads; got neither, and no negative would reach a batch."
             )
 
@@ -160,20 +161,21 @@ class OfflineHardNegativeMining(Callback):
                 f"Expected local shards with `inject='samples'`, which reads mined images at random, got "
                 f"{stream.pairs.contents.shards[0]}. Use `inject='embeddings'`, or copy the shards."
             )
-        stream.negatives = HardNegativePairs(stream.pairs, self._table(), coupled_ranks=self.coupled_ranks)
+        stream.negatives = HardNegativeDataset(stream.pairs, self._table(), coupled_ranks=self.coupled_ranks)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the datamodule as it was, and no file behind; the table stays, to be looked at."""
         if stage != "fit" or self.table is None:
             return
+        table = self.table
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = getattr(datamodule, "train_dataset", None)
-        if isinstance(dataset, HardNegativePairs) and dataset is not self.dataset and dataset.table is self.table:
+        if isinstance(dataset, HardNegativeDataset) and dataset is not self.dataset and dataset.table is table:
             datamodule.train_dataset = dataset.pairs
         stream = dataset if self.dataset is None else self.dataset
-        if isinstance(stream, ShardStream) and stream.negatives is not None and stream.negatives.table is self.table:
+        if isinstance(stream, ShardStream) and getattr(stream.negatives, "table", None) is table:
             stream.negatives = None
-        self.table.remove()
+        table.remove()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mine for the first epoch, or go on with the restored table."""
@@ -267,10 +269,10 @@ class OfflineHardNegativeMining(Callback):
                 "their order differ. Resume with the same data, or start from the weights alone (`load_from_checkpoint`)."
             )
         places = state_dict["texts"].shape[1], state_dict["images"].shape[1]
-        if places != (self.num_texts, self.num_images):
+        if places != (self.texts_per_image, self.images_per_text):
             raise ValueError(
-                f"Expected {self.num_texts} texts and {self.num_images} images a row, got {places} in the checkpoint. Resume "
-                "with the same `num_texts` and `num_images`."
+                f"Expected {self.texts_per_image} texts and {self.images_per_text} images a row, got {places} in the "
+                "checkpoint. Resume with the same `texts_per_image` and `images_per_text`."
             )
         self._restored = state_dict
         if not (state_dict["is_finished"] and self.is_due(int(state_dict["epoch"]) + 1)):
@@ -290,8 +292,8 @@ class OfflineHardNegativeMining(Callback):
         between = time.perf_counter()
         found = find_negatives(
             encoded,
-            self.num_texts,
-            self.num_images,
+            self.texts_per_image,
+            self.images_per_text,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             is_shown=is_progress_shown(trainer),
@@ -328,7 +330,7 @@ class OfflineHardNegativeMining(Callback):
             pl_module.log_dict(self._unlogged, on_step=False, on_epoch=True, sync_dist=True)
         self._unlogged = {}
 
-    def _pairs(self) -> ImageTextPairs:
+    def _pairs(self) -> ImageTextDataset:
         if self.pairs is None:
             raise RuntimeError("Expected to be attached to a Trainer that fits; nothing was mined yet.")
         return self.pairs
@@ -339,7 +341,7 @@ class OfflineHardNegativeMining(Callback):
         return self.table
 
 
-def fingerprint(pairs: ImageTextPairs) -> str:
+def fingerprint(pairs: ImageTextDataset) -> str:
     """Return what tells one training set from another: its texts, and which image each belongs to."""
     digest = hashlib.blake2b(digest_size=16)
     for text in pairs.texts:

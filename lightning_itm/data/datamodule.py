@@ -9,12 +9,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_itm.data.batch import collate
-from lightning_itm.data.hard_negatives import HardNegativePairs
-from lightning_itm.data.pairs import ImageTextPairs, UnreadablePairError
-from lightning_itm.data.sampler import EpochSampler, ResumableLoader, SeededDataset
-from lightning_itm.data.shard_stream import ShardStream
-from lightning_itm.data.streamed import StreamedBatches, StreamLoader
+from lightning_itm.data.batch import collate_pairs
+from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.position import Position
+from lightning_itm.data.resumable_loader import EpochSampler, ResumableLoader, SeededDataset
+from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
+from lightning_itm.data.shards.stream import ShardStream
 
 
 class ImageTextDataModule(L.LightningDataModule):
@@ -27,7 +27,7 @@ class ImageTextDataModule(L.LightningDataModule):
     Args:
         train_dataset: What is trained on, by number, or a :class:`~lightning_itm.ShardStream`; may be wrapped later (by a
             callback, in ``setup``).
-        val_dataset: What is validated on; an :class:`~lightning_itm.ImageTextPairs`, or a ``Subset`` of one, is read through
+        val_dataset: What is validated on; an :class:`~lightning_itm.ImageTextDataset`, or a ``Subset`` of one, is read through
             its ``evaluation()``.
         test_dataset: What is tested on, likewise.
         batch_size: Pairs a batch on each rank.
@@ -44,6 +44,9 @@ class ImageTextDataModule(L.LightningDataModule):
         ValueError: ``batch_size`` is not positive.
         MisconfigurationException: A dataset that the Trainer asks for is missing, or too small for one batch.
     """
+
+    earlier_names: tuple[str, ...] = ()
+    """Names that the class had, under which older checkpoints keep its state."""
 
     def __init__(
         self,
@@ -69,11 +72,11 @@ class ImageTextDataModule(L.LightningDataModule):
         self.drop_last = drop_last
         self.seed = seed
         self.predict_split: Literal["train", "val", "test"] = "test"
-        self._restored: dict[str, Any] | None = None
+        self._position = Position()
 
     def setup(self, stage: str) -> None:
         """Forget where an earlier run was resumed."""
-        self._restored = None
+        self._position.forget()
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Return the loader of this rank's share of each epoch; without a Trainer, a plain one."""
@@ -88,7 +91,7 @@ class ImageTextDataModule(L.LightningDataModule):
         sampler = EpochSampler(
             seeded,
             self.batch_size,
-            self._position,
+            self._next_batch,
             num_replicas=trainer.world_size,
             rank=trainer.global_rank,
             seed=self.seed,
@@ -106,16 +109,16 @@ class ImageTextDataModule(L.LightningDataModule):
         """Return the loader of ``test_dataset``, in order, with evaluation transforms."""
         return self._evaluation_loader(_given(self.test_dataset, "test_dataset"))
 
-    def predict_pairs(self) -> ImageTextPairs:
+    def predict_pairs(self) -> ImageTextDataset:
         """Return the pairs of the set that is predicted (:attr:`predict_split`), with evaluation transforms.
 
         Raises:
             MisconfigurationException: There is none, or it is of another kind.
         """
         dataset = _given(getattr(self, f"{self.predict_split}_dataset"), f"{self.predict_split}_dataset")
-        pairs = dataset.pairs if isinstance(dataset, HardNegativePairs | ShardStream) else dataset
-        if not isinstance(pairs, ImageTextPairs):
-            raise MisconfigurationException(f"Expected ImageTextPairs to predict, got {type(pairs).__name__}.")
+        pairs = getattr(dataset, "pairs", dataset)  # what wraps pairs has them: a stream, mined negatives
+        if not isinstance(pairs, ImageTextDataset):
+            raise MisconfigurationException(f"Expected an ImageTextDataset to predict, got {type(pairs).__name__}.")
         return pairs.evaluation()
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
@@ -128,25 +131,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training is: the epoch, how many of its batches are done, and how many there ever were."""
-        trainer = _given(self.trainer, "trainer")
-        epoch, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
-        num_done, num_batches = batches.current.processed, trainer.num_training_batches
-        is_between_epochs = epoch.started == epoch.processed
-        if (
-            0 < num_done < num_batches
-        ):  # an epoch that `max_steps` broke off counts as processed, and goes on all the same
-            position = epoch.processed - is_between_epochs, num_done
-        else:
-            position = epoch.processed + (not is_between_epochs and num_done >= num_batches), 0
-        return {
-            "epoch": int(position[0]),
-            "batch": int(position[1]),
-            "total": batches.total.processed,
-            "batch_size": self.batch_size,
-            "world_size": trainer.world_size,
-            "num_workers": self.num_workers,
-            "stream": self.train_dataset.settings() if isinstance(self.train_dataset, ShardStream) else None,
-        }
+        return self._position.state_dict(_given(self.trainer, "trainer"), self._order_settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Start where the checkpoint was written, if it is training that is resumed.
@@ -155,41 +140,19 @@ class ImageTextDataModule(L.LightningDataModule):
             MisconfigurationException: The checkpoint is of the middle of an epoch, and batches have another size now.
         """
         trainer = _given(self.trainer, "trainer")
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        then = state_dict["batch_size"], state_dict["world_size"]
-        now = self.batch_size, trainer.world_size
-        if state_dict["batch"] > 0 and then != now:
-            raise MisconfigurationException(
-                f"Expected `batch_size` {then[0]} on {then[1]} process(es), as when the run stopped after batch "
-                f"{state_dict['batch']} of epoch {state_dict['epoch']}, got {now[0]} on {now[1]}: pairs would be left out or "
-                "come twice. Resume with the same, or from the end of an epoch."
-            )
-        if state_dict["batch"] > 0 and state_dict.get("stream") is not None:
-            self._check_stream(state_dict)
-        self._restored = dict(state_dict)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._position.load_state_dict(state_dict, trainer, self._order_settings())
 
-    def _check_stream(self, state_dict: dict[str, Any]) -> None:
-        """Compare what the order of a stream depends on with the checkpoint of the middle of an epoch."""
-        settings = self.train_dataset.settings() if isinstance(self.train_dataset, ShardStream) else {}
-        then = {**state_dict["stream"], "num_workers": max(1, state_dict["num_workers"])}
-        now = {**settings, "num_workers": max(1, self.num_workers)}
-        other = [name for name, value in then.items() if now.get(name) != value]
-        if other:
-            raise MisconfigurationException(
-                f"Expected a stream with the `{other[0]}` {then[other[0]]}, as when the run stopped after batch "
-                f"{state_dict['batch']} of epoch {state_dict['epoch']}, got {now.get(other[0])}: other pairs would follow. "
-                "Resume with the same, or from the end of an epoch."
-            )
+    def _order_settings(self) -> dict[str, Any]:
+        """Return what the batches of an epoch depend on, beside seed and ranks."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "stream": self.train_dataset.settings() if isinstance(self.train_dataset, ShardStream) else None,
+        }
 
-    def _position(self) -> tuple[int, int]:
-        """Return the epoch of the iterator that is about to be made, and how many of its batches are done."""
-        fit_loop = _given(self.trainer, "trainer").fit_loop
-        restored = self._restored
-        # Until a batch is trained on; at first, Lightning makes an iterator before it has restored its own counts.
-        if restored is not None and fit_loop.epoch_loop.batch_progress.total.processed <= restored["total"]:
-            return restored["epoch"], restored["batch"]
-        return fit_loop.epoch_progress.current.processed, 0
+    def _next_batch(self) -> tuple[int, int]:
+        return self._position.next_batch(_given(self.trainer, "trainer"))
 
     def _stream_loader(self, stream: ShardStream, trainer: L.Trainer | None) -> StreamLoader:
         world_size, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
@@ -198,12 +161,12 @@ class ImageTextDataModule(L.LightningDataModule):
             stream, self.batch_size, drop_last=self.drop_last, rank=rank, world_size=world_size, seed=self.seed
         )
         options = {name: value for name, value in self._loader_options().items() if name != "collate_fn"}
-        return StreamLoader(batches, self._stream_position, **options)
+        return StreamLoader(batches, self._next_batch_of_stream, **options)
 
-    def _stream_position(self) -> tuple[int, int]:
+    def _next_batch_of_stream(self) -> tuple[int, int]:
         if self.trainer is None:
             return 0, 0
-        epoch, batch = self._position()
+        epoch, batch = self._next_batch()
         return (0 if self.trainer.overfit_batches > 0 else epoch), batch  # type: ignore[attr-defined]
 
     def _check_one_batch(self, num_pairs: int) -> None:
@@ -221,7 +184,7 @@ class ImageTextDataModule(L.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.persistent_workers and self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "collate_fn": collate,
+            "collate_fn": collate_pairs,
             # Of its own: the workers' seed is drawn from it, and not from the stream that dropout draws from.
             "generator": torch.Generator().manual_seed(self.seed),
         }
@@ -230,7 +193,7 @@ class ImageTextDataModule(L.LightningDataModule):
 class _Parts(Dataset[dict[str, Any]]):
     """The images, or the texts, of a set, each with its id; another stands in for one that can't be read, which is invalid."""
 
-    def __init__(self, pairs: ImageTextPairs, kind: str) -> None:
+    def __init__(self, pairs: ImageTextDataset, kind: str) -> None:
         self.kind = kind
         self.load = pairs.load_image if kind == "image" else pairs.load_text
         self.number = len(pairs.images if kind == "image" else pairs.texts)
@@ -253,7 +216,7 @@ class _Parts(Dataset[dict[str, Any]]):
 def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:
     if isinstance(dataset, ShardStream):
         dataset = dataset.pairs
-    if isinstance(dataset, ImageTextPairs):
+    if isinstance(dataset, ImageTextDataset):
         return dataset.evaluation()
     if isinstance(dataset, Subset):
         return Subset(_evaluation_view(dataset.dataset), dataset.indices)

@@ -3,17 +3,26 @@
 import io
 from collections.abc import Iterable
 from os import PathLike
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_itm.data.tar import TarMember
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 
-ImageSource = str | PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | TarMember
-"""A path, the bytes of an image file, a PIL image, a uint8 array `(height, width[, channels])`, or a file in a tar."""
+
+@runtime_checkable
+class ImageFile(Protocol):
+    """Where the bytes of an image file are, such as within a tar."""
+
+    def read_bytes(self) -> bytes:
+        """Read them."""
+
+
+ImageSource = str | PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | ImageFile
+"""A path, the bytes of an image file, a PIL image, a uint8 array `(height, width[, channels])`, or what reads such bytes."""
 
 
 class UnreadableImageError(RuntimeError):
@@ -35,11 +44,11 @@ def open_rgb(source: ImageSource) -> Image.Image:
             return _to_rgb(source)
         if isinstance(source, np.ndarray):
             return _to_rgb(Image.fromarray(source.squeeze(2) if source.ndim == 3 and source.shape[2] == 1 else source))
-        data = source.read_bytes() if isinstance(source, TarMember) else source
+        data = source if isinstance(source, str | PathLike | bytes) else source.read_bytes()
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             return _to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's names for broken files
-        name = source if isinstance(source, str | PathLike | TarMember) else type(source).__name__
+        name = source if isinstance(source, str | PathLike | ImageFile) else type(source).__name__
         raise UnreadableImageError(f"{name} does not open: {error}") from error
 
 
@@ -57,7 +66,7 @@ def check_sources(images: Iterable[Any]) -> None:
     """
     first_place: dict[str, int] = {}
     for image_id, image in enumerate(images):
-        if not isinstance(image, str | PathLike | bytes | Image.Image | np.ndarray | TarMember):
+        if not isinstance(image, str | PathLike | bytes | Image.Image | np.ndarray | ImageFile):
             raise TypeError(
                 f"Expected images to be paths, bytes, PIL images or arrays, got {type(image).__name__} for image {image_id}."
             )

@@ -1,5 +1,6 @@
 """The mathematics: tensors in, tensors out; PyTorch only."""
 
+from lightning_itm.functional._top_k_search import TopK
 from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
 from lightning_itm.functional.false_negatives import (
     DrawnNegative,
@@ -17,8 +18,7 @@ from lightning_itm.functional.similarity import (
     negative_mask,
     unit_norm,
 )
-from lightning_itm.functional.switching import Switch, switched
-from lightning_itm.functional.top_k import TopK, score_ceiling, top_k_negatives
+from lightning_itm.functional.top_k import top_k_negatives
 from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "DrawnNegative",
     "OfflineScores",
     "SimilarityFit",
-    "Switch",
     "TopK",
     "direction_scores",
     "draw_negative",
@@ -40,10 +39,8 @@ __all__ = [
     "recall_at_k",
     "retrieval_rank",
     "sampling_weights",
-    "score_ceiling",
     "selective_cost",
     "sigmoid_cost",
-    "switched",
     "top_k_negatives",
     "unit_norm",
 ]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_itm.functional.group_maxima import Candidates, group_keys, group_maxima, grouped_candidates
+from lightning_itm.functional.grouped_top_k import Shortlist, group_keys, group_maxima, grouped_shortlist
 
 
 class TopK(NamedTuple):
@@ -110,7 +110,7 @@ class Chunked(Way):
         rough = scores.gather(1, index).float()
         left_out = rough.amin(dim=1) if index.shape[1] < num_keys else rough.new_full((len(rough),), -torch.inf)
         # A padding column is chosen only where nothing else is left, and its score is -inf then.
-        candidates = Candidates(index.clamp_max(num_keys - 1), rough, left_out)
+        candidates = Shortlist(index.clamp_max(num_keys - 1), rough, left_out)
         return _compare(anchors, self.keys, self.low.centre, candidates, self.k)
 
 
@@ -138,7 +138,7 @@ class Grouped(Way):
             anchor_id=None if own is None else own.anchor_id.to(self.id_dtype),
             memory_budget=self.memory_budget,
         )
-        candidates = grouped_candidates(best, min(self.k + _NUM_SPARE, len(self.keys)), self.grouped.group_size)
+        candidates = grouped_shortlist(best, min(self.k + _NUM_SPARE, len(self.keys)), self.grouped.group_size)
         return _compare(anchors, self.keys, self.centre, candidates, self.k)
 
 
@@ -200,7 +200,7 @@ def _search(
     return found, len(again)
 
 
-def _compare(anchors: Tensor, keys: Tensor, centre: Tensor, candidates: Candidates, k: int) -> tuple[TopK, Tensor]:
+def _compare(anchors: Tensor, keys: Tensor, centre: Tensor, candidates: Shortlist, k: int) -> tuple[TopK, Tensor]:
     """Compare candidates in float32; the second is True for an anchor that these may not be good enough for."""
     index, rough, left_out = candidates
     nothing = rough == -torch.inf
@@ -240,7 +240,9 @@ def _hardest_first(scores: Tensor, index: Tensor) -> TopK:
 def _products(anchors: Tensor, keys: Tensor, index: Tensor) -> Tensor:
     """Multiply each anchor with its own choice of keys, in float32."""
     if anchors.is_cuda and find_spec("triton") is not None:
-        from lightning_itm.kernels.group_maxima import products_kernel  # Triton takes a while, and is not everywhere
+        from lightning_itm.functional._grouped_top_k_triton import (
+            products_kernel,
+        )  # Triton takes a while, and is not everywhere
 
         return products_kernel(anchors, keys, index)
     if anchors.device.type != "cpu":

@@ -48,7 +48,7 @@ def top_k_negatives(
         memory_budget: Bytes that scores may take at once. ``None``: 256 MB on a CPU, where they should stay near the cache,
             and 1 GB elsewhere.
         method: Without a guard, how candidates are chosen. ``"chunked"``: from the scores of a chunk. ``"grouped"``: from the
-            best of each group of keys (:func:`~lightning_itm.functional.group_maxima.group_maxima`), so that on CUDA most
+            best of each group of keys (:func:`~lightning_itm.functional.grouped_top_k.group_maxima`), so that on CUDA most
             scores never leave a kernel; in bfloat16 on every device. ``"auto"``: grouped on CUDA with Triton, else chunked.
 
     Returns:

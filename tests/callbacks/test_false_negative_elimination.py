@@ -15,7 +15,7 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
-from tests.tiny import SILENT, Tiny, tiny_data
+from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
 EPOCHS, STEPS = 3, 12  # 46 pairs in batches of four, the last of two
 LOSSES = {
@@ -98,7 +98,9 @@ class TestOneRun:
     @pytest.mark.parametrize("mining", [None, "samples", "embeddings"])
     @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
     def test_with_every_loss_and_mined_negatives(self, loss, mining, precision):
-        miners = [] if mining is None else [OfflineHardNegativeMining(num_texts=12, num_images=8, inject=mining)]
+        miners = (
+            [] if mining is None else [OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=mining)]
+        )
         options = {"weighting": "drop", "monotone": True}
         model, _, fne, trainer = fit(options, LOSSES[loss](), miners, max_epochs=2, precision=precision)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -235,7 +237,7 @@ def test_the_host_waits_for_nothing_between_steps(loss):
 
     callbacks = [Record(), FalseNegativeElimination(16, min_count=4, monotone=True)]
     if loss == "quintuplet":
-        callbacks.append(OfflineHardNegativeMining(num_texts=12, num_images=8, inject="embeddings"))
+        callbacks.append(OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject="embeddings"))
     trainer = L.Trainer(callbacks=callbacks, max_epochs=2, limit_val_batches=0, **SILENT)
     trainer.fit(Plain(LOSSES[loss]()), datamodule=tiny_data(num_workers=1))
     keys = [event.key for event in recorder.key_averages()]

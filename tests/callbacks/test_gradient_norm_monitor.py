@@ -17,9 +17,9 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
-from lightning_itm.modules.gradient_plot import spans
-from tests.latent import make_run, measure
-from tests.tiny import SILENT, Tiny, tiny_data
+from lightning_itm.gradient_monitor.figure import spans
+from tests.helpers.latent import make_run, measure
+from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -50,7 +50,7 @@ def fit(loss=None, callbacks=(), monitor=None, model=None, data=None, **options)
 
 @pytest.mark.parametrize("seed", range(5))
 def test_hardest_negatives_escape_the_collapse(seed):
-    """As in tests/modules/test_escape.py, where the hardest alone ends above 0.195; the monitor does the switching."""
+    """As in tests/losses/test_escape.py, where the hardest alone ends above 0.195; the monitor does the switching."""
     model, loader, held_out = make_run(seed, "hardest")
     monitor = GradientNormMonitor()
     L.Trainer(callbacks=[monitor], max_epochs=1, gradient_clip_val=2.0, **SILENT).fit(model, loader)
@@ -185,7 +185,7 @@ class TestOneRun:
     def test_beside_the_other_callbacks(self, loss, has_memory, mining):
         callbacks = [FalseNegativeElimination(16, min_count=4, start_epoch=0)] * has_memory
         if mining:
-            callbacks.append(OfflineHardNegativeMining(num_texts=12, num_images=8, inject=mining))
+            callbacks.append(OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=mining))
         model, monitor, _, trainer = fit(loss(), callbacks)
         assert len(monitor.curves()["step"]) == 24
         assert all(parameter.isfinite().all() for parameter in model.parameters())

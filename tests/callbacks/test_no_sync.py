@@ -13,7 +13,7 @@ from lightning_itm import (
     FalseNegativeElimination,
     GradientNormMonitor,
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
     OpenCLIPDualEncoder,
@@ -22,8 +22,8 @@ from lightning_itm import (
     TripletLoss,
 )
 from tests.compilation import needs_compiler
-from tests.pictures import captions, cut_outs
-from tests.tiny import SILENT, Tiny, tiny_data
+from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
 LOSSES = {
     "hardest": TripletLoss,
@@ -36,9 +36,9 @@ LOSSES = {
 CALLBACKS = {
     "memory": lambda: FalseNegativeElimination(16, momentum=0.9, min_count=4, start_epoch=0),
     "mining": lambda: OfflineHardNegativeMining(
-        num_texts=12, num_images=8, inject="embeddings", batch_size=16, num_workers=0
+        texts_per_image=12, images_per_text=8, inject="embeddings", batch_size=16, num_workers=0
     ),
-    "samples": lambda: OfflineHardNegativeMining(num_texts=12, num_images=8, batch_size=16, num_workers=0),
+    "samples": lambda: OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, batch_size=16, num_workers=0),
     "monitor": GradientNormMonitor,
 }
 COMBINATIONS = [(), ("memory",), ("mining",), ("memory", "mining")]
@@ -137,7 +137,9 @@ class Encoded(Tiny):
 
 
 def mine(model, **options):
-    mining = OfflineHardNegativeMining(num_texts=12, num_images=8, inject="embeddings", batch_size=4, num_workers=1)
+    mining = OfflineHardNegativeMining(
+        texts_per_image=12, images_per_text=8, inject="embeddings", batch_size=4, num_workers=1
+    )
     trainer = L.Trainer(callbacks=[mining], max_epochs=1, limit_train_batches=1, limit_val_batches=0, **options)
     trainer.fit(model, datamodule=tiny_data())
     assert model.calls == 12
@@ -183,7 +185,7 @@ def tiny_flat(tmp_path):
 
 def open_clip_data(model, **kwargs):
     """Twenty-three images of two texts: mining's last batches are smaller than the others."""
-    pairs = ImageTextPairs(cut_outs(23, 40), captions(23), **model.transforms)
+    pairs = ImageTextDataset(cut_outs(23, 40), captions(23), **model.transforms)
     return ImageTextDataModule(pairs, pairs, **{"batch_size": 4, "num_workers": 0, **kwargs})
 
 

@@ -8,18 +8,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_itm import (
-    HardNegativePairs,
+    HardNegativeDataset,
     ImageTextDataModule,
-    ImageTextPairs,
+    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
     QuintupletLoss,
     SigmoidLoss,
     TripletLoss,
-    collate,
 )
-from tests.pictures import captions, cut_outs
-from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
+from lightning_itm.data import collate_pairs
+from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
 
 EPOCHS = 3
 
@@ -45,7 +45,7 @@ class Watch(Callback):
 def embed_all(model, pairs):
     flags = model.training
     model.eval()
-    loader = DataLoader(pairs.evaluation(), len(pairs), collate_fn=collate)
+    loader = DataLoader(pairs.evaluation(), len(pairs), collate_fn=collate_pairs)
     found = model.embed(next(iter(loader)))
     model.train(flags)
     return found
@@ -53,7 +53,7 @@ def embed_all(model, pairs):
 
 def fit(mining=None, loader=None, loss=None, callbacks=(), **options):
     L.seed_everything(0, verbose=False)
-    watch, miner = Watch(), OfflineHardNegativeMining(**{"num_texts": 12, "num_images": 8, **(mining or {})})
+    watch, miner = Watch(), OfflineHardNegativeMining(**{"texts_per_image": 12, "images_per_text": 8, **(mining or {})})
     model = Tiny(QuintupletLoss() if loss is None else loss)
     trainer = L.Trainer(callbacks=[miner, watch, *callbacks], **{**SILENT, "max_epochs": EPOCHS, **options})
     trainer.fit(model, datamodule=tiny_data(**(loader or {})))
@@ -137,7 +137,7 @@ def test_embeddings_are_those_of_the_table_and_the_pair():
             assert torch.equal(hard.text_image, embedded.image[hard.text_image_id])
             assert not hard.text.requires_grad
 
-    miner = OfflineHardNegativeMining(num_texts=12, num_images=8, inject="embeddings")
+    miner = OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject="embeddings")
     L.Trainer(callbacks=[miner, Check()], max_epochs=2, **SILENT).fit(Tiny(QuintupletLoss()), datamodule=tiny_data())
     first, second = (
         {t: i for e, ts, ids in drawn if e == epoch for t, i in zip(ts, ids, strict=True)} for epoch in (0, 1)
@@ -179,18 +179,18 @@ def test_logs(tmp_path):
 
 
 def test_a_loader_of_the_users_own():
-    pairs = HardNegativePairs(tiny_pairs())
-    miner, watch = OfflineHardNegativeMining(pairs, num_texts=5, num_images=4), Watch()
+    pairs = HardNegativeDataset(tiny_pairs())
+    miner, watch = OfflineHardNegativeMining(pairs, texts_per_image=5, images_per_text=4), Watch()
     trainer = L.Trainer(callbacks=[miner, watch], max_epochs=1, limit_val_batches=0, **SILENT)
     with pytest.warns(UserWarning, match="no `val_dataloader`"):
-        trainer.fit(Tiny(QuintupletLoss()), DataLoader(pairs, 4, shuffle=True, collate_fn=collate))
+        trainer.fit(Tiny(QuintupletLoss()), DataLoader(pairs, 4, shuffle=True, collate_fn=collate_pairs))
     assert all(value >= 0 for step in watch.steps for value in step[3])
 
 
 def test_a_datamodule_serves_one_mode_after_the_other():
     data = tiny_data()
     for inject in ("samples", "samples", "embeddings", "samples"):
-        miner, watch = OfflineHardNegativeMining(num_texts=5, num_images=4, inject=inject), Watch()
+        miner, watch = OfflineHardNegativeMining(texts_per_image=5, images_per_text=4, inject=inject), Watch()
         trainer = L.Trainer(callbacks=[miner, watch], max_epochs=1, **SILENT)
         trainer.fit(Tiny(QuintupletLoss()), datamodule=data)
         assert len(watch.steps[0]) == (5 if inject == "samples" else 3), "the batch has mined samples, or has not"
@@ -203,7 +203,7 @@ def test_guards_leave_places_empty_and_training_goes_on():
 
 
 def test_more_places_than_negatives():
-    _, watch, _, _ = fit({"num_texts": 300, "num_images": 60}, max_epochs=1)
+    _, watch, _, _ = fit({"texts_per_image": 300, "images_per_text": 60}, max_epochs=1)
     texts, images = watch.tables[0]
     assert ((texts >= 0).sum(dim=1) == 44).all()
     assert ((images >= 0).sum(dim=1) == 22).all()
@@ -212,10 +212,10 @@ def test_more_places_than_negatives():
 def test_a_broken_image_is_never_mined():
     images = cut_outs(23)
     images[0] = images[5] = b"no image"
-    pairs = ImageTextPairs(images, captions(23), transform=AUGMENTED, eval_transform=PLAIN, tokenizer=tokenize)
-    miner = OfflineHardNegativeMining(num_texts=44, num_images=22)
+    pairs = ImageTextDataset(images, captions(23), transform=AUGMENTED, eval_transform=PLAIN, tokenizer=tokenize)
+    miner = OfflineHardNegativeMining(texts_per_image=44, images_per_text=22)
     data = ImageTextDataModule(pairs, batch_size=4, num_workers=0)
-    data.val_dataloader = lambda: DataLoader(tiny_pairs().evaluation(), 23, collate_fn=collate)
+    data.val_dataloader = lambda: DataLoader(tiny_pairs().evaluation(), 23, collate_fn=collate_pairs)
     with pytest.warns(UserWarning, match=r"Image [05]: bytes does not open"):
         L.Trainer(callbacks=[miner], max_epochs=1, **SILENT).fit(Tiny(QuintupletLoss()), datamodule=data)
     assert not ((miner.table.images == 5) | (miner.table.images == 0)).any()
@@ -226,7 +226,7 @@ def test_a_broken_image_is_never_mined():
 def test_a_fit_without_the_callback_has_no_mined_negatives():
     data, watch = tiny_data(), Watch()
     L.Trainer(callbacks=[OfflineHardNegativeMining()], max_epochs=1, **SILENT).fit(Tiny(), datamodule=data)
-    assert isinstance(data.train_dataset, ImageTextPairs)
+    assert isinstance(data.train_dataset, ImageTextDataset)
 
     class Check(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -248,7 +248,7 @@ def test_mining_goes_on_where_min_epochs_outlasts_a_stop():
 def test_samples_that_go_on_as_embeddings(tmp_path):
     *_, trainer = fit({"every_n_epochs": None}, max_epochs=4, limit_train_batches=3, callbacks=[])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    miner = OfflineHardNegativeMining(num_texts=12, num_images=8, every_n_epochs=None, inject="embeddings")
+    miner = OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, every_n_epochs=None, inject="embeddings")
     again = L.Trainer(callbacks=[miner], max_epochs=5, limit_train_batches=3, **SILENT)
     again.fit(Tiny(QuintupletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert miner.embedded is not None
@@ -276,7 +276,7 @@ class TestNothingIsMined:
         assert miner.table is None
 
     def test_beyond_the_first_pairs_of_a_fast_dev_run(self):
-        miner = OfflineHardNegativeMining(num_texts=600, num_images=300)
+        miner = OfflineHardNegativeMining(texts_per_image=600, images_per_text=300)
         data = ImageTextDataModule(tiny_pairs(300), tiny_pairs(), batch_size=8, num_workers=0)
         trainer = L.Trainer(callbacks=[miner], fast_dev_run=True, **SILENT)
         trainer.fit(Tiny(QuintupletLoss(), warmup_steps=0), datamodule=data)
@@ -287,7 +287,7 @@ class TestNothingIsMined:
 
 class TestBadInput:
     def test_one_image(self):
-        pairs = ImageTextPairs(cut_outs(1), [["a", "b"]])
+        pairs = ImageTextDataset(cut_outs(1), [["a", "b"]])
         with pytest.raises(Exception, match="at least two images to mine among, got 1"):
             L.Trainer(callbacks=[OfflineHardNegativeMining()], max_epochs=1, **SILENT).fit(
                 Tiny(), datamodule=ImageTextDataModule(pairs)
@@ -295,7 +295,7 @@ class TestBadInput:
 
     def test_no_pairs(self):
         data = ImageTextDataModule([1, 2, 3])
-        with pytest.raises(Exception, match=r"Expected pairs to mine, got list. Give `dataset=ImageTextPairs"):
+        with pytest.raises(Exception, match=r"Expected pairs to mine, got list. Give `dataset=ImageTextDataset"):
             L.Trainer(callbacks=[OfflineHardNegativeMining()], max_epochs=1, **SILENT).fit(Tiny(), datamodule=data)
 
     def test_pairs_that_no_loader_reads(self):
@@ -331,7 +331,9 @@ class TestBadInput:
         *_, trainer = fit(max_epochs=1)
         trainer.save_checkpoint(tmp_path / "a.ckpt")
         pairs = tiny_pairs(24)
-        again = L.Trainer(callbacks=[OfflineHardNegativeMining(num_texts=12, num_images=8)], max_epochs=2, **SILENT)
+        again = L.Trainer(
+            callbacks=[OfflineHardNegativeMining(texts_per_image=12, images_per_text=8)], max_epochs=2, **SILENT
+        )
         data = ImageTextDataModule(pairs, batch_size=4, num_workers=0)
         with pytest.raises(ValueError, match=r"negatives to be of this training set, got those of another"):
             again.fit(Tiny(QuintupletLoss()), datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
@@ -339,14 +341,16 @@ class TestBadInput:
     def test_a_checkpoint_of_another_size(self, tmp_path):
         *_, trainer = fit(max_epochs=1)
         trainer.save_checkpoint(tmp_path / "a.ckpt")
-        again = L.Trainer(callbacks=[OfflineHardNegativeMining(num_texts=9, num_images=8)], max_epochs=2, **SILENT)
+        again = L.Trainer(
+            callbacks=[OfflineHardNegativeMining(texts_per_image=9, images_per_text=8)], max_epochs=2, **SILENT
+        )
         with pytest.raises(ValueError, match=r"Expected 9 texts and 8 images a row, got \(12, 8\)"):
             again.fit(Tiny(QuintupletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"num_texts": 0}, "`num_texts` to be at least 1, got 0"),
+            ({"texts_per_image": 0}, "`texts_per_image` to be at least 1, got 0"),
             ({"every_n_epochs": 0}, "`every_n_epochs` to be at least 1, got 0"),
             ({"start_epoch": -1}, "`start_epoch` to be at least 0, got -1"),
             ({"inject": "images"}, "`inject` to be 'samples' or 'embeddings', got 'images'"),
@@ -371,7 +375,7 @@ class SaveTables(Callback):
 def test_two_processes_mine_the_table_of_one():
     for devices in (1, 2):
         L.seed_everything(0, verbose=False)
-        miner = OfflineHardNegativeMining(num_texts=12, num_images=8, batch_size=7)
+        miner = OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, batch_size=7)
         trainer = L.Trainer(
             devices=devices,
             strategy="ddp_fork" if devices > 1 else "auto",

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_itm import ImageTextPairs, collate
-from lightning_itm.data.sampler import SeededDataset
-from tests.pictures import captions, cut_outs
-from tests.tiny import AUGMENTED, PLAIN, tiny_pairs, tokenize
+from lightning_itm import ImageTextDataset
+from lightning_itm.data import collate_pairs
+from lightning_itm.data.resumable_loader import SeededDataset
+from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.tiny import AUGMENTED, PLAIN, tiny_pairs, tokenize
 
 
 def png(image):
@@ -33,17 +34,17 @@ class TestImages:
         image.save(tmp_path / "a.png")
         image.save(tmp_path / "b.png")
         forms = [image, np.asarray(image), png(image), tmp_path / "a.png", str(tmp_path / "b.png")]
-        pairs = ImageTextPairs(forms, ["a cut-out"] * 5)
+        pairs = ImageTextDataset(forms, ["a cut-out"] * 5)
         assert all(torch.equal(pairs[i]["image"], pairs[0]["image"]) for i in range(5))
         assert pairs[0]["image"].shape == (3, 24, 24)
 
     @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 1), (5, 4, 3), (5, 4, 4)])
     def test_arrays_with_any_number_of_channels(self, shape):
-        assert ImageTextPairs([np.full(shape, 255, np.uint8)], ["white"])[0]["image"].eq(1).all()
+        assert ImageTextDataset([np.full(shape, 255, np.uint8)], ["white"])[0]["image"].eq(1).all()
 
     def test_transparent_is_white(self):
         image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
-        assert ImageTextPairs([image], ["nothing"])[0]["image"].eq(1).all()
+        assert ImageTextDataset([image], ["nothing"])[0]["image"].eq(1).all()
 
     @pytest.mark.parametrize(
         ("image", "message"),
@@ -55,11 +56,11 @@ class TestImages:
     )
     def test_what_is_no_image(self, image, message):
         with pytest.raises(TypeError, match=message):
-            ImageTextPairs([cut_outs(1)[0], image], ["a", "b"])
+            ImageTextDataset([cut_outs(1)[0], image], ["a", "b"])
 
     def test_one_path_a_caption_would_make_captions_negatives_of_each_other(self):
         with pytest.raises(ValueError, match=r"got a.png as image 0 and image 2: .*`from_csv` groups rows"):
-            ImageTextPairs(["a.png", "b.png", "a.png"], ["one", "two", "three"])
+            ImageTextDataset(["a.png", "b.png", "a.png"], ["one", "two", "three"])
 
     def test_a_series_is_read_by_position(self):
         """As pandas has it: iterated in one order, indexed by labels of another."""
@@ -69,16 +70,16 @@ class TestImages:
                 return super().__getitem__(len(self) - 1 - label)
 
         images = cut_outs(3)
-        pairs = ImageTextPairs(Series(images), Series("abc"))
-        assert torch.equal(pairs[0]["image"], ImageTextPairs(images, list("abc"))[0]["image"])
+        pairs = ImageTextDataset(Series(images), Series("abc"))
+        assert torch.equal(pairs[0]["image"], ImageTextDataset(images, list("abc"))[0]["image"])
         assert pairs[0]["text"] == "a"
 
 
 class TestTexts:
     def test_lists_and_flat_ids_are_the_same(self):
         images = cut_outs(3)
-        nested = ImageTextPairs(images, [["a"], ["b", "c"], ["d"]])
-        flat = ImageTextPairs(images, ["a", "b", "c", "d"], text_image_id=[0, 1, 1, 2])
+        nested = ImageTextDataset(images, [["a"], ["b", "c"], ["d"]])
+        flat = ImageTextDataset(images, ["a", "b", "c", "d"], text_image_id=[0, 1, 1, 2])
         for pairs in (nested, flat):
             assert [(pairs[i]["text"], pairs[i]["image_id"], pairs[i]["text_id"]) for i in range(len(pairs))] == [
                 ("a", 0, 0),
@@ -101,17 +102,17 @@ class TestTexts:
     )
     def test_that_do_not_fit(self, images, texts, ids, message):
         with pytest.raises(ValueError, match=message):
-            ImageTextPairs(cut_outs(images) if images else [], texts, text_image_id=ids)
+            ImageTextDataset(cut_outs(images) if images else [], texts, text_image_id=ids)
 
     @pytest.mark.parametrize("text", [None, float("nan"), 3])
     def test_that_are_no_strings(self, text):
         for texts in (["a", text], [["a"], [text]]):
             with pytest.raises(TypeError, match=f"every text to be a string, got {text} for text 1"):
-                ImageTextPairs(cut_outs(2), texts)
+                ImageTextDataset(cut_outs(2), texts)
 
     def test_index_out_of_range(self):
         with pytest.raises(IndexError, match="below 2, the number of pairs, got 2"):
-            ImageTextPairs(cut_outs(2), ["a", "b"])[2]
+            ImageTextDataset(cut_outs(2), ["a", "b"])[2]
 
 
 class TestBroken:
@@ -122,9 +123,9 @@ class TestBroken:
         return [good[0], png(good[1])[:200], b"no image", good[3]]
 
     def test_the_next_pair_takes_its_place(self):
-        pairs = ImageTextPairs(self.images(), ["a", "b", "c", "d"])
+        pairs = ImageTextDataset(self.images(), ["a", "b", "c", "d"])
         with pytest.warns(
-            UserWarning, match=r"Image 1: bytes does not open: .* counted in `ImageTextPairs.num_replaced`"
+            UserWarning, match=r"Image 1: bytes does not open: .* counted in `ImageTextDataset.num_replaced`"
         ):
             sample = pairs[1]
         assert (sample["text"], sample["image_id"], sample["text_id"]) == ("d", 3, 3)
@@ -134,24 +135,24 @@ class TestBroken:
 
     @pytest.mark.parametrize("text", ["", "  \n"])
     def test_empty_caption(self, text):
-        pairs = ImageTextPairs(cut_outs(3), [["a", text], ["b"], ["c"]])
+        pairs = ImageTextDataset(cut_outs(3), [["a", text], ["b"], ["c"]])
         with pytest.warns(UserWarning, match="Text 1, of image 0, is empty"):
             assert pairs[1]["text"] == "b"
 
     def test_evaluation_replaces_nothing(self):
-        pairs = ImageTextPairs(self.images(), ["a", "b", "c", "d"]).evaluation()
+        pairs = ImageTextDataset(self.images(), ["a", "b", "c", "d"]).evaluation()
         with pytest.raises(RuntimeError, match=r"Image 2: bytes does not open.*Repair the pair, or leave"):
             pairs[2]
 
     def test_missing_file_names_its_path(self, tmp_path):
-        pairs = ImageTextPairs([tmp_path / "gone.png"], ["a"])
+        pairs = ImageTextDataset([tmp_path / "gone.png"], ["a"])
         with pytest.raises(RuntimeError, match=r"gone.png does not open"):
             pairs.evaluation()[0]
 
     @pytest.mark.filterwarnings("ignore:Image 0")
     def test_nothing_can_be_read(self):
         with pytest.raises(RuntimeError, match="None of the 2 pairs can be read"):
-            ImageTextPairs([b"x", b"y"], ["a", "b"])[0]
+            ImageTextDataset([b"x", b"y"], ["a", "b"])[0]
 
 
 class TestAugmentation:
@@ -195,26 +196,26 @@ class TestFiles:
         ],
     )
     def test_karpathy(self, folder, split, numbers):
-        pairs = ImageTextPairs.from_karpathy(self.karpathy(folder), folder, split)
+        pairs = ImageTextDataset.from_karpathy(self.karpathy(folder), folder, split)
         assert len(pairs) == 5 * len(numbers)
         assert [pairs[5 * place]["text"] for place in range(len(numbers))] == [f"sentence {n}-0" for n in numbers]
-        expected = ImageTextPairs([cut_outs(20)[numbers[1]]], ["x"])
+        expected = ImageTextDataset([cut_outs(20)[numbers[1]]], ["x"])
         assert torch.equal(pairs[7]["image"], expected[0]["image"])
         assert pairs[7]["image_id"] == 1
 
     def test_karpathy_split_that_is_not_there(self, folder):
         with pytest.raises(ValueError, match=r"one of \['restval', 'test', 'train', 'val'\].* got 'dev'"):
-            ImageTextPairs.from_karpathy(self.karpathy(folder), folder, "dev")
+            ImageTextDataset.from_karpathy(self.karpathy(folder), folder, "dev")
 
     def test_wrong_image_root(self, folder):
         with pytest.raises(FileNotFoundError, match=r"Is `image_root` .*nowhere right"):
-            ImageTextPairs.from_karpathy(self.karpathy(folder), folder / "nowhere")
+            ImageTextDataset.from_karpathy(self.karpathy(folder), folder / "nowhere")
 
     def test_csv_rows_with_one_image_share_it(self, folder):
         (folder / "a.csv").write_text(
             '\ufeffimage,text\n0.png,"one, and"\n1.png,two\n0.png,three\n'
         )  # as Excel saves it
-        pairs = ImageTextPairs.from_csv(folder / "a.csv", folder / "val2014")
+        pairs = ImageTextDataset.from_csv(folder / "a.csv", folder / "val2014")
         assert [(pairs[i]["text"], pairs[i]["image_id"]) for i in range(3)] == [
             ("one, and", 0),
             ("three", 0),
@@ -224,12 +225,12 @@ class TestFiles:
     def test_tsv_as_open_clip_reads_it(self, folder):
         (folder / "a.tsv").write_text("filepath\ttitle\n0.png\tone\n")
         columns = {"image_column": "filepath", "text_column": "title", "delimiter": "\t"}
-        assert ImageTextPairs.from_csv(folder / "a.tsv", folder / "val2014", **columns)[0]["text"] == "one"
+        assert ImageTextDataset.from_csv(folder / "a.tsv", folder / "val2014", **columns)[0]["text"] == "one"
 
     def test_jsonl_with_a_text_or_several(self, folder):
         lines = [{"image": "0.png", "text": "one"}, {"image": "1.png", "text": ["two", "three"]}]
         (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-        pairs = ImageTextPairs.from_jsonl(folder / "a.jsonl", folder / "val2014")
+        pairs = ImageTextDataset.from_jsonl(folder / "a.jsonl", folder / "val2014")
         assert pairs.texts == ["one", "two", "three"]
 
     def test_missing_column(self, folder):
@@ -237,31 +238,31 @@ class TestFiles:
         with pytest.raises(
             ValueError, match=r"row 1 of .*a.csv to have 'image' and 'text', got the columns \['file', "
         ):
-            ImageTextPairs.from_csv(folder / "a.csv", folder)
+            ImageTextDataset.from_csv(folder / "a.csv", folder)
 
     def test_empty_table(self, folder):
         (folder / "a.csv").write_text("image,text\n")
         with pytest.raises(ValueError, match="at least one image, got none"):
-            ImageTextPairs.from_csv(folder / "a.csv", folder)
+            ImageTextDataset.from_csv(folder / "a.csv", folder)
 
 
 class TestCollate:
     def test_makes_the_contract(self):
         pairs = tiny_pairs()
-        batch = collate([pairs[i] for i in range(3)])
+        batch = collate_pairs([pairs[i] for i in range(3)])
         assert batch["image"].shape == (3, 3, 16, 16)
         assert batch["text"].shape == (3, 24)
         assert batch["image_id"].tolist() == [0, 0, 1]
         assert batch["image_id"].dtype == batch["text_id"].dtype == torch.int64
 
     def test_images_of_two_sizes(self):
-        pairs = ImageTextPairs([*cut_outs(1), *cut_outs(1, size=30)], ["a", "b"])
+        pairs = ImageTextDataset([*cut_outs(1), *cut_outs(1, size=30)], ["a", "b"])
         with pytest.raises(ValueError, match=r"every image of a batch to have one shape, got .*Give .* a `transform`"):
-            collate([pairs[0], pairs[1]])
+            collate_pairs([pairs[0], pairs[1]])
 
     def test_texts_stay_strings_without_a_tokenizer(self):
-        pairs = ImageTextPairs(cut_outs(2), captions(2), transform=AUGMENTED)
-        assert collate([pairs[0], pairs[1]])["text"] == ["cut-out number 0", "the 0th square"]
+        pairs = ImageTextDataset(cut_outs(2), captions(2), transform=AUGMENTED)
+        assert collate_pairs([pairs[0], pairs[1]])["text"] == ["cut-out number 0", "the 0th square"]
 
 
 def test_tokenizer_is_called_with_a_list():

@@ -17,13 +17,13 @@ from lightning_itm import (
     ImageTextDataModule,
     OfflineHardNegativeMining,
     QuintupletLoss,
-    ShardPairs,
+    ShardDataset,
     ShardStream,
     TripletLoss,
     write_shards,
 )
-from lightning_itm.data.sampler import SeededDataset
-from tests.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
+from lightning_itm.data.resumable_loader import SeededDataset
+from tests.helpers.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
 
 STEPS = 12  # 46 pairs in batches of four, the last of two
 EPOCHS = 3
@@ -75,13 +75,13 @@ def fit(
     watch, checkpoint = Watch(kill_at), ModelCheckpoint(folder, "{step}", save_top_k=-1, **(save or {}))
     options = {**SILENT, "max_epochs": EPOCHS, "enable_checkpointing": True, **trainer_options}
     model = model_class()
-    miners = [] if mining is None else [OfflineHardNegativeMining(num_texts=12, num_images=8, **mining)]
+    miners = [] if mining is None else [OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, **mining)]
     banks = [] if memory is None else [FalseNegativeElimination(16, min_count=4, **memory)]
     trainer = L.Trainer(callbacks=[*banks, watch, *miners, checkpoint], **options)
     data = tiny_data(**{name: value for name, value in loader.items() if name != "shards"})
     if "shards" in loader:
         transforms = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": tokenize}
-        data.train_dataset = ShardStream(ShardPairs(loader["shards"], **transforms), shuffle_buffer=9)
+        data.train_dataset = ShardStream(ShardDataset(loader["shards"], **transforms), shuffle_buffer=9)
     trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
     return model.state_dict(), watch.seen
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lightning_itm import ImageTextRetrieval, OpenCLIPDualEncoder, zero_shot_accuracy
-from tests.modules.test_open_clip import CONFIGS
-from tests.pictures import cut_outs
+from tests.helpers.pictures import cut_outs
+from tests.models.test_open_clip_dual_encoder import CONFIGS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Experiment logs directory"),

@@ -9,8 +9,8 @@ import numpy as np
 import open_clip
 import pytest
 
-from tests.modules.test_open_clip import CONFIGS
-from tests.pictures import cut_outs
+from tests.helpers.pictures import cut_outs
+from tests.models.test_open_clip_dual_encoder import CONFIGS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),

@@ -1,0 +1,248 @@
+"""Precomputed region features with captions, mapped from a file, for ResidualVSE."""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_itm.data.padded_sequence import Unpadded
+from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.readers import flatten_texts
+
+SPECIAL = ("<pad>", "<start>", "<end>", "<unk>", "<mask>")
+
+
+class Vocabulary:
+    """Number the words of captions, from those that are frequent enough.
+
+    Args:
+        words: All words, the special ones first.
+
+    Example:
+        >>> vocabulary = Vocabulary.build(["A dog runs.", "A dog."], min_count=2)
+        >>> vocabulary.encode("a dog sleeps."), len(vocabulary)
+        ([1, 5, 6, 3, 7, 2], 8)
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        if tuple(words[: len(SPECIAL)]) != SPECIAL:
+            raise ValueError(f"Expected the words to start with {SPECIAL}, got {tuple(words[: len(SPECIAL)])}.")
+        self.words = list(words)
+        self.id_of = {word: number for number, word in enumerate(self.words)}
+
+    @classmethod
+    def build(cls, texts: Iterable[str], min_count: int = 4) -> "Vocabulary":
+        """Collect the words of ``texts`` that occur at least ``min_count`` times, in the order of their first occurrence."""
+        counts = Counter(word for text in texts for word in split_words(text))
+        return cls([*SPECIAL, *(word for word, count in counts.items() if count >= min_count)])
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Vocabulary":
+        """Read what :meth:`save` wrote."""
+        return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the words as a JSON list."""
+        Path(path).write_text(json.dumps(self.words, ensure_ascii=False), encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str, changed: float = 0.0) -> list[int]:
+        """Return word ids between start and end.
+
+        Args:
+            text: A caption.
+            changed: Share of the words to choose at random; half of these are masked, a tenth replaced by any word, the others
+                dropped.
+        """
+        ids = [self.id_of.get(word, SPECIAL.index("<unk>")) for word in split_words(text)]
+        if changed:
+            ids = [new for word in ids for new in self._changed(word, changed)]
+        return [SPECIAL.index("<start>"), *ids, SPECIAL.index("<end>")]
+
+    def _changed(self, word: int, changed: float) -> list[int]:
+        if random.random() >= changed:
+            return [word]
+        kind = random.random()
+        if kind < 0.5:
+            return [SPECIAL.index("<mask>")]
+        return [random.randrange(len(SPECIAL), len(self))] if kind < 0.6 and len(self) > len(SPECIAL) else []
+
+
+class RegionFeatureDataset(ImageTextDataset):
+    """Sets of region features with captions, for :class:`~lightning_itm.ResidualVSE`. One item is one caption with its image.
+
+    The features are mapped, not loaded: a file of any size takes no more memory than the batches read from it. They come as
+    float32 whatever the file holds. In training, regions are dropped and words changed at random, as published. A loader of
+    your own needs ``collate_fn=lightning_itm.data.collate_pairs``, which pads.
+
+    Args:
+        features: A ``.npy`` file `(images, regions, dim)`, or such an array.
+        texts: One caption an image, or a list of captions an image, or, with ``text_image_id``, one caption an entry.
+        lengths: Regions of each image, where some rows are padding; default: all.
+        text_image_id: The image that each caption belongs to, where ``texts`` is flat.
+        vocabulary: The words; default: those that occur at least four times in ``texts``. Give the validation set that of the
+            training set.
+        drop_regions: Share of the regions dropped in training; one always stays.
+        change_words: Share of the words changed in training: see :meth:`Vocabulary.encode`.
+
+    Raises:
+        ValueError: Features and captions that do not match in number, lengths of 0 or beyond the regions, features of another
+            shape.
+
+    References:
+        arXiv 2303.00181 (2023) and the code of arXiv 2011.04305, which draw alike.
+    """
+
+    def __init__(
+        self,
+        features: "str | PathLike[str] | np.ndarray[Any, Any] | FeatureRows",
+        texts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        lengths: Sequence[int] | None = None,
+        text_image_id: Sequence[int] | None = None,
+        vocabulary: Vocabulary | None = None,
+        drop_regions: float = 0.2,
+        change_words: float = 0.2,
+    ) -> None:
+        self.features = features if isinstance(features, FeatureRows) else FeatureRows(features)
+        shape = self.features.shape
+        if len(shape) != 3:
+            raise ValueError(f"Expected features of the shape (images, regions, dim), got {shape}.")
+        for name, value in (("drop_regions", drop_regions), ("change_words", change_words)):
+            if not 0 <= value < 1:
+                raise ValueError(f"Expected `{name}` to be in [0, 1), got {value}.")
+        self.images = range(shape[0])  # by number: there is nothing to look at
+        self.texts, self.text_image_id = flatten_texts(texts, text_image_id, shape[0])
+        self.lengths = torch.full((shape[0],), shape[1]) if lengths is None else torch.as_tensor(lengths).long()
+        if len(self.lengths) != shape[0]:
+            raise ValueError(f"Expected one length for each of the {shape[0]} images, got {len(self.lengths)}.")
+        if int(self.lengths.min()) < 1 or int(self.lengths.max()) > shape[1]:
+            raise ValueError(
+                f"Expected lengths from 1 to {shape[1]}, the regions of a row, got {int(self.lengths.min())} to "
+                f"{int(self.lengths.max())}. Leave out images without regions."
+            )
+        self.vocabulary = Vocabulary.build(self.texts) if vocabulary is None else vocabulary
+        self.drop_regions, self.change_words = drop_regions, change_words
+        self.is_evaluation = False
+        self.num_replaced = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @classmethod
+    def from_scan(
+        cls, folder: str | PathLike[str], split: str = "train", *, captions_per_image: int = 5, **kwargs: Any
+    ) -> "RegionFeatureDataset":
+        """Read the layout in which the field's features are published: ``train_ims.npy`` and ``train_caps.txt``.
+
+        The file has one row an image, or, as the published validation and test files, each row as often as the image has
+        captions.
+
+        Args:
+            folder: Where the two files are.
+            split: ``"train"``, ``"dev"``, ``"test"``, …
+            captions_per_image: Consecutive lines that belong to one image.
+            **kwargs: As for the class: ``vocabulary``, …
+
+        Raises:
+            FileNotFoundError: One of the files is not there.
+            ValueError: Rows and captions do not match in number.
+        """
+        images, captions = Path(folder, f"{split}_ims.npy"), Path(folder, f"{split}_caps.txt")
+        for path in (images, captions):
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"Expected {path}, found none. Is `folder` {folder} right, and `split` {split!r}?"
+                )
+        # Not `splitlines`, which takes signs within a caption for the end of a line.
+        texts = captions.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        rows = FeatureRows(images)
+        repeats = captions_per_image if len(rows) == len(texts) and _is_repeated(rows, captions_per_image) else 1
+        per_row = 1 if len(rows) == len(texts) and repeats == 1 else captions_per_image
+        num_images = len(rows) // repeats
+        if num_images * per_row != len(texts):
+            raise ValueError(
+                f"Expected {captions_per_image} captions an image, got {len(rows)} rows in {images.name} and "
+                f"{len(texts)} lines in {captions.name}. Give `captions_per_image`, if it is another number."
+            )
+        grouped = [texts[start : start + per_row] for start in range(0, len(texts), per_row)]
+        return cls(rows.every(repeats), grouped, **kwargs)
+
+    def load_image(self, image_id: int) -> Unpadded:
+        """Return the regions of an image, `(regions, dim)`."""
+        regions = torch.from_numpy(self.features[image_id][: int(self.lengths[image_id])].astype(np.float32))
+        if self.drop_regions and not self.is_evaluation:
+            kept = torch.tensor([random.random() >= self.drop_regions for _ in range(len(regions))])
+            kept[random.randrange(len(regions))] = True
+            regions = regions[kept]
+        return Unpadded(regions)
+
+    def load_text(self, text_id: int) -> Unpadded:
+        """Return the word ids of a caption."""
+        text = self.texts[text_id]
+        if not text.strip():
+            raise UnreadablePairError(f"Text {text_id}, of image {int(self.text_image_id[text_id])}, is empty")
+        return Unpadded(torch.tensor(self.vocabulary.encode(text, 0.0 if self.is_evaluation else self.change_words)))
+
+
+class FeatureRows:
+    """The rows of an array; that of a file is mapped, and a worker maps it for itself.
+
+    Args:
+        source: The path of a ``.npy`` file, or an array.
+        step: Take every so manieth row.
+    """
+
+    def __init__(self, source: "str | PathLike[str] | np.ndarray[Any, Any]", step: int = 1) -> None:
+        if not isinstance(source, str | PathLike | np.ndarray):
+            raise TypeError(
+                f"Expected features as an array or the path of a .npy file, got {type(source).__name__}. Use `numpy.asarray`."
+            )
+        self.source = source if isinstance(source, np.ndarray) else Path(source)
+        self.step = step
+        self._map()
+
+    def every(self, step: int) -> "FeatureRows":
+        """Take every so manieth row of these."""
+        return FeatureRows(self.source, self.step * step)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all rows."""
+        return tuple(self.rows.shape)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> "np.ndarray[Any, Any]":
+        row: np.ndarray[Any, Any] = self.rows[index]
+        return row
+
+    def _map(self) -> None:
+        array = self.source if isinstance(self.source, np.ndarray) else np.load(self.source, mmap_mode="r")
+        self.rows: np.ndarray[Any, Any] = array[:: self.step]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "step": self.step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+
+def split_words(text: str) -> list[str]:
+    """Split into lower-case words and signs."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def _is_repeated(rows: FeatureRows, number: int) -> bool:
+    groups = range(0, min(len(rows), 20 * number), number)
+    return len(rows) % number == 0 and all(
+        np.array_equal(rows[start], rows[start + place]) for start in groups for place in range(1, number)
+    )

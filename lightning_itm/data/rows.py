@@ -1,0 +1,70 @@
+"""Rows about images and texts, in files that other programs read."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.data.shards.tar import TarMember
+
+ROWS_AT_ONCE = 10_000
+
+
+def describe_image(pairs: ImageTextDataset, image_id: int) -> dict[str, Any]:
+    """Return the id and the name of an image; one in memory has no name."""
+    source = pairs.images[image_id]
+    if isinstance(source, TarMember):
+        return {"image_id": image_id, "image": f"{source.path}/{source.key}"}
+    return {"image_id": image_id, "image": fspath(source) if isinstance(source, str | PathLike) else None}
+
+
+def describe_text(pairs: ImageTextDataset, text_id: int) -> dict[str, Any]:
+    """Return the id of a text, that of its image, and the text."""
+    return {"text_id": text_id, "image_id": int(pairs.text_image_id[text_id]), "text": pairs.texts[text_id]}
+
+
+def write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """Write a Parquet file, a few thousand rows at once. Columns are those of the first row.
+
+    Raises:
+        ModuleNotFoundError: pyarrow is not installed.
+    """
+    pa = pyarrow()
+    first = next(rows)
+    schema = pa.schema([(name, _type(pa, name)) for name in first])
+    rows = itertools.chain([first], rows)
+    with pa.parquet.ParquetWriter(path, schema) as writer:
+        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(some, schema=schema))
+
+
+def pyarrow() -> Any:
+    """Return the module.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Expected pyarrow, to write Parquet: `pip install pyarrow`, or use 'jsonl'."
+        ) from error
+    return pyarrow
+
+
+def _type(pa: Any, name: str) -> Any:
+    image = [("image_id", pa.int64()), ("image", pa.string())]
+    text = [("text_id", pa.int64()), ("image_id", pa.int64()), ("text", pa.string())]
+    score = [("score", pa.float32())]
+    lists = {"images": pa.list_(pa.struct(image + score)), "texts": pa.list_(pa.struct(text + score))}
+    return {**dict(image + text), **lists}[name]

@@ -1,0 +1,67 @@
+"""Where the shards of a set are, and what their manifest says."""
+
+import json
+from collections.abc import Sequence
+from glob import glob
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from braceexpand import braceexpand
+
+MANIFEST = "manifest.json"
+
+
+def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
+    """List the shards of a set.
+
+    Args:
+        shards: A folder (all of its ``.tar`` files, or those of its ``manifest.json``), a pattern such as
+            ``"train/{00000..00031}.tar"`` or ``"train/*.tar"``, the path or the address of one shard, or a list of these.
+
+    Raises:
+        FileNotFoundError: A shard is not there, or there is none.
+
+    Example:
+        >>> find_shards("https://host/{0..1}.tar")
+        ['https://host/0.tar', 'https://host/1.tar']
+    """
+    if not isinstance(shards, str | PathLike):
+        found = [shard for entry in shards for shard in find_shards(entry)]
+    elif Path(shards).is_dir():
+        manifest = read_manifest(Path(shards))
+        names = [entry["name"] for entry in manifest["shards"]] if manifest else _tar_files(Path(shards))
+        found = [str(Path(shards, name)) for name in names]
+    else:
+        found = [path for name in braceexpand(fspath(shards)) for path in _matches(name)]
+    missing = [shard for shard in found if not is_remote(shard) and not Path(shard).is_file()]
+    if missing or not found:
+        raise FileNotFoundError(
+            f"Expected every shard to be there, found none at {missing[0]} ({len(missing)} of {len(found)} are missing)."
+            if missing
+            else f"Expected at least one .tar file in {shards}, found none."
+        )
+    return found
+
+
+def is_remote(shard: str) -> bool:
+    """Return whether webdataset has to fetch it: such as ``https:``, ``s3:`` or ``pipe:``."""
+    return ":" in shard.split("/", 1)[0] and not Path(shard).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return what :func:`~lightning_itm.write_shards` said about a folder, if it is one of its."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return manifest
+
+
+def _matches(name: str) -> list[str]:
+    is_pattern = any(sign in name for sign in "*?[") and not is_remote(name) and not Path(name).is_file()
+    return sorted(glob(name)) or [name] if is_pattern else [name]
+
+
+def _tar_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.tar"))

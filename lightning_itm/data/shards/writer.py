@@ -1,0 +1,137 @@
+"""Write pairs into tar shards, and look after them."""
+
+import io
+import json
+import os
+import warnings
+from hashlib import sha256
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from webdataset import TarWriter
+
+from lightning_itm.data.image import UnreadableImageError, open_rgb
+from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.data.shards.paths import MANIFEST, find_shards, read_manifest
+from lightning_itm.data.shards.tar import TarMember
+
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+def write_shards(
+    pairs: ImageTextDataset, folder: str | PathLike[str], *, images_per_shard: int = 1000, prefix: str = ""
+) -> dict[str, Any]:
+    """Write pairs into tar shards, each image once with all of its texts.
+
+    JPEG, PNG and WebP files are copied as they are; other images become PNG. Beside the shards goes a ``manifest.json`` with
+    the number of images, pairs and bytes of each shard, and its SHA-256.
+
+    Args:
+        pairs: What is written; not its transforms.
+        folder: Where to.
+        images_per_shard: Images a shard.
+        prefix: What the names of the shards start with, before a number of five digits.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FileExistsError: There are shards in the folder.
+        ValueError: ``images_per_shard`` is not positive.
+    """
+    if images_per_shard < 1:
+        raise ValueError(f"Expected `images_per_shard` to be at least 1, got {images_per_shard}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.tar")):
+        raise FileExistsError(
+            f"Expected a folder without shards, got {folder}. Nothing is overwritten: name another one."
+        )
+    order = pairs.text_image_id.argsort(stable=True)
+    text_ids = [ids.tolist() for ids in order.split(torch.bincount(pairs.text_image_id).tolist())]
+    shards: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    for number, start in enumerate(range(0, len(pairs.images), images_per_shard)):
+        name, counts = f"{prefix}{number:05d}.tar", {"images": 0, "pairs": 0}
+        part = folder / f"{name}.part"
+        with open(part, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+            for image_id in range(len(pairs.images))[start : start + images_per_shard]:
+                try:
+                    data, ending = encoded_image(pairs.images[image_id])
+                except UnreadableImageError as error:
+                    left_out.append(f"image {image_id}: {error}")
+                    continue
+                ids = text_ids[image_id]
+                facts = {"image_id": image_id, "text_ids": ids, "texts": [pairs.texts[text_id] for text_id in ids]}
+                writer.write({"__key__": f"{image_id:09d}", ending: data, "json": json.dumps(facts).encode()})
+                counts = {"images": counts["images"] + 1, "pairs": counts["pairs"] + len(ids)}
+        shards.append({"name": name, **counts, "bytes": part.stat().st_size, "sha256": checksum(part)})
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} of {len(pairs.images)} images do not open and are left out with their texts, the first: "
+            f"{left_out[0]}. Where texts are missing, ids count anew from 0.",
+            stacklevel=2,
+        )
+    for entry in shards:  # all at the end: what broke off in between is no set
+        os.replace(folder / f"{entry['name']}.part", folder / entry["name"])
+    totals = {name: sum(entry[name] for entry in shards) for name in ("images", "pairs")}
+    manifest = {**totals, "shards": shards}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def verify_shards(folder: str | PathLike[str]) -> None:
+    """Compare shards with their manifest.
+
+    Raises:
+        ValueError: A shard is not what was written, or there is no manifest.
+        FileNotFoundError: A shard is not there.
+    """
+    manifest = read_manifest(Path(folder))
+    if manifest is None:
+        raise ValueError(f"Expected {MANIFEST} in {folder}, found none. Only `write_shards` writes one.")
+    find_shards(folder)
+    wrong = [entry["name"] for entry in manifest["shards"] if checksum(Path(folder, entry["name"])) != entry["sha256"]]
+    if wrong:
+        raise ValueError(
+            f"Expected every shard as it was written, got another content in {', '.join(wrong)}. Copy it again."
+        )
+
+
+def encoded_image(source: Any) -> tuple[bytes, str]:
+    """Return the bytes of an image file, and its ending.
+
+    Raises:
+        UnreadableImageError: It does not open.
+    """
+    if isinstance(source, bytes):
+        data = source
+    elif isinstance(source, TarMember):
+        data = source.read_bytes()
+    elif isinstance(source, str | PathLike):
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise UnreadableImageError(f"{source} does not open: {error}") from error
+    else:
+        data = b""
+    if data:
+        open_rgb(data if not isinstance(source, str | PathLike) else source)  # or nobody could, later
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format in FORMATS:
+                return data, FORMATS[image.format]
+    buffer = io.BytesIO()
+    open_rgb(source).save(buffer, "PNG")
+    return buffer.getvalue(), "png"
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

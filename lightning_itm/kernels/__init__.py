@@ -1,1 +1,0 @@
-"""Kernels for one kind of hardware; ``functional`` has what each computes, in plain PyTorch."""

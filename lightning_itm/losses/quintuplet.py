@@ -1,0 +1,135 @@
+"""The quintuplet loss: hinges on mined negatives around the triplet loss."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
+from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
+from lightning_itm.functional.similarity import DirectionScores
+from lightning_itm.losses.base import DirectionCost, PairLoss, row_similarity
+from lightning_itm.losses.triplet import TripletLoss
+from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection
+
+
+class QuintupletLoss(PairLoss):
+    r"""Hinges on negatives mined over the whole training set, and a hinge on those of the batch with adaptive weights (AOQ).
+
+    For a pair :math:`(I_1, T_1)` with the mined text :math:`T_3` of the image :math:`I_4` and the mined image :math:`I_3` with
+    its text :math:`T_4`, image to text:
+
+    .. math:: w\,[m + \max_j s_{1j} - s^+]_+ + [m' + s(I_1, T_3) - s^+]_+ + [m' + s(I_3, T_3) - s^+]_+
+
+    and text to image the same with :math:`s(I_3, T_1)` and :math:`s(I_4, T_4)`. Without mined negatives (a batch without
+    ``hard``, or a row with the id −1) it is the online loss alone.
+
+    Args:
+        online: The loss of the in-batch negatives, with its own margin and rule. Default: ``TripletLoss()``.
+        offline_margin: m', in units of cosine similarity.
+        alpha: How much harder the mined negative must be than the hardest of the batch for w to fall by one.
+        beta: w where both are equally hard.
+        detach_weights: Let no gradient flow through w (ours if True).
+        clamp_weights: Keep w from falling below 0 (ours if True). It does where the mined negative is harder by more than
+            alpha · beta = 0.45, and then rewards a violation.
+        mask_matched: Skip pairs of mined negatives that are a true pair (ours).
+        reduction: See :class:`PairLoss`. The paper's code sums; that of ``online`` is not used.
+
+    Logs what ``online`` logs, and ``hard_margin``, the mean of s⁺ minus the similarity of the mined negative.
+
+    Raises:
+        ValueError: ``alpha`` is not positive or ``offline_margin`` negative.
+        TypeError: ``online`` is no TripletLoss.
+
+    References:
+        *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669. Its negatives are mined once;
+        here by a callback, by default before each epoch.
+    """
+
+    def __init__(
+        self,
+        online: TripletLoss | None = None,
+        *,
+        offline_margin: float = 0.0,
+        alpha: float = 0.3,
+        beta: float = 1.5,
+        detach_weights: bool = False,
+        clamp_weights: bool = False,
+        mask_matched: bool = True,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__(reduction=reduction)
+        if online is not None and not isinstance(online, TripletLoss):
+            raise TypeError(f"Expected `online` to be a TripletLoss, got {type(online).__name__}.")
+        if not alpha > 0:
+            raise ValueError(f"Expected `alpha` to be positive, got {alpha}.")
+        if offline_margin < 0:
+            raise ValueError(f"Expected `offline_margin` not to be negative, got {offline_margin}.")
+        self.online = TripletLoss() if online is None else online
+        self.options: dict[str, Any] = {
+            "offline_margin": offline_margin,
+            "alpha": alpha,
+            "beta": beta,
+            "detach_weights": detach_weights,
+            "clamp_weights": clamp_weights,
+            "mask_matched": mask_matched,
+        }
+
+    @property
+    def has_selective_rule(self) -> bool:
+        """Whether the online loss has one."""
+        return self.online.has_selective_rule
+
+    def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
+        """Compute the online cost; what there is without mined negatives."""
+        return self.online.direction_cost(scores, selective)
+
+    def memory_cost(
+        self, scores: DirectionScores, direction: MemoryDirection, memory: MemoryCandidates, selective: Tensor | None
+    ) -> DirectionCost:
+        """Compute the online cost with a draw from the memory bank."""
+        return self.online.memory_cost(scores, direction, memory, selective)
+
+    def forward(
+        self,
+        pairs: EmbeddingPairs,
+        candidates: EmbeddingPairs | None = None,
+        *,
+        memory: MemoryCandidates | None = None,
+        hard: HardNegatives | None = None,
+        selective: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the loss of a batch; see :meth:`PairLoss.forward`. Mined negatives are those of their own row alone."""
+        if hard is None:
+            return super().forward(pairs, candidates, memory=memory, selective=selective)
+        candidates = pairs if candidates is None else candidates
+        text_there, image_there = hard.text_image_id >= 0, hard.image_id >= 0
+        pair = text_there & image_there, hard.image_id == hard.text_image_id
+        offline = (
+            OfflineScores(
+                row_similarity(pairs.image, hard.text), row_similarity(hard.image, hard.text), text_there, *pair
+            ),
+            OfflineScores(
+                row_similarity(hard.image, pairs.text),
+                row_similarity(hard.text_image, hard.image_text),
+                image_there,
+                *pair,
+            ),
+        )
+        positive = row_similarity(pairs.image, pairs.text)
+        i2t, t2i = (
+            self._quintuplet_cost(online, of_direction, positive)
+            for online, of_direction in zip(
+                self.costs(pairs, candidates, memory, None, selective), offline, strict=True
+            )
+        )
+        return self.reduce(i2t, t2i, num_anchors=len(candidates))
+
+    def _quintuplet_cost(self, online: DirectionCost, offline: OfflineScores, positive: Tensor) -> DirectionCost:
+        if online.negative is None:
+            raise TypeError("Expected the online cost to name its negative. Return it from `direction_cost`.")
+        cost = quintuplet_cost(online.cost, offline, positive=positive, online_negative=online.negative, **self.options)
+        return DirectionCost(cost, {**online.diagnostics, "hard_margin": positive - offline.anchored})
+
+    def extra_repr(self) -> str:
+        """Show the arguments in the model summary."""
+        return ", ".join(f"{name}={value}" for name, value in (*self.options.items(), ("reduction", self.reduction)))

@@ -1,0 +1,108 @@
+"""The triplet loss with its rules for the negative."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_itm.checks import check_choice
+from lightning_itm.functional.similarity import DirectionScores, hardest_negative
+from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
+from lightning_itm.losses.base import DirectionCost, PairLoss, row_similarity
+from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection
+
+
+class TripletLoss(PairLoss):
+    r"""Hinge on the similarity of a positive and a negative: VSE++, SelHN, or the mean over negatives.
+
+    .. math:: [m - s^+ + s^-]_+
+
+    Args:
+        margin: m, in units of cosine similarity.
+        negatives: ``"hardest"`` (VSE++); ``"selective"`` (SelHN: the mean over negatives for anchors whose hardest negative
+            is as similar as the positive, the hardest for the others); ``"mean"``.
+        epsilon: How close the two similarities must be for SelHN to take the mean.
+        reduction: See :class:`PairLoss`. The papers' code sums.
+
+    Logs ``active_fraction``, the share of anchors that cost anything, and, where the selective rule is on,
+    ``averaged_fraction``, the share of anchors that took the mean.
+
+    Raises:
+        ValueError: ``margin`` or ``epsilon`` is not positive, or ``negatives`` is none of the three.
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm.embeddings import EmbeddingPairs
+        >>> ids = torch.arange(2)
+        >>> orthogonal = EmbeddingPairs(torch.eye(2), torch.eye(2), ids, ids)
+        >>> TripletLoss(margin=1.2)(orthogonal)["loss"]
+        tensor(0.2000)
+
+    References:
+        VSE++: Faghri et al., BMVC 2018. SelHN: arXiv 2303.00181 (2023), with ``epsilon=0.01``. Both published codes count
+        every other pair of the batch as a negative; here pairs of the same image are none.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.2,
+        negatives: Literal["hardest", "selective", "mean"] = "hardest",
+        *,
+        epsilon: float = 0.01,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__(reduction=reduction)
+        check_choice("negatives", negatives, ("hardest", "selective", "mean"))
+        for name, value in (("margin", margin), ("epsilon", epsilon)):
+            if not value > 0:
+                raise ValueError(f"Expected `{name}` to be positive, got {value}.")
+        self.margin, self.negatives, self.epsilon = margin, negatives, epsilon
+
+    @property
+    def has_selective_rule(self) -> bool:
+        """Whether there is a rule to switch: not with the mean over all negatives."""
+        return self.negatives != "mean"
+
+    def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
+        """Compute the hinge cost of each anchor; see :mod:`lightning_itm.functional.triplet`."""
+        rule = {}
+        if self._is_selective(selective):
+            cost, averaged = selective_cost(scores, margin=self.margin, epsilon=self.epsilon, enabled=selective)
+            rule = {"averaged_fraction": averaged}
+        elif self.negatives == "mean":
+            cost = mean_cost(scores, margin=self.margin)
+        else:
+            cost = hardest_cost(scores, margin=self.margin)
+        return DirectionCost(cost, {"active_fraction": cost > 0, **rule}, hardest_negative(scores))
+
+    def memory_cost(
+        self, scores: DirectionScores, direction: MemoryDirection, memory: MemoryCandidates, selective: Tensor | None
+    ) -> DirectionCost:
+        """Compute the hinge cost of each anchor's draw from the memory bank.
+
+        Where the selective rule is on, an anchor whose hardest negative *in the batch* is as similar as its positive takes the
+        mean over the batch instead (ours).
+        """
+        drawn, rule = memory.sampler.draw(direction, margin=self.margin)
+        negative = row_similarity(direction.anchor, direction.take(drawn.candidate_index))
+        negative = negative.masked_fill(~drawn.is_negative, -torch.inf)
+        cost = (self.margin - direction.positive_similarity() + negative).clamp_min(0)
+        if self._is_selective(selective):
+            of_batch, averaged = selective_cost(scores, margin=self.margin, epsilon=self.epsilon, enabled=selective)
+            cost = torch.where(averaged, of_batch, cost)
+            negative = torch.where(averaged, hardest_negative(scores), negative)
+            rule = {**rule, "averaged_fraction": averaged}
+        return DirectionCost(cost, {"active_fraction": cost > 0, **rule}, negative)
+
+    def _is_selective(self, selective: Tensor | None) -> bool:
+        if not self.has_selective_rule and selective is not None:
+            raise ValueError(
+                "TripletLoss(negatives='mean') has no selective rule to switch. Use 'hardest' or 'selective'."
+            )
+        return self.negatives == "selective" or selective is not None
+
+    def extra_repr(self) -> str:
+        """Show the arguments in the model summary."""
+        return (
+            f"margin={self.margin}, negatives={self.negatives!r}, epsilon={self.epsilon}, reduction={self.reduction!r}"
+        )

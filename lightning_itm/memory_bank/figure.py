@@ -1,0 +1,60 @@
+"""The similarities of a memory bank, and what the sampler makes of them, as one figure."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from lightning_itm.functional.false_negatives import MIN_VARIANCE, false_negative_posterior
+from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
+from lightning_itm.memory_bank.queue import MemoryBank
+
+MAX_PAIRS = 2048  # of the queue; four million similarities
+LOW, BINS = -0.5, 150
+
+
+def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
+    """Draw histograms of the pairs of the queue, the two fitted densities, and the posterior.
+
+    Args:
+        bank: The queue.
+        sampler: Its statistics are those of the running epoch.
+
+    Returns:
+        A matplotlib figure.
+    """
+    import matplotlib.pyplot as plt
+
+    fit = [value.cpu().double() for value in sampler.statistics.fit()]
+    grid = torch.linspace(LOW, 1, 1201, dtype=torch.float64)
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    kinds = (("negatives", "tab:red", "hardest negatives, fitted"), ("positives", "tab:blue", "positives, fitted"))
+    counts = sampler.statistics.count.flip(0).tolist()
+    for place, (similarities, (name, color, label)) in enumerate(zip(_similarities(bank), kinds, strict=True)):
+        if len(similarities):
+            heights = similarities.clamp(LOW, 1).histc(BINS, LOW, 1) * (BINS / (1 - LOW) / len(similarities))
+            edges = torch.linspace(LOW, 1, BINS + 1)
+            axes.stairs(heights, edges, fill=True, color=color, alpha=0.25, label=f"all {name} in the queue")
+        if counts[place] > 1:
+            mean, variance = fit[2 - 2 * place], fit[3 - 2 * place].clamp_min(MIN_VARIANCE)
+            axes.plot(grid, Normal(mean, variance.sqrt()).log_prob(grid).exp(), color=color, label=label)
+    axes.set(xlabel="cosine similarity", ylabel="density", ylim=(0, None), title="Which candidates are likely matches?")
+    right = axes.twinx()
+    statistics = dict(zip(("positive_mean", "positive_var", "negative_mean", "negative_var"), fit, strict=True))
+    posterior = false_negative_posterior(grid, **statistics, prior=sampler.prior, monotone=sampler.monotone)
+    right.plot(grid, posterior, color="black", linestyle="--", label="posterior P (right)")
+    right.axhline(sampler.threshold, color="gray", linewidth=0.8, linestyle=":", label="threshold (right)")
+    right.set(ylabel="posterior of a match", yscale="log", ylim=(1e-6, 2))
+    lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="upper left")
+    axes.spines[["top"]].set_visible(False)
+    right.spines[["top"]].set_visible(False)
+    return figure
+
+
+def _similarities(bank: MemoryBank) -> tuple[Tensor, Tensor]:
+    kept = bank.valid.nonzero().squeeze(1)[:MAX_PAIRS]
+    image, text, image_id = bank.image[kept].float(), bank.text[kept].float(), bank.image_id[kept]
+    similarity = image @ text.T
+    return similarity[image_id[:, None] != image_id].cpu(), similarity.diagonal().cpu()

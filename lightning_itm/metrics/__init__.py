@@ -1,0 +1,6 @@
+"""How good a model is: retrieval over a whole set, and zero-shot classification."""
+
+from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
+from lightning_itm.metrics.zero_shot import TEMPLATES, zero_shot_accuracy
+
+__all__ = ["TEMPLATES", "ImageTextRetrieval", "zero_shot_accuracy"]

@@ -1,0 +1,77 @@
+"""What was mined, to look at."""
+
+import textwrap
+from typing import Any
+
+import torch
+
+from lightning_itm.data.image import UnreadableImageError, open_rgb
+from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.mining.negative_table import NegativeTable
+
+
+def contact_sheet(
+    pairs: ImageTextDataset, table: NegativeTable, n: int = 8, *, num_negatives: int = 4, seed: int = 0
+) -> Any:
+    """Draw pairs, one a row: the image and its text, its hardest texts, and the hardest images of the text.
+
+    Args:
+        pairs: The set.
+        table: What was mined for it.
+        n: Number of pairs, taken at random from those for which something was mined.
+        num_negatives: Texts and images shown for each, the hardest first.
+        seed: Of the choice.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: Nothing was mined.
+    """
+    from matplotlib.figure import Figure  # of no window, so nothing has to be closed
+
+    text_image_id = pairs.text_image_id
+    mined = ((table.texts[:, 0] >= 0)[text_image_id] | (table.images[:, 0] >= 0)).nonzero().squeeze(1)
+    if len(mined) == 0:
+        raise ValueError("Expected mined negatives to draw, found none. Mine first, or loosen the guards.")
+    chosen = mined[torch.randperm(len(mined), generator=torch.Generator().manual_seed(seed))[:n]].tolist()
+    widths = [1.0, 3.2, *[1.0] * num_negatives]
+    figure = Figure(figsize=(1.35 * sum(widths), 1.5 * len(chosen) + 0.4), layout="constrained")
+    axes = figure.subplots(len(chosen), len(widths), width_ratios=widths, squeeze=False)
+    axes[0][1].set_title("its text, and the hardest texts of the image", fontsize=9)
+    axes[0][2].set_title("the hardest images of the text", fontsize=9, loc="left")
+    for row, text_id in zip(axes, chosen, strict=True):
+        image_id = int(text_image_id[text_id])
+        for ax in row:
+            ax.set_axis_off()
+        texts = [pairs.texts[other] for other in table.texts[image_id, :num_negatives].tolist() if other >= 0]
+        lines = [textwrap.shorten(text, 44, placeholder="…") for text in (pairs.texts[text_id], *texts)]
+        row[1].text(
+            0, 1, lines[0], va="top", fontsize=9, fontweight="bold", parse_math=False, transform=row[1].transAxes
+        )
+        row[1].text(
+            0,
+            0.8,
+            "\n".join(lines[1:]),
+            va="top",
+            fontsize=9,
+            color="tab:red",
+            parse_math=False,
+            transform=row[1].transAxes,
+        )
+        for ax, other in zip(
+            (row[0], *row[2:]), (image_id, *table.images[text_id, :num_negatives].tolist()), strict=False
+        ):
+            if other >= 0:
+                _show(ax, pairs, other)
+    return figure
+
+
+def _show(ax: Any, pairs: ImageTextDataset, image_id: int) -> None:
+    if isinstance(pairs.images, range):  # features, by number: there is nothing to see
+        ax.text(0.5, 0.5, f"image {image_id}", ha="center", va="center", fontsize=8, transform=ax.transAxes)
+        return
+    try:
+        ax.imshow(open_rgb(pairs.images[image_id]))
+    except UnreadableImageError:
+        ax.text(0.5, 0.5, "unreadable", ha="center", va="center", fontsize=8, transform=ax.transAxes)

@@ -1,0 +1,16 @@
+"""What trains: LightningModules, and what they need to."""
+
+from lightning_itm.models.dual_encoder import DualEncoder
+from lightning_itm.models.open_clip_dual_encoder import OpenCLIPDualEncoder
+from lightning_itm.models.residual_vse import GeneralizedPooling, RegionEncoder, ResidualVSE, WordEncoder
+from lightning_itm.models.weight_interpolation import interpolate_weights
+
+__all__ = [
+    "DualEncoder",
+    "GeneralizedPooling",
+    "OpenCLIPDualEncoder",
+    "RegionEncoder",
+    "ResidualVSE",
+    "WordEncoder",
+    "interpolate_weights",
+]

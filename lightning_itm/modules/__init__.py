@@ -1,1 +1,0 @@
-"""State: losses, metric, LightningModules."""

@@ -1,0 +1,130 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_itm.gradient_monitor.switch import HEALTHY, GradientSwitch, Switch, switched
+
+OPTIONS = {"low": 0.25, "high": 0.75, "min_steps": 3}
+
+
+@given(levels=st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.75, 0.9, float("nan")]), max_size=40))
+def test_equals_the_rule_step_by_step(levels):
+    switch, is_on, age = Switch(torch.tensor(False), torch.tensor(0)), False, 0
+    for level in levels:
+        switch = switched(switch, torch.tensor(level), **OPTIONS)
+        wants = level > 0.75 if is_on else level < 0.25
+        if wants and age + 1 >= 3:
+            is_on, age = not is_on, 0
+        else:
+            age += 1
+        assert (bool(switch.is_on), int(switch.age)) == (is_on, age)
+
+
+class TestGradientSwitch:
+    def make(self, **options):
+        return GradientSwitch(2, **{"low": 0.25, "high": 0.75, "smoothing": 0.5, "min_steps": 1, **options})
+
+    def run(self, switch, sizes, loss=1.0, steps=1, margin=0.0):
+        for _ in range(steps):
+            level = switch.update(torch.tensor(sizes), torch.tensor(loss), margin)
+        return float(level)
+
+    def test_the_lowest_tower_decides(self):
+        switch = self.make()
+        self.run(switch, [20.0, 5.0], steps=9)
+        assert not switch.is_on
+        assert self.run(switch, [20.0, 1.0], steps=9) == pytest.approx(0.2, abs=0.01)
+        assert switch.is_on
+
+    def test_a_converged_model_is_no_collapse(self):
+        """Loss and gradient fall together, by a factor of a thousand."""
+        switch = self.make()
+        for step in range(70):
+            level = self.run(switch, [8 * 0.9**step, 8 * 0.9**step], 0.3 * 0.9**step)
+            assert level > 0.99
+        assert not switch.is_on
+
+    def test_a_vanishing_gradient_is(self):
+        switch = self.make()
+        for step in range(30):
+            self.run(switch, [8 * 0.8**step, 8 * 0.8**step], 0.2)
+        assert switch.is_on
+
+    def test_a_collapse_from_the_start_needs_no_better_days(self):
+        switch = self.make()
+        assert self.run(switch, [0.02, 0.02], 0.2) < 0.25
+        assert switch.is_on
+
+    @pytest.mark.parametrize("scale", [1e-4, 1.0, 2e4])
+    def test_the_scale_of_the_loss_is_no_matter(self, scale):
+        """So neither is its reduction."""
+        switch, plain = self.make(), self.make()
+        levels = [self.run(switch, [scale * 5 * 0.9**step, scale * 9.0], scale * 0.2) for step in range(20)]
+        expected = [self.run(plain, [5 * 0.9**step, 9.0], 0.2) for step in range(20)]
+        assert levels == pytest.approx(expected, rel=1e-4)
+
+    def test_a_tower_that_is_not_trained_decides_nothing(self):
+        switch = self.make()
+        assert self.run(switch, [-1.0, 5.0], 0.2, steps=20) == pytest.approx(25 / 25)
+        assert not switch.is_on
+
+    def test_a_tower_that_is_frozen_or_freed_in_between(self):
+        switch = self.make(smoothing=0.9)
+        self.run(switch, [5.0, 5.0], 0.2, steps=20)
+        assert self.run(switch, [-1.0, 5.0], 0.2, steps=50) > 0.9
+        switch = self.make(smoothing=0.9)
+        self.run(switch, [-1.0, 5.0], 0.2, steps=50)
+        assert self.run(switch, [5.0, 5.0], 0.2) > 0.9
+
+    def test_a_gradient_of_exactly_nothing_is_a_collapse(self):
+        switch = self.make()
+        self.run(switch, [0.0, 0.0], 0.2)
+        assert switch.is_on
+
+    def test_below_half_of_the_margin_nothing_has_collapsed(self):
+        switch = self.make()
+        self.run(switch, [0.02, 0.02], 0.09, margin=0.2, steps=9)
+        assert not switch.is_on
+        self.run(switch, [0.02, 0.02], 0.2, margin=0.2, steps=9)
+        assert switch.is_on
+        self.run(switch, [0.02, 0.02], 0.02, margin=0.2, steps=9)
+        assert not switch.is_on
+
+    def test_steps_without_any_loss_change_nothing(self):
+        switch = self.make()
+        self.run(switch, [8.0, 8.0], 0.2, steps=5)
+        self.run(switch, [0.0, 0.0], 0.0, steps=2000)
+        assert not switch.is_on
+        assert switch.num_skipped == 0
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_steps_that_are_not_finite_are_counted_and_change_nothing(self, bad):
+        switch = self.make()
+        self.run(switch, [8.0, 8.0], steps=5)
+        before = {name: value.clone() for name, value in switch.state_dict().items()}
+        self.run(switch, [bad, 8.0])
+        self.run(switch, [8.0, 8.0], bad)
+        assert switch.num_skipped == 2
+        assert all(
+            torch.equal(value, before[name]) for name, value in switch.state_dict().items() if name != "num_skipped"
+        )
+
+    def test_the_healthy_value_is_kept_within_bounds(self):
+        switch = self.make()
+        self.run(switch, [5000.0, 5000.0], steps=5)
+        assert self.run(switch, [400.0, 400.0], steps=30) == pytest.approx(400 / HEALTHY[1], rel=1e-3)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"low": 0.8}, "0 < `low` < `high` <= 1, got low=0.8 and high=0.75"),
+            ({"high": 1.5}, "got low=0.25 and high=1.5"),
+            ({"low": 0.0}, "got low=0.0"),
+            ({"smoothing": 1.0}, r"`smoothing` to be in \[0, 1\), got 1.0"),
+            ({"min_steps": 0}, "`min_steps` to be at least 1, got 0"),
+        ],
+    )
+    def test_wrong_arguments(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            self.make(**options)

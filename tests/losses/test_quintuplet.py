@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
+from lightning_itm import InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("aoq_*.npz"))
+NAMES = ("image", "text", "hard_image", "hard_text", "hard_text_image", "hard_image_text")
+
+
+def make_hard(vectors, text_image_id, image_id):
+    return HardNegatives(
+        text=vectors["hard_text"],
+        text_image=vectors["hard_text_image"],
+        text_image_id=torch.as_tensor(text_image_id),
+        image=vectors["hard_image"],
+        image_text=vectors["hard_image_text"],
+        image_id=torch.as_tensor(image_id),
+    )
+
+
+def make_case(image_id, text_image_id, hard_image_id, seed=0, dim=4):
+    torch.manual_seed(seed)
+    n = len(image_id)
+    vectors = {name: normalize(torch.randn(n, dim, dtype=torch.float64), dim=-1).requires_grad_() for name in NAMES}
+    pairs = EmbeddingPairs(vectors["image"], vectors["text"], torch.as_tensor(image_id), torch.arange(n))
+    return vectors, pairs, make_hard(vectors, text_image_id, hard_image_id)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_equals_the_published_code(path):
+    golden = {name: torch.from_numpy(np.asarray(value)) for name, value in np.load(path).items()}
+    vectors = {name: golden[name].requires_grad_() for name in NAMES}
+    n = len(vectors["image"])
+    pairs = EmbeddingPairs(vectors["image"], vectors["text"], torch.arange(n), torch.arange(n))
+    hard = make_hard(vectors, torch.arange(n) + n, torch.arange(n) + 2 * n)
+    loss = QuintupletLoss(
+        TripletLoss(float(golden["margin_online"])),
+        offline_margin=float(golden["margin_offline"]),
+        alpha=float(golden["alpha"]),
+        beta=float(golden["beta"]),
+        reduction="sum",
+    )
+    value = loss(pairs, hard=hard)["loss"]
+    value.backward()
+    torch.testing.assert_close(value, golden["loss_sum"], atol=1e-10, rtol=0)
+    for name in NAMES:
+        torch.testing.assert_close(vectors[name].grad, golden[f"grad_{name}"], atol=1e-10, rtol=0)
+
+
+def test_golden_files_are_there():
+    assert len(GOLDEN) == 3
+
+
+def loop(pairs, hard, margin, offline_margin, alpha, beta, clamp=False):
+    """The quintuplet loss, one pair at a time, mean over anchors and directions."""
+
+    def dot(a, b):
+        return sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
+    total, n = 0.0, len(pairs)
+    for i in range(n):
+        positive = dot(pairs.image[i], pairs.text[i])
+        others = [j for j in range(n) if pairs.image_id[j] != pairs.image_id[i]]
+        no_pair = hard.image_id[i] == hard.text_image_id[i] or min(hard.image_id[i], hard.text_image_id[i]) < 0
+        image, text = pairs.image[i], pairs.text[i]
+        hard_image, hard_text = hard.image[i], hard.text[i]
+        i2t, t2i = ([dot(image, pairs.text[j]) for j in others], [dot(text, pairs.image[j]) for j in others])
+        directions = (
+            (i2t, hard.text_image_id[i], (image, hard_text), (hard_image, hard_text)),
+            (t2i, hard.image_id[i], (hard_image, text), (hard.text_image[i], hard.image_text[i])),
+        )
+        for negatives, mined_id, anchored, unanchored in directions:
+            online = max([max(0.0, margin - positive + s) for s in negatives], default=0.0)
+            if mined_id < 0:
+                total += online
+                continue
+            weight = beta - ((dot(*anchored) - max(negatives)) / alpha if negatives else 0.0)
+            total += (max(0.0, weight) if clamp else weight) * online
+            total += max(0.0, offline_margin + dot(*anchored) - positive)
+            total += 0.0 if no_pair else max(0.0, offline_margin + dot(*unanchored) - positive)
+    return total / (2 * n)
+
+
+IDS = st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 6), st.integers(-1, 6)), min_size=1, max_size=7)
+
+
+@given(IDS, st.booleans(), st.integers(0, 1000))
+def test_equals_the_loop(ids, clamp, seed):
+    """Rows where nothing was mined, matched mined pairs, groups of one image, a batch of one."""
+    vectors, pairs, hard = make_case(*(list(column) for column in zip(*ids, strict=True)), seed=seed)
+    loss = QuintupletLoss(TripletLoss(0.3), offline_margin=0.1, alpha=0.2, beta=1.2, clamp_weights=clamp)
+    value = loss(pairs, hard=hard)["loss"]
+    value.backward()
+    assert value.item() == pytest.approx(loop(pairs, hard, 0.3, 0.1, 0.2, 1.2, clamp), abs=1e-9)
+    assert all(vectors[name].grad.isfinite().all() for name in NAMES)
+
+
+def test_without_mined_negatives_it_is_the_online_loss():
+    _, pairs, hard = make_case([0, 1, 2, 2], [-1] * 4, [-1] * 4)
+    for negatives in ("hardest", "selective", "mean"):
+        online = TripletLoss(0.4, negatives)
+        loss = QuintupletLoss(online)
+        assert loss(pairs)["loss"] == online(pairs)["loss"] == loss(pairs, hard=hard)["loss"]
+
+
+def test_detached_weights_change_the_gradient_and_not_the_loss():
+    vectors, pairs, hard = make_case([0, 1, 2], [5, 6, 7], [8, 9, 10])
+    gradients, values = [], []
+    for detach in (False, True):
+        value = QuintupletLoss(TripletLoss(0.9), detach_weights=detach)(pairs, hard=hard)["loss"]
+        gradients.append(torch.autograd.grad(value, vectors["hard_text"])[0])
+        values.append(value)
+    assert values[0] == values[1]
+    assert not torch.allclose(*gradients)
+
+
+def test_true_pairs_among_the_mined_are_skipped():
+    vectors, pairs, hard = make_case([0, 1], [5, 6], [5, 7])
+    value = QuintupletLoss(offline_margin=2.0)(pairs, hard=hard)["loss"]
+    value.backward()
+    masked = vectors["hard_text_image"].grad
+    assert (masked[0] == 0).all(), "its only term is with a text of its own image"
+    assert (masked[1] != 0).any()
+    assert QuintupletLoss(offline_margin=2.0, mask_matched=False)(pairs, hard=hard)["loss"] > value
+
+
+@pytest.mark.parametrize("make_loss", [lambda: TripletLoss(0.5), lambda: InfoNCELoss(2.0), lambda: SigmoidLoss(2.0)])
+def test_other_losses_take_them_as_candidates(make_loss):
+    """As if the mined pairs had been in the batch, without being anchors; the id −1 is nobody's negative."""
+    _, pairs, hard = make_case([0, 1, 2], [5, -1, 1], [7, 0, -1])
+    loss = make_loss().double()
+    mined = hard.as_pairs()
+    there = mined.image_id >= 0
+    extended = pairs + EmbeddingPairs(
+        mined.image[there], mined.text[there], mined.image_id[there], mined.text_id[there]
+    )
+    assert loss(pairs, hard=hard)["loss"].item() == pytest.approx(loss(pairs, extended)["loss"].item())
+    assert loss(pairs, hard=hard)["loss"] > loss(pairs)["loss"]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: QuintupletLoss(InfoNCELoss()), TypeError, "`online` to be a TripletLoss, got InfoNCELoss"),
+        (lambda: QuintupletLoss(alpha=0), ValueError, "`alpha` to be positive, got 0"),
+        (lambda: QuintupletLoss(offline_margin=-1), ValueError, "`offline_margin` not to be negative, got -1"),
+    ],
+)
+def test_wrong_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,124 @@
+import matplotlib as mpl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
+from lightning_itm import ImageTextRetrieval
+from lightning_itm.embeddings import EmbeddingPairs
+from tests.reference import retrieval as reference
+
+mpl.use("Agg")
+
+
+def make_pairs(texts_of_image, *, dim=4, integers=False):
+    """Some texts for each image, as a loader would give them: the image once for each of its texts."""
+    owner = torch.repeat_interleave(torch.tensor(texts_of_image))
+    if integers:
+        image, text = (torch.randint(-2, 3, (n, dim)).float() for n in (len(texts_of_image), len(owner)))
+    else:
+        image, text = (normalize(torch.randn(n, dim), dim=-1) for n in (len(texts_of_image), len(owner)))
+    return image, text, owner, EmbeddingPairs(image[owner], text, owner, torch.arange(len(owner)))
+
+
+def rows(pairs, index):
+    return EmbeddingPairs(pairs.image[index], pairs.text[index], pairs.image_id[index], pairs.text_id[index])
+
+
+def measured(metric, pairs, batch_size=5):
+    for index in torch.arange(len(pairs)).split(batch_size):
+        metric.update(rows(pairs, index))
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=12), st.booleans(), st.integers(0, 1000))
+def test_equals_the_loop(texts_of_image, integers, seed):
+    """One to seven texts an image, negative cosines, and with integers many ties."""
+    torch.manual_seed(seed)
+    image, text, owner, pairs = make_pairs(texts_of_image, integers=integers)
+    assert measured(ImageTextRetrieval(), pairs) == pytest.approx(reference.retrieval(image, text, owner), abs=1e-4)
+
+
+def test_an_embedding_of_zeros_is_that_of_itself():
+    """It has no cosine with itself, and came once for each of its image's texts."""
+    ids = torch.arange(2)
+    pairs = EmbeddingPairs(torch.zeros(2, 4), torch.eye(2, 4), torch.zeros_like(ids), ids)
+    assert measured(ImageTextRetrieval(), pairs)["i2t_r10"] == 100
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=23), st.integers(0, 1000))
+def test_folds_are_the_mean_over_parts(texts_of_image, seed):
+    torch.manual_seed(seed)
+    image, text, owner, pairs = make_pairs(texts_of_image)
+    parts = torch.arange(len(image)).tensor_split(min(5, len(image)))
+    results = [
+        reference.retrieval(image[part], text[torch.isin(owner, part)], owner[torch.isin(owner, part)] - part[0])
+        for part in parts
+    ]
+    expected = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+    assert measured(ImageTextRetrieval(folds=5), pairs) == pytest.approx(expected, abs=1e-4)
+
+
+@given(st.integers(11, 300))
+def test_a_collapsed_model_scores_nothing(num_images):
+    vector = normalize(torch.randn(1, 64), dim=-1).expand(num_images, 64)
+    ids = torch.arange(num_images)
+    assert measured(ImageTextRetrieval(), EmbeddingPairs(vector, vector, ids, ids))["rsum"] == 0
+
+
+def test_order_and_repetition_do_not_matter():
+    """A distributed sampler pads with pairs that were there already."""
+    *_, pairs = make_pairs([3, 1, 2, 5])
+    shuffled = rows(pairs, torch.cat([torch.randperm(11), torch.tensor([0, 4, 4])]))
+    assert measured(ImageTextRetrieval(), shuffled) == measured(ImageTextRetrieval(), pairs)
+
+
+@pytest.mark.parametrize(("field", "bad"), [("text_id", 0), ("image_id", 0)])
+def test_one_id_for_two_things_is_an_error(field, bad):
+    pairs = EmbeddingPairs(torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3))
+    getattr(pairs, field)[1] = bad
+    metric = ImageTextRetrieval()
+    metric.update(pairs)
+    with pytest.raises(ValueError, match=rf"one embedding for each `{field}`, .*\(cosine 0.00\) for {field} 0"):
+        metric.compute()
+
+
+def test_one_text_of_two_images_is_an_error():
+    metric = ImageTextRetrieval()
+    metric.update(EmbeddingPairs(torch.eye(3), torch.ones(3, 3), torch.arange(3), torch.tensor([0, 1, 0])))
+    with pytest.raises(ValueError, match="every text to belong to one image, got two for text_id 0"):
+        metric.compute()
+
+
+def test_a_dead_tower_is_no_wrong_id():
+    ids = torch.arange(3)
+    assert measured(ImageTextRetrieval(), EmbeddingPairs(torch.zeros(3, 2), torch.zeros(3, 2), ids, ids))["i2t_r1"] == 0
+
+
+def test_nothing_seen():
+    metric = ImageTextRetrieval()
+    with (
+        pytest.warns(UserWarning, match="before the ``update`` method"),
+        pytest.raises(ValueError, match="at least one batch before `compute`"),
+    ):
+        metric.compute()
+
+
+@pytest.mark.parametrize("arguments", [{"recall_at": ()}, {"recall_at": (0, 5)}, {"folds": 0}])
+def test_wrong_arguments(arguments):
+    with pytest.raises(ValueError, match="positive integer"):
+        ImageTextRetrieval(**arguments)
+
+
+def test_plot_shows_both_directions():
+    *_, pairs = make_pairs([1] * 30)
+    metric = ImageTextRetrieval()
+    metric.update(pairs)
+    figure, ax = metric.plot()
+    assert [label.get_text() for label in ax.get_legend().get_texts()] == ["image to text", "text to image"]
+    heights = [bar.get_height() for bar in ax.patches]
+    assert heights == pytest.approx(
+        [metric.compute()[f"{way}_r{k}"].item() for way in ("i2t", "t2i") for k in (1, 5, 10)]
+    )
+    mpl.pyplot.close(figure)

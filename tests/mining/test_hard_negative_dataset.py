@@ -1,0 +1,132 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_itm import HardNegativeDataset, ImageTextDataset
+from lightning_itm.data import collate_pairs
+from lightning_itm.mining import NegativeTable
+from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.tiny import tiny_pairs
+
+
+def mined_pairs(*, coupled_ranks=True, texts_per_image=10, images_per_text=2):
+    """23 images of two texts each; a table with other images only, and rows that are shorter than the others."""
+    pairs = tiny_pairs()
+    table = NegativeTable(23, 46, texts_per_image=texts_per_image, images_per_text=images_per_text)
+    texts = torch.stack([(2 * row + 2 + torch.arange(texts_per_image)) % 46 for row in range(23)])
+    images = torch.stack([(row // 2 + 1 + torch.arange(images_per_text)) % 23 for row in range(46)])
+    texts[3, 4:], texts[5], images[11] = -1, -1, -1
+    table.publish(texts, images)
+    return HardNegativeDataset(pairs, table, coupled_ranks=coupled_ranks)
+
+
+class TestTable:
+    def test_is_one_memory_for_who_unpickles_it(self):
+        """A spawned worker gets it by pickle, and sees what is published later."""
+        table = NegativeTable(3, 4, texts_per_image=2, images_per_text=1)
+        copy = pickle.loads(pickle.dumps(table))
+        texts, images = torch.arange(6).view(3, 2), torch.arange(4).view(4, 1)
+        table.publish(texts, images)
+        assert torch.equal(copy.texts, texts.int())
+        assert torch.equal(copy.images, images.int())
+
+    def test_waits_in_no_main_process(self):
+        pairs = mined_pairs()
+        pairs.table.is_pending = True
+        with pytest.raises(RuntimeError, match="nothing was mined before the first batch"):
+            pairs[0]
+
+    def test_a_worker_waits_until_it_is_published(self):
+        pairs = mined_pairs()
+        pairs.table.is_pending = True
+        iterator = iter(DataLoader(pairs, 4, num_workers=1, collate_fn=collate_pairs))
+        pairs.table.publish(torch.full((23, 10), 7), torch.full((46, 2), 5))
+        assert set(next(iterator)["hard_image_id"].tolist()) == {5}
+
+    def test_file_goes_with_it(self):
+        table = NegativeTable(3, 4, texts_per_image=2, images_per_text=1)
+        path = table.path
+        del table
+        assert not Path(path).exists()
+
+
+class TestPairs:
+    def test_draws_come_from_the_pairs_own_rows(self):
+        pairs = mined_pairs()
+        for index in (0, 1, 20, 45):
+            row_of_texts, row_of_images = pairs.table.texts[index // 2], pairs.table.images[index]
+            seen = set()
+            for _ in range(40):
+                sample = pairs[index]
+                assert sample["hard_text_image_id"] in pairs.pairs.text_image_id[row_of_texts.long()].tolist()
+                assert sample["hard_image_id"] in row_of_images.tolist()
+                seen.add((sample["hard_text_image_id"], sample["hard_image_id"]))
+            assert len(seen) > 3
+
+    def test_coupled_ranks(self):
+        """One draw n: the n-th text, and the image of rank n · 2 // 10."""
+        pairs = mined_pairs()
+        texts, images = pairs.table.texts[0].tolist(), pairs.table.images[0].tolist()
+        for _ in range(60):
+            text, image = pairs.draw(pairs.table.texts[0], pairs.table.images[0])
+            assert images.index(image) == texts.index(text) * 2 // 10
+
+    def test_two_draws_if_not_coupled(self):
+        pairs = mined_pairs(coupled_ranks=False)
+        rows = pairs.table.texts[0], pairs.table.images[0]
+        drawn = {
+            (rows[0].tolist().index(t), rows[1].tolist().index(i)) for t, i in (pairs.draw(*rows) for _ in range(200))
+        }
+        assert len(drawn) == 20
+
+    def test_fewer_places(self):
+        pairs = mined_pairs()
+        drawn = [pairs.draw(pairs.table.texts[3], pairs.table.images[6]) for _ in range(60)]
+        assert {text for text, _ in drawn} == {8, 9, 10, 11}
+
+    def test_the_other_half_of_a_mined_pair_matches_it(self):
+        """T3 with I4, and I3 with T4, are the data of a pair of the set."""
+        pairs = mined_pairs()
+        view = pairs.pairs.evaluation()
+        pairs.pairs.transform = view.eval_transform
+        owner = pairs.pairs.text_image_id
+        for index in range(0, 46, 5):
+            sample = pairs[index]
+            if sample["hard_image_id"] >= 0:
+                texts = [view.load_text(i) for i in range(46) if owner[i] == sample["hard_image_id"]]
+                assert any(torch.equal(sample["hard_image_text"], text) for text in texts)
+                assert torch.equal(sample["hard_image"], view.load_image(sample["hard_image_id"]))
+            if sample["hard_text_image_id"] >= 0:
+                texts = [view.load_text(i) for i in range(46) if owner[i] == sample["hard_text_image_id"]]
+                assert any(torch.equal(sample["hard_text"], text) for text in texts)
+                assert torch.equal(sample["hard_text_image"], view.load_image(sample["hard_text_image_id"]))
+
+    def test_nothing_mined(self):
+        pairs = mined_pairs()
+        sample = pairs[10]
+        assert sample["hard_text_image_id"] == -1
+        assert torch.equal(sample["hard_text"], sample["text"])
+        assert torch.equal(sample["hard_text_image"], sample["image"])
+        assert pairs[11]["hard_image_id"] == -1
+
+    def test_a_mined_image_that_does_not_open(self):
+        images = cut_outs(2)
+        pairs = HardNegativeDataset(ImageTextDataset([images[0], b"none"], captions(2)))
+        texts, places = torch.full((2, 300), -1), torch.full((4, 60), -1)
+        texts[0, 0], places[0, 0] = 2, 1
+        pairs.table.publish(texts, places)
+        with pytest.warns(UserWarning, match="Image 1: bytes does not open"):
+            sample = pairs[0]
+        assert sample["hard_image_id"] == sample["hard_text_image_id"] == -1
+        assert torch.equal(sample["hard_image"], sample["image"])
+
+    def test_other_data(self):
+        with pytest.raises(TypeError, match=r"Expected an ImageTextDataset, got list. Read other data"):
+            HardNegativeDataset([1, 2, 3])
+
+    def test_a_table_of_another_set(self):
+        with pytest.raises(ValueError, match="a table of 23 images and 46 texts"):
+            HardNegativeDataset(tiny_pairs(), NegativeTable(3, 4, texts_per_image=2, images_per_text=1))
