@@ -29,7 +29,7 @@ from emoji_mining import load_example
 from timing import Report
 
 FROM_SCRATCH = ("InfoNCE", "selective")
-FINE_TUNED = ("InfoNCE", "hardest", "selective", "FNE", "AOQ", "InfoNCE+", "AOQ+FNE+SelHN")
+FINE_TUNED = ("InfoNCE", "selective", "FNE", "AOQ+FNE+SelHN")
 
 
 class Outcome(NamedTuple):
