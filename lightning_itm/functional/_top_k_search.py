@@ -54,6 +54,8 @@ class Way(ABC):
 
     num_rows: int
     """How many anchors it takes at once."""
+    slower: "Way | None" = None
+    """What searches again where this one is unsure. (No list of ways: beartype, in tests, draws a random item of a list.)"""
 
     @abstractmethod
     def find(self, anchors: Tensor, own: OwnKeys | None, limit: Tensor | None) -> tuple[TopK, Tensor | None]:
@@ -90,8 +92,8 @@ class Exact(Way):
 class Chunked(Way):
     """Products in bfloat16 choose candidates, which are compared in float32."""
 
-    def __init__(self, keys: Tensor, low: "LowKeys", k: int, memory_budget: int) -> None:
-        self.keys, self.low, self.k = keys, low, k
+    def __init__(self, keys: Tensor, low: "LowKeys", k: int, memory_budget: int, *, slower: Way) -> None:
+        self.keys, self.low, self.k, self.slower = keys, low, k, slower
         self.num_rows = min(_MAX_ROWS, max(1, memory_budget // (4 * len(keys))))
         self.buffer = low.keys.new_empty(0)
 
@@ -117,7 +119,10 @@ class Chunked(Way):
 class Grouped(Way):
     """The best of each group of keys are the candidates, by products in bfloat16 that are not written."""
 
-    def __init__(self, keys: Tensor, low: "LowKeys", own: OwnKeys | None, k: int, memory_budget: int) -> None:
+    def __init__(
+        self, keys: Tensor, low: "LowKeys", own: OwnKeys | None, k: int, memory_budget: int, *, slower: Way
+    ) -> None:
+        self.slower = slower
         self.keys, self.k, self.memory_budget, self.centre = keys, k, memory_budget // 2, low.centre
         # A kernel compares 32 bits twice as fast as 64.
         ids = () if own is None else (own.anchor_id, own.key_id)
@@ -168,34 +173,31 @@ def search_all(
         memory_budget = 256 << 20 if keys.device.type == "cpu" else 1 << 30
     if method == "auto":
         method = "grouped" if keys.is_cuda and find_spec("triton") is not None else "chunked"
-    ways: list[Way] = [Exact(keys, k, memory_budget)]
+    way: Way = Exact(keys, k, memory_budget)
     if ceiling is None and (method == "grouped" or _multiplies_bfloat16(keys.device)):
         low = _bfloat16(keys)
-        ways.insert(0, Chunked(keys, low, k, memory_budget))
+        way = Chunked(keys, low, k, memory_budget, slower=way)
         if method == "grouped":
-            ways.insert(0, Grouped(keys, low, own, k, memory_budget))
+            way = Grouped(keys, low, own, k, memory_budget, slower=way)
     found, remaining = [], torch.arange(len(anchors), device=anchors.device)
     while len(remaining):
-        rows, remaining = remaining.tensor_split((ways[0].num_rows,))
-        part, num_again = _search(ways, anchors, rows, own, ceiling)
-        if 2 * num_again > len(rows):  # too many alike for this way to tell apart
-            ways = ways[1:]
+        rows, remaining = remaining.tensor_split((way.num_rows,))
+        part, num_again = _search(way, anchors, rows, own, ceiling)
+        if way.slower is not None and 2 * num_again > len(rows):  # too many alike for this way to tell apart
+            way = way.slower
         found.append(part)
     return TopK(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _search(
-    ways: list[Way], anchors: Tensor, rows: Tensor, own: OwnKeys | None, ceiling: Tensor | None
-) -> tuple[TopK, int]:
+def _search(way: Way, anchors: Tensor, rows: Tensor, own: OwnKeys | None, ceiling: Tensor | None) -> tuple[TopK, int]:
     """Search for the anchors of one chunk, and again by the next way where the first is unsure: of how many, it says."""
-    way, *rest = ways
     limit = None if ceiling is None else ceiling[rows]
     found, unsure = way.find(anchors[rows], own and own.of(rows), limit)
-    if unsure is None:
+    if unsure is None or way.slower is None:
         return found, 0
     again = unsure.nonzero().squeeze(1)
-    for few in again.split(rest[0].num_rows) if len(again) else ():
-        better, _ = _search(rest, anchors, rows[few], own, ceiling)
+    for few in again.split(way.slower.num_rows) if len(again) else ():
+        better, _ = _search(way.slower, anchors, rows[few], own, ceiling)
         found.scores[few], found.index[few] = better.scores, better.index
     return found, len(again)
 
