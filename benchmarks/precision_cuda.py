@@ -102,9 +102,13 @@ def run(job: tuple[str, int], args: argparse.Namespace, folder: Path) -> dict[tu
     found, start = {}, None
     for loss in FROM_SCRATCH:
         row, found["from scratch", loss] = train(example, parsed, "from scratch", loss, None)
+        print(
+            precision, seed, "from scratch", loss, found["from scratch", loss], flush=True
+        )  # left if a run breaks off
         start = start or row.checkpoint
     for loss in FINE_TUNED[-1:] if args.quick else FINE_TUNED:
         found["fine-tuned", loss] = train(example, parsed, "fine-tuned", loss, start)[1]
+        print(precision, seed, "fine-tuned", loss, found["fine-tuned", loss], flush=True)
     return found
 
 

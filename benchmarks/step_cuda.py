@@ -147,9 +147,11 @@ def main() -> None:
         "FNE, InfoNCE": (softmax, lambda: [FalseNegativeElimination(queue, start_epoch=0)]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(args.runs):
+    for number in range(args.runs):
         for name, (loss, callbacks) in ways.items():
             seconds[name].append(run(callbacks(), loss(), args))
+            # A run that breaks off leaves these lines.
+            print(f"turn {number}: {name}, {1000 * seconds[name][-1]:.1f} ms per step", flush=True)
     report = Report(args.device, args.out, ("step", 32), ("ms", 9), ("to bare", 9), ("to momentum", 13))
     for name, times in seconds.items():
         floors = seconds["bare, InfoNCE" if name.endswith("InfoNCE") else "bare"], seconds["bare + a momentum forward"]
