@@ -105,7 +105,10 @@ def evaluate(model: OpenCLIPDualEncoder, pairs: ImageTextDataset, caption: Tenso
             model.embed(torch.utils.data.default_collate([view[i] for i in part.tolist()]))
             for part in torch.arange(len(pairs)).split(256)
         ]
-    image, text = torch.cat([batch.image for batch in batches]), torch.cat([batch.text for batch in batches])
+    image, text = (
+        torch.cat([batch.image_embeddings for batch in batches]),
+        torch.cat([batch.text_embeddings for batch in batches]),
+    )
     first = torch.tensor(sorted({int(value): place for place, value in reversed(list(enumerate(caption)))}.values()))
     ranks = (
         retrieval_rank(image, text[first], query_id=caption, key_id=caption[first]),

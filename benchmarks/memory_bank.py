@@ -47,7 +47,7 @@ def loop_step(
 ) -> Tensor:
     """Do the step as the paper describes it: per pair statistics, whole matrices, per row fallback."""
     image, text, image_id, _ = memory
-    similarity = (pairs.image @ pairs.text.T).detach()
+    similarity = (pairs.image_embeddings @ pairs.text_embeddings.T).detach()
     best_text, best_image = similarity.argmax(dim=1), similarity.argmax(dim=0)
     off_diagonal = similarity.clone().fill_diagonal_(0)
     for i in range(len(similarity)):
@@ -55,8 +55,11 @@ def loop_step(
             moments[0].update(similarity[i, i].item())
             moments[1].update(off_diagonal[i].max().item())
             moments[1].update(off_diagonal[:, i].max().item())
-    loss = pairs.image.new_zeros(())
-    for anchor, own, candidates in ((pairs.image, slow.text, text), (pairs.text, slow.image, image)):
+    loss = pairs.image_embeddings.new_zeros(())
+    for anchor, own, candidates in (
+        (pairs.image_embeddings, slow.text_embeddings, text),
+        (pairs.text_embeddings, slow.image_embeddings, image),
+    ):
         scores = anchor @ candidates.T
         positive = (anchor * own).sum(dim=1, keepdim=True)
         cost = (MARGIN - positive + scores).clamp(min=0)
@@ -90,10 +93,10 @@ def measure(queue_size: int, batch_size: int, dim: int, runs: int) -> None:
     """Print the table of one queue size."""
     generator = torch.Generator().manual_seed(0)
     pairs = make_pairs(batch_size, dim, generator)
-    slow = EmbeddingPairs(pairs.image.clone(), pairs.text.clone(), pairs.image_id, pairs.text_id)
+    slow = EmbeddingPairs(pairs.image_embeddings.clone(), pairs.text_embeddings.clone(), pairs.image_id, pairs.text_id)
     bank = MemoryBank(queue_size, dim)
     bank.enqueue(make_pairs(queue_size, dim, generator, first_id=batch_size))
-    inputs = pairs.image.requires_grad_(), pairs.text.requires_grad_()
+    inputs = pairs.image_embeddings.requires_grad_(), pairs.text_embeddings.requires_grad_()
     sampler, moments = FalseNegativeSampler(), (Moments(), Moments())
     candidates = bank.with_batch(slow)
     gradients = [torch.rand(batch_size, len(bank) + batch_size, generator=generator) for _ in range(2)]

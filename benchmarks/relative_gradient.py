@@ -92,7 +92,7 @@ def main() -> None:
             embedded = EmbeddingPairs(normalize(image, dim=1), normalize(text, dim=1), ids, ids)
             loss = model.loss(embedded)["loss"]
             loss.backward()
-            spread = 1 - (normalize(embedded.image.mean(0), dim=0) @ embedded.image.T).mean()
+            spread = 1 - (normalize(embedded.image_embeddings.mean(0), dim=0) @ embedded.image_embeddings.T).mean()
             kappa = [float(measure_gradient([*tower.parameters()])[1] / loss) for tower in model.towers().values()]
             print(
                 f"{name:12}{number:10.2f} M  {state:10}{loss:8.3f}{spread:9.4f}" + "".join(f"{k:10.3f}" for k in kappa),

@@ -14,8 +14,8 @@ class EmbeddingPairs:
     """The embeddings of a batch, row by row a matching pair.
 
     Args:
-        image: `(pairs, dim)`, unit-norm, float32 (or float64).
-        text: `(pairs, dim)`, unit-norm, float32 (or float64).
+        image_embeddings: `(pairs, dim)`, unit-norm, float32 (or float64).
+        text_embeddings: `(pairs, dim)`, unit-norm, float32 (or float64).
         image_id: int64 `(pairs,)`; the image each row belongs to.
         text_id: int64 `(pairs,)`.
 
@@ -30,17 +30,18 @@ class EmbeddingPairs:
         2
     """
 
-    image: Tensor
-    text: Tensor
+    image_embeddings: Tensor
+    text_embeddings: Tensor
     image_id: Tensor
     text_id: Tensor
 
     def __post_init__(self) -> None:
         for name in ("image", "text"):
-            if getattr(self, name).ndim != 2:
+            shape = tuple(getattr(self, f"{name}_embeddings").shape)
+            if len(shape) != 2:
                 raise ValueError(
-                    f"Expected the {name} embeddings to have the shape (pairs, dim), got {tuple(getattr(self, name).shape)}. "
-                    f"Return one vector a pair from `encode_{name}`."
+                    f"Expected `{name}_embeddings` to have the shape (pairs, dim), got {shape}. "
+                    f"Return one vector per pair from `encode_{name}`."
                 )
         for name in ("image_id", "text_id"):
             ids = getattr(self, name)
@@ -52,14 +53,15 @@ class EmbeddingPairs:
         rows = {field.name: getattr(self, field.name).shape[0] for field in fields(self)}
         if len(set(rows.values())) > 1:
             raise ValueError(f"Expected one row a pair in all of {list(rows)}, got {rows} rows.")
-        if self.image.shape[1] != self.text.shape[1]:
+        image_dim, text_dim = self.image_embeddings.shape[1], self.text_embeddings.shape[1]
+        if image_dim != text_dim:
             raise ValueError(
-                "Expected image and text embeddings of one width, got "
-                f"{self.image.shape[1]} (image) and {self.text.shape[1]} (text). Project both towers to the same width."
+                f"Expected image and text embeddings of one width, got {image_dim} (image) and {text_dim} (text). Project "
+                "both towers to the same width."
             )
 
     def __len__(self) -> int:
-        return len(self.image)
+        return len(self.image_embeddings)
 
     def __add__(self, other: "EmbeddingPairs") -> "EmbeddingPairs":
         """Concatenate two sets of pairs."""
@@ -68,8 +70,8 @@ class EmbeddingPairs:
     def gather(self) -> "EmbeddingPairs":
         """Concatenate the pairs of all ranks, embeddings with gradient. Every rank must hold as many pairs."""
         return EmbeddingPairs(
-            gather_with_gradient(self.image),
-            gather_with_gradient(self.text),
+            gather_with_gradient(self.image_embeddings),
+            gather_with_gradient(self.text_embeddings),
             gather(self.image_id),
             gather(self.text_id),
         )
@@ -86,19 +88,19 @@ class HardNegatives:
     it. (I4, T3) and (I3, T4) match.
 
     Args:
-        text: T3, `(pairs, dim)`, unit-norm.
-        text_image: I4, `(pairs, dim)`, unit-norm.
-        text_image_id: The id of I4, int64 `(pairs,)`; −1 where no text was mined.
-        image: I3, `(pairs, dim)`, unit-norm.
-        image_text: T4, `(pairs, dim)`, unit-norm.
+        text_embeddings: T3, `(pairs, dim)`, unit-norm.
+        image_of_text_embeddings: I4, `(pairs, dim)`, unit-norm.
+        image_id_of_text: The id of I4, int64 `(pairs,)`; −1 where no text was mined.
+        image_embeddings: I3, `(pairs, dim)`, unit-norm.
+        text_of_image_embeddings: T4, `(pairs, dim)`, unit-norm.
         image_id: The id of I3, int64 `(pairs,)`; −1 where no image was mined.
     """
 
-    text: Tensor
-    text_image: Tensor
-    text_image_id: Tensor
-    image: Tensor
-    image_text: Tensor
+    text_embeddings: Tensor
+    image_of_text_embeddings: Tensor
+    image_id_of_text: Tensor
+    image_embeddings: Tensor
+    text_of_image_embeddings: Tensor
     image_id: Tensor
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -107,10 +109,10 @@ class HardNegatives:
 
     def as_pairs(self) -> EmbeddingPairs:
         """Return the mined pairs (I4, T3) and (I3, T4), which are candidates like any other. Their text ids are −1."""
-        image_id = torch.cat([self.text_image_id, self.image_id])
+        image_id = torch.cat([self.image_id_of_text, self.image_id])
         return EmbeddingPairs(
-            torch.cat([self.text_image, self.image]),
-            torch.cat([self.text, self.image_text]),
+            torch.cat([self.image_of_text_embeddings, self.image_embeddings]),
+            torch.cat([self.text_embeddings, self.text_of_image_embeddings]),
             image_id,
             torch.full_like(image_id, -1),
         )

@@ -65,11 +65,15 @@ def mined_samples():
     """With negatives as a HardNegativeDataset would add them, one pair without any."""
     data, mined = samples(), samples()[::-1]
     for place, (sample, negative) in enumerate(zip(data, mined, strict=True)):
-        sample.update(
-            hard_text=negative["text"], hard_text_image=negative["image"], hard_image=mined[place - 1]["image"]
-        )
-        sample.update(hard_image_text=mined[place - 1]["text"], hard_text_image_id=20 + place, hard_image_id=40 + place)
-    data[3].update(hard_text_image_id=-1)
+        sample["hard"] = {
+            "text": negative["text"],
+            "image_of_text": negative["image"],
+            "image_id_of_text": 20 + place,
+            "image": mined[place - 1]["image"],
+            "text_of_image": mined[place - 1]["text"],
+            "image_id": 40 + place,
+        }
+    data[3]["hard"]["image_id_of_text"] = -1
     return data
 
 

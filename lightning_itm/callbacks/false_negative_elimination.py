@@ -271,9 +271,12 @@ class FalseNegativeElimination(Callback):
 
     def _bank(self, pairs: EmbeddingPairs) -> MemoryBank:
         if self.bank is None:
-            self.bank = MemoryBank(self.queue_size, pairs.image.shape[1])
-        if (self.bank.image.dtype, self.bank.image.device) != (pairs.image.dtype, pairs.image.device):
-            self.bank.to(pairs.image.device, pairs.image.dtype)
+            self.bank = MemoryBank(self.queue_size, pairs.image_embeddings.shape[1])
+        if (self.bank.image.dtype, self.bank.image.device) != (
+            pairs.image_embeddings.dtype,
+            pairs.image_embeddings.device,
+        ):
+            self.bank.to(pairs.image_embeddings.device, pairs.image_embeddings.dtype)
         return self.bank
 
     def _encoder(self) -> MomentumEncoder:
@@ -287,7 +290,7 @@ def _in_order(pairs: EmbeddingPairs, world_size: int) -> EmbeddingPairs:
     return EmbeddingPairs(
         *(
             part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)
-            for part in (pairs.image, pairs.text, pairs.image_id, pairs.text_id)
+            for part in (pairs.image_embeddings, pairs.text_embeddings, pairs.image_id, pairs.text_id)
         )
     )
 

@@ -249,7 +249,9 @@ class OfflineHardNegativeMining(Callback):
         return {
             "texts": self.table.texts.clone(),
             "images": self.table.images.clone(),
-            "embeddings": None if self.embedded is None else [self.embedded.image.cpu(), self.embedded.text.cpu()],
+            "embeddings": None
+            if self.embedded is None
+            else [self.embedded.image_embeddings.cpu(), self.embedded.text_embeddings.cpu()],
             "epoch": self._epoch,
             "is_finished": bool(self._is_finished),
             "fingerprint": fingerprint(self._pairs()),

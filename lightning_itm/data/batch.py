@@ -72,7 +72,12 @@ def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 )
                 + ("Give `ImageTextDataset` a `tokenizer` that pads to a fixed length." if key == "text" else "")
             )
-    padded = {key: pad_if_ragged([sample[key] for sample in samples]) for key in samples[0]}
-    padded = {key: values for key, values in padded.items() if values is not None}
-    rest = [{key: value for key, value in sample.items() if key not in padded} for sample in samples]
-    return {**default_collate(rest), **padded}
+    stacked = {key: _stack([sample[key] for sample in samples]) for key in samples[0]}
+    stacked = {key: values for key, values in stacked.items() if values is not None}
+    rest = [{key: value for key, value in sample.items() if key not in stacked} for sample in samples]
+    return {**default_collate(rest), **stacked}
+
+
+def _stack(values: list[Any]) -> Any:
+    """Stack what ``default_collate`` can't: mined negatives, which are samples again, and sequences of several lengths."""
+    return collate_pairs(values) if isinstance(values[0], Mapping) else pad_if_ragged(values)

@@ -155,8 +155,8 @@ def both_directions(pairs: EmbeddingPairs, candidates: EmbeddingPairs) -> tuple[
     """Compare images with texts, and texts with images."""
     ids = {"anchor_id": pairs.image_id, "candidate_id": candidates.image_id}
     return (
-        direction_scores(pairs.image, pairs.text, candidates.text, **ids),
-        direction_scores(pairs.text, pairs.image, candidates.image, **ids),
+        direction_scores(pairs.image_embeddings, pairs.text_embeddings, candidates.text_embeddings, **ids),
+        direction_scores(pairs.text_embeddings, pairs.image_embeddings, candidates.image_embeddings, **ids),
     )
 
 

@@ -102,20 +102,23 @@ class QuintupletLoss(PairLoss):
         if hard is None:
             return super().forward(pairs, candidates, memory=memory, selective=selective)
         candidates = pairs if candidates is None else candidates
-        text_there, image_there = hard.text_image_id >= 0, hard.image_id >= 0
-        pair = text_there & image_there, hard.image_id == hard.text_image_id
+        text_there, image_there = hard.image_id_of_text >= 0, hard.image_id >= 0
+        pair = text_there & image_there, hard.image_id == hard.image_id_of_text
         offline = (
             OfflineScores(
-                row_similarity(pairs.image, hard.text), row_similarity(hard.image, hard.text), text_there, *pair
+                row_similarity(pairs.image_embeddings, hard.text_embeddings),
+                row_similarity(hard.image_embeddings, hard.text_embeddings),
+                text_there,
+                *pair,
             ),
             OfflineScores(
-                row_similarity(hard.image, pairs.text),
-                row_similarity(hard.text_image, hard.image_text),
+                row_similarity(hard.image_embeddings, pairs.text_embeddings),
+                row_similarity(hard.image_of_text_embeddings, hard.text_of_image_embeddings),
                 image_there,
                 *pair,
             ),
         )
-        positive = row_similarity(pairs.image, pairs.text)
+        positive = row_similarity(pairs.image_embeddings, pairs.text_embeddings)
         i2t, t2i = (
             self._quintuplet_cost(online, of_direction, positive)
             for online, of_direction in zip(

@@ -79,8 +79,8 @@ class MemoryCandidates:
     The loss calls ``sampler.observe`` with the pairs of all ranks, and then draws, or weighs, for each direction.
 
     Args:
-        image: `(candidates, dim)`, unit-norm, without gradient.
-        text: `(candidates, dim)`, likewise; row by row the match of ``image``.
+        image_embeddings: `(candidates, dim)`, unit-norm, without gradient.
+        text_embeddings: `(candidates, dim)`, likewise; row by row the match of ``image_embeddings``.
         image_id: int64 `(candidates,)`.
         valid: bool `(candidates,)`; False for places that hold nothing.
         positive: The momentum embeddings of this rank's own pairs, which take the place of the positives; ``None``: the
@@ -88,8 +88,8 @@ class MemoryCandidates:
         sampler: Chooses, or weighs.
     """
 
-    image: Tensor
-    text: Tensor
+    image_embeddings: Tensor
+    text_embeddings: Tensor
     image_id: Tensor
     valid: Tensor
     positive: EmbeddingPairs | None
@@ -108,16 +108,33 @@ class MemoryCandidates:
             pairs: The anchors.
             mined: Further candidates.
         """
-        image, text = pairs.image, pairs.text
+        image, text = pairs.image_embeddings, pairs.text_embeddings
         if self.positive is not None:
-            image, text = _finite_or(self.positive.image, image), _finite_or(self.positive.text, text)
+            image, text = (
+                _finite_or(self.positive.image_embeddings, image),
+                _finite_or(self.positive.text_embeddings, text),
+            )
         candidate_id = torch.where(self.valid, self.image_id, -1)
         if mined is not None:
             candidate_id = torch.cat([candidate_id, mined.image_id])
         ids = pairs.image_id, candidate_id, pairs.text_id
         return (
-            MemoryDirection(pairs.image, text, self.text, None if mined is None else mined.text, *ids, 0),
-            MemoryDirection(pairs.text, image, self.image, None if mined is None else mined.image, *ids, 1),
+            MemoryDirection(
+                pairs.image_embeddings,
+                text,
+                self.text_embeddings,
+                None if mined is None else mined.text_embeddings,
+                *ids,
+                0,
+            ),
+            MemoryDirection(
+                pairs.text_embeddings,
+                image,
+                self.image_embeddings,
+                None if mined is None else mined.image_embeddings,
+                *ids,
+                1,
+            ),
         )
 
 

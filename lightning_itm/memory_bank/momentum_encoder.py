@@ -57,7 +57,7 @@ class MomentumEncoder(nn.Module):
         with torch.enable_grad():
             pairs = self._embed(batch)
         for name in ("image", "text"):
-            if getattr(pairs, name).requires_grad:
+            if getattr(pairs, f"{name}_embeddings").requires_grad:
                 raise TypeError(
                     f"Expected the copy of {type(self.module).__name__} to embed with its own weights; its {name} embeddings "
                     "come from those of the module itself. A function is bound to it, such as `self.encode_image = "

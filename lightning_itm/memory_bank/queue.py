@@ -57,9 +57,9 @@ class MemoryBank(nn.Module):
                 f"Expected a queue of at least one batch of all processes, {len(pairs)} pairs, got a size of {len(self)}. "
                 "Raise `queue_size`, or lower the batch size."
             )
-        if pairs.image.shape[1] != self.image.shape[1]:
+        if pairs.image_embeddings.shape[1] != self.image.shape[1]:
             raise ValueError(
-                f"Expected embeddings as wide as the queue's, {self.image.shape[1]}, got {pairs.image.shape[1]}. "
+                f"Expected embeddings as wide as the queue's, {self.image.shape[1]}, got {pairs.image_embeddings.shape[1]}. "
                 "A queue serves one model: start it anew."
             )
 
@@ -67,8 +67,8 @@ class MemoryBank(nn.Module):
         """Return image and text embeddings, image ids and validity, of the pairs first and then of the whole queue."""
         pairs, valid = _finite(pairs)
         return (
-            torch.cat([pairs.image, self.image]),
-            torch.cat([pairs.text, self.text]),
+            torch.cat([pairs.image_embeddings, self.image]),
+            torch.cat([pairs.text_embeddings, self.text]),
             torch.cat([pairs.image_id, self.image_id]),
             torch.cat([valid, self.valid]),
         )
@@ -88,8 +88,9 @@ class MemoryBank(nn.Module):
         self.check(pairs)
         pairs, valid = _finite(pairs)
         places = (torch.arange(len(pairs), device=valid.device) + self.position) % len(self)
-        for name in ("image", "text", "image_id"):
-            getattr(self, name)[places] = getattr(pairs, name).to(getattr(self, name).dtype)
+        self.image[places] = pairs.image_embeddings.to(self.image.dtype)
+        self.text[places] = pairs.text_embeddings.to(self.text.dtype)
+        self.image_id[places] = pairs.image_id
         self.valid[places] = valid
         self.num_refused += (~valid).sum()
         self.position = (self.position + len(pairs)) % len(self)
@@ -109,6 +110,8 @@ class MemoryBank(nn.Module):
 
 def _finite(pairs: EmbeddingPairs) -> tuple[EmbeddingPairs, Tensor]:
     """Put zeros where an embedding is not finite, and say where that is not so."""
-    valid = pairs.image.isfinite().all(dim=1) & pairs.text.isfinite().all(dim=1)
-    image, text = (torch.where(valid[:, None], part.detach(), 0) for part in (pairs.image, pairs.text))
+    valid = pairs.image_embeddings.isfinite().all(dim=1) & pairs.text_embeddings.isfinite().all(dim=1)
+    image, text = (
+        torch.where(valid[:, None], part.detach(), 0) for part in (pairs.image_embeddings, pairs.text_embeddings)
+    )
     return EmbeddingPairs(image, text, pairs.image_id, pairs.text_id), valid

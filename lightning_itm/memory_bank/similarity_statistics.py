@@ -48,8 +48,8 @@ class SimilarityStatistics(nn.Module):
     @torch.no_grad()
     def update(self, pairs: EmbeddingPairs) -> None:
         """Take in the pairs of a batch, of all ranks. Values that are not finite do not count."""
-        with torch.autocast(pairs.image.device.type, enabled=False):
-            image, text = full_precision(pairs.image), full_precision(pairs.text)
+        with torch.autocast(pairs.image_embeddings.device.type, enabled=False):
+            image, text = full_precision(pairs.image_embeddings), full_precision(pairs.text_embeddings)
             positive = (image * text).sum(dim=1)
             hardest = _hardest(image, text, pairs.image_id)
         mutual = (positive > hardest).all(dim=0) & hardest.isfinite().all(dim=0)

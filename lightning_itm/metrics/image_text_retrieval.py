@@ -59,8 +59,10 @@ class ImageTextRetrieval(Metric):
 
     def update(self, pairs: EmbeddingPairs) -> None:
         """Take in a batch of pairs."""
-        for name in ("image", "text", "image_id", "text_id"):
-            getattr(self, name).append(getattr(pairs, name).detach())
+        self.image.append(pairs.image_embeddings.detach())
+        self.text.append(pairs.text_embeddings.detach())
+        self.image_id.append(pairs.image_id)
+        self.text_id.append(pairs.text_id)
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``i2t_r1`` … ``t2i_r10``, ``rsum``, and ``median_rank`` and ``mean_rank`` of either direction."""

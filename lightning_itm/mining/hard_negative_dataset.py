@@ -62,17 +62,17 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
         text_id, image_id = self.draw(self.table.texts[sample["image_id"]], self.table.images[sample["text_id"]])
         of_text = int(self.pairs.text_image_id[text_id]) if text_id >= 0 else -1
         of_image = self._some_text(image_id) if image_id >= 0 else -1
-        hard_text_image, hard_text, hard_text_image_id = self._load(of_text, text_id, sample)
-        hard_image, hard_image_text, hard_image_id = self._load(image_id, of_image, sample)
-        return {
-            **sample,
-            "hard_text": hard_text,
-            "hard_text_image": hard_text_image,
-            "hard_text_image_id": hard_text_image_id,
-            "hard_image": hard_image,
-            "hard_image_text": hard_image_text,
-            "hard_image_id": hard_image_id,
+        image_of_text, text, image_id_of_text = self._load(of_text, text_id, sample)
+        image, text_of_image, image_id = self._load(image_id, of_image, sample)
+        hard = {
+            "text": text,
+            "image_of_text": image_of_text,
+            "image_id_of_text": image_id_of_text,
+            "image": image,
+            "text_of_image": text_of_image,
+            "image_id": image_id,
         }
+        return {**sample, "hard": hard}
 
     def _load(self, image_id: int, text_id: int, sample: dict[str, Any]) -> tuple[Any, Any, int]:
         if image_id >= 0:

@@ -109,15 +109,20 @@ class DualEncoder(L.LightningModule):
         image, text = self._unit_vectors("image", batch["image"]), self._unit_vectors("text", batch["text"])
         return EmbeddingPairs(image, text, batch["image_id"], batch["text_id"])
 
-    def embed_hard_negatives(self, batch: Any) -> HardNegatives:
-        """Encode the mined negatives that came with a batch (:class:`~lightning_itm.HardNegativeDataset`), with gradient."""
+    def embed_hard_negatives(self, hard: Mapping[str, Any]) -> HardNegatives:
+        """Encode the mined negatives of a batch, with gradient.
+
+        Args:
+            hard: ``batch["hard"]`` as :class:`~lightning_itm.HardNegativeDataset` fills it: images and texts before the
+                encoders, row by row for the pairs of the batch.
+        """
         return HardNegatives(
-            text=self._unit_vectors("text", batch["hard_text"]),
-            text_image=self._unit_vectors("image", batch["hard_text_image"]),
-            text_image_id=batch["hard_text_image_id"],
-            image=self._unit_vectors("image", batch["hard_image"]),
-            image_text=self._unit_vectors("text", batch["hard_image_text"]),
-            image_id=batch["hard_image_id"],
+            text_embeddings=self._unit_vectors("text", hard["text"]),
+            image_of_text_embeddings=self._unit_vectors("image", hard["image_of_text"]),
+            image_id_of_text=hard["image_id_of_text"],
+            image_embeddings=self._unit_vectors("image", hard["image"]),
+            text_of_image_embeddings=self._unit_vectors("text", hard["text_of_image"]),
+            image_id=hard["image_id"],
         )
 
     def forward(self, batch: Any) -> EmbeddingPairs:
@@ -136,8 +141,8 @@ class DualEncoder(L.LightningModule):
         """Compute the loss of a batch, against the candidates of all ranks."""
         pairs = self.embed(batch)
         inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
-        if "hard_text" in batch:
-            inputs["hard"] = self.embed_hard_negatives(batch)
+        if isinstance(inputs.get("hard"), Mapping):  # samples; embeddings need no further forward pass
+            inputs["hard"] = self.embed_hard_negatives(inputs["hard"])
         outputs: dict[str, Tensor] = self.loss(pairs, pairs.gather(), **inputs)
         if not isinstance(outputs, dict) or "loss" not in outputs:
             raise TypeError(f"Expected the loss to return a dict with 'loss', got {type(outputs).__name__}.")

@@ -396,7 +396,7 @@ class TestBadInput:
     def test_a_loss_without_memory(self):
         class Own(nn.Module):
             def forward(self, pairs, candidates):
-                return {"loss": pairs.image.sum()}
+                return {"loss": pairs.image_embeddings.sum()}
 
         with pytest.raises(Exception, match=r"a loss that takes `memory`, got Own. Use TripletLoss"):
             fit(loss=Own())

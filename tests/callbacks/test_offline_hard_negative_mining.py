@@ -37,8 +37,10 @@ class Watch(Callback):
             self.tables[epoch] = miner.table.texts.clone(), miner.table.images.clone()
             if batch_idx == 0:
                 self.embedded[epoch] = embed_all(pl_module, miner.pairs)
-        names = ("image_id", "text_id", "hard_text_image_id", "hard_image_id")
-        self.steps.append((epoch, *(batch[name].tolist() for name in names if name in batch)))
+        ids = [batch["image_id"], batch["text_id"]]
+        if isinstance(batch.get("hard"), dict):
+            ids += [batch["hard"]["image_id_of_text"], batch["hard"]["image_id"]]
+        self.steps.append((epoch, *(part.tolist() for part in ids)))
 
 
 @torch.no_grad()
@@ -66,7 +68,7 @@ def test_each_epochs_table_is_of_the_model_as_it_stands():
     for epoch in range(EPOCHS):
         pairs, (texts, images) = watch.embedded[epoch], watch.tables[epoch]
         first_text = torch.arange(0, 46, 2)
-        scores = pairs.image[first_text] @ pairs.text.T
+        scores = pairs.image_embeddings[first_text] @ pairs.text_embeddings.T
         scores[owner[None, :] == torch.arange(23)[:, None]] = -2
         expected = scores.topk(12)
         torch.testing.assert_close(scores.gather(1, texts.long()), expected.values, atol=1e-6, rtol=0)
@@ -131,11 +133,11 @@ def test_embeddings_are_those_of_the_table_and_the_pair():
             texts, images = miner.table.texts[batch["image_id"]], miner.table.images[batch["text_id"]]
             drawn.append((epoch, batch["text_id"].tolist(), hard.image_id.tolist()))
             of_texts = miner.pairs.text_image_id[texts.long()]
-            assert (of_texts == hard.text_image_id[:, None]).any(dim=1).all()
+            assert (of_texts == hard.image_id_of_text[:, None]).any(dim=1).all()
             assert (images == hard.image_id[:, None]).any(dim=1).all()
-            assert torch.equal(hard.image, embedded.image[hard.image_id])
-            assert torch.equal(hard.text_image, embedded.image[hard.text_image_id])
-            assert not hard.text.requires_grad
+            assert torch.equal(hard.image_embeddings, embedded.image_embeddings[hard.image_id])
+            assert torch.equal(hard.image_of_text_embeddings, embedded.image_embeddings[hard.image_id_of_text])
+            assert not hard.text_embeddings.requires_grad
 
     miner = OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject="embeddings")
     L.Trainer(callbacks=[miner, Check()], max_epochs=2, **SILENT).fit(Tiny(QuintupletLoss()), datamodule=tiny_data())
@@ -230,7 +232,7 @@ def test_a_fit_without_the_callback_has_no_mined_negatives():
 
     class Check(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            watch.steps.append("hard_text" in batch)
+            watch.steps.append("hard" in batch)
 
     L.Trainer(callbacks=[Check()], max_epochs=1, **SILENT).fit(Tiny(), datamodule=data)
     assert watch.steps == [False] * 12

@@ -50,10 +50,12 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        mined = [batch[key].tolist() for key in ("hard_text_image_id", "hard_image_id") if key in batch]
+        hard, mined = batch.get("hard"), []
+        if isinstance(hard, dict):
+            mined = [hard["image_id_of_text"].tolist(), hard["image_id"].tolist()]
         if "memory" in batch:
             memory = batch["memory"]
-            mined.append((memory.image_id.tolist(), memory.valid.tolist(), memory.image.sum().item()))
+            mined.append((memory.image_id.tolist(), memory.valid.tolist(), memory.image_embeddings.sum().item()))
         pairs = batch["text_id"].tolist()
         self.seen.append((trainer.current_epoch, batch_idx, pairs, batch["image"].sum().item(), *mined))
 

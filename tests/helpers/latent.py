@@ -52,5 +52,5 @@ def make_run(seed, negatives, num_steps=60, *, is_cold=True):
 def measure(model, held_out):
     """Return the hardest loss of held-out pairs, and how far their images spread around their mean."""
     pairs = model.embed(held_out)
-    spread = 1 - normalize(pairs.image.mean(0), dim=0) @ pairs.image.T
+    spread = 1 - normalize(pairs.image_embeddings.mean(0), dim=0) @ pairs.image_embeddings.T
     return TripletLoss(MARGIN, "hardest")(pairs)["loss"].item(), spread.mean().item()

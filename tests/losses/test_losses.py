@@ -60,7 +60,9 @@ def test_equals_the_loop(name, image_id, seed):
     loss = make_loss().double()
     value = loss(pairs)["loss"]
     value.backward()
-    expected = reference.loss(pairs.image.detach(), pairs.text.detach(), pairs.image_id, anchor_cost)
+    expected = reference.loss(
+        pairs.image_embeddings.detach(), pairs.text_embeddings.detach(), pairs.image_id, anchor_cost
+    )
     assert value.item() == pytest.approx(expected, abs=1e-6)
     assert torch.isfinite(vectors.grad).all()
 
@@ -89,7 +91,12 @@ def test_without_any_negative(name, image_id):
 def test_candidates_may_be_more_than_the_anchors(name):
     loss = CASES[name][0]().double()
     _, everything = make_pairs(9, image_id=[0, 0, 1, 2, 2, 2, 3, 4, 0])
-    image, text, image_id, text_id = everything.image, everything.text, everything.image_id, everything.text_id
+    image, text, image_id, text_id = (
+        everything.image_embeddings,
+        everything.text_embeddings,
+        everything.image_id,
+        everything.text_id,
+    )
     parts = [
         EmbeddingPairs(image[rows], text[rows], image_id[rows], text_id[rows]) for rows in torch.arange(9).split(3)
     ]
@@ -102,7 +109,9 @@ def test_candidates_may_be_more_than_the_anchors(name):
 def test_is_float32_under_autocast(name, device):
     loss = CASES[name][0]().to(device)
     _, pairs = make_pairs(64, dim=128, dtype=torch.float32)
-    pairs = EmbeddingPairs(*(getattr(pairs, field).to(device) for field in ("image", "text", "image_id", "text_id")))
+    pairs = EmbeddingPairs(
+        *(getattr(pairs, field).to(device) for field in ("image_embeddings", "text_embeddings", "image_id", "text_id"))
+    )
     expected = loss(pairs)["loss"]
     with torch.autocast(device, dtype=torch.bfloat16):
         value = loss(pairs)["loss"]
@@ -112,13 +121,15 @@ def test_is_float32_under_autocast(name, device):
 
 def test_info_nce_equals_open_clip():
     _, pairs = make_pairs(16)
-    expected = open_clip.ClipLoss()(pairs.image, pairs.text, torch.tensor(10.0))
+    expected = open_clip.ClipLoss()(pairs.image_embeddings, pairs.text_embeddings, torch.tensor(10.0))
     torch.testing.assert_close(InfoNCELoss(np.log(10)).double()(pairs)["loss"], expected)
 
 
 def test_sigmoid_equals_open_clip():
     _, pairs = make_pairs(16)
-    expected = open_clip.loss.SigLipLoss()(pairs.image, pairs.text, torch.tensor(10.0), torch.tensor(-10.0))
+    expected = open_clip.loss.SigLipLoss()(
+        pairs.image_embeddings, pairs.text_embeddings, torch.tensor(10.0), torch.tensor(-10.0)
+    )
     torch.testing.assert_close(SigmoidLoss().double()(pairs)["loss"], expected)
 
 

@@ -14,23 +14,23 @@ GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("aoq_*.npz"))
 NAMES = ("image", "text", "hard_image", "hard_text", "hard_text_image", "hard_image_text")
 
 
-def make_hard(vectors, text_image_id, image_id):
+def make_hard(vectors, image_id_of_text, image_id):
     return HardNegatives(
-        text=vectors["hard_text"],
-        text_image=vectors["hard_text_image"],
-        text_image_id=torch.as_tensor(text_image_id),
-        image=vectors["hard_image"],
-        image_text=vectors["hard_image_text"],
+        text_embeddings=vectors["hard_text"],
+        image_of_text_embeddings=vectors["hard_text_image"],
+        image_id_of_text=torch.as_tensor(image_id_of_text),
+        image_embeddings=vectors["hard_image"],
+        text_of_image_embeddings=vectors["hard_image_text"],
         image_id=torch.as_tensor(image_id),
     )
 
 
-def make_case(image_id, text_image_id, hard_image_id, seed=0, dim=4):
+def make_case(image_id, image_id_of_text, hard_image_id, seed=0, dim=4):
     torch.manual_seed(seed)
     n = len(image_id)
     vectors = {name: normalize(torch.randn(n, dim, dtype=torch.float64), dim=-1).requires_grad_() for name in NAMES}
     pairs = EmbeddingPairs(vectors["image"], vectors["text"], torch.as_tensor(image_id), torch.arange(n))
-    return vectors, pairs, make_hard(vectors, text_image_id, hard_image_id)
+    return vectors, pairs, make_hard(vectors, image_id_of_text, hard_image_id)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
@@ -66,15 +66,23 @@ def loop(pairs, hard, margin, offline_margin, alpha, beta, clamp=False):
 
     total, n = 0.0, len(pairs)
     for i in range(n):
-        positive = dot(pairs.image[i], pairs.text[i])
+        positive = dot(pairs.image_embeddings[i], pairs.text_embeddings[i])
         others = [j for j in range(n) if pairs.image_id[j] != pairs.image_id[i]]
-        no_pair = hard.image_id[i] == hard.text_image_id[i] or min(hard.image_id[i], hard.text_image_id[i]) < 0
-        image, text = pairs.image[i], pairs.text[i]
-        hard_image, hard_text = hard.image[i], hard.text[i]
-        i2t, t2i = ([dot(image, pairs.text[j]) for j in others], [dot(text, pairs.image[j]) for j in others])
+        no_pair = hard.image_id[i] == hard.image_id_of_text[i] or min(hard.image_id[i], hard.image_id_of_text[i]) < 0
+        image, text = pairs.image_embeddings[i], pairs.text_embeddings[i]
+        hard_image, hard_text = hard.image_embeddings[i], hard.text_embeddings[i]
+        i2t, t2i = (
+            [dot(image, pairs.text_embeddings[j]) for j in others],
+            [dot(text, pairs.image_embeddings[j]) for j in others],
+        )
         directions = (
-            (i2t, hard.text_image_id[i], (image, hard_text), (hard_image, hard_text)),
-            (t2i, hard.image_id[i], (hard_image, text), (hard.text_image[i], hard.image_text[i])),
+            (i2t, hard.image_id_of_text[i], (image, hard_text), (hard_image, hard_text)),
+            (
+                t2i,
+                hard.image_id[i],
+                (hard_image, text),
+                (hard.image_of_text_embeddings[i], hard.text_of_image_embeddings[i]),
+            ),
         )
         for negatives, mined_id, anchored, unanchored in directions:
             online = max([max(0.0, margin - positive + s) for s in negatives], default=0.0)
@@ -139,7 +147,7 @@ def test_other_losses_take_them_as_candidates(make_loss):
     mined = hard.as_pairs()
     there = mined.image_id >= 0
     extended = pairs + EmbeddingPairs(
-        mined.image[there], mined.text[there], mined.image_id[there], mined.text_id[there]
+        mined.image_embeddings[there], mined.text_embeddings[there], mined.image_id[there], mined.text_id[there]
     )
     assert loss(pairs, hard=hard)["loss"].item() == pytest.approx(loss(pairs, extended)["loss"].item())
     assert loss(pairs, hard=hard)["loss"] > loss(pairs)["loss"]

@@ -28,14 +28,27 @@ def make_pairs(num_pairs, dim=6, image_id=None, dtype=torch.float64, noise=0.3):
 
 def make_memory(pairs, num_queued=9, *, sampler=None, momentum=True, num_images=12):
     """This batch's slow embeddings, then a queue, some places of it empty."""
-    noisy = [normalize(x + 0.1 * torch.randn_like(x), dim=-1).detach() for x in (pairs.image, pairs.text)]
+    noisy = [
+        normalize(x + 0.1 * torch.randn_like(x), dim=-1).detach()
+        for x in (pairs.image_embeddings, pairs.text_embeddings)
+    ]
     slow = EmbeddingPairs(*noisy, pairs.image_id, pairs.text_id)
-    queue = make_pairs(num_queued, pairs.image.shape[1], torch.randint(0, num_images, (num_queued,)), pairs.image.dtype)
+    queue = make_pairs(
+        num_queued,
+        pairs.image_embeddings.shape[1],
+        torch.randint(0, num_images, (num_queued,)),
+        pairs.image_embeddings.dtype,
+    )
     valid = torch.cat([torch.ones(len(pairs), dtype=torch.bool), torch.rand(num_queued) < 0.7])
     everything = slow + queue
     sampler = FalseNegativeSampler(min_count=0) if sampler is None else sampler
     return MemoryCandidates(
-        everything.image, everything.text, everything.image_id, valid, slow if momentum else None, sampler
+        everything.image_embeddings,
+        everything.text_embeddings,
+        everything.image_id,
+        valid,
+        slow if momentum else None,
+        sampler,
     )
 
 
@@ -43,7 +56,7 @@ def observed(batches):
     """Every value that counts, by loops over nested lists."""
     positive, negative = [], []
     for pairs in batches:
-        ids, similarity = pairs.image_id.tolist(), (pairs.image @ pairs.text.T).tolist()
+        ids, similarity = pairs.image_id.tolist(), (pairs.image_embeddings @ pairs.text_embeddings.T).tolist()
         for i in range(len(ids)):
             others = [j for j in range(len(ids)) if ids[j] != ids[i]]
             if not others:
@@ -99,7 +112,7 @@ class TestStatistics:
 
     def test_values_that_are_not_finite_do_not_count(self):
         pairs = make_pairs(6)
-        pairs.image[2] = torch.nan
+        pairs.image_embeddings[2] = torch.nan
         statistics = SimilarityStatistics()
         statistics.update(pairs)
         assert statistics.fit().positive_mean.isfinite()
@@ -154,8 +167,8 @@ def test_loss_and_gradients_equal_the_published_code(path):
         pairs = EmbeddingPairs(image, text, ids, torch.arange(len(ids)))
         slow = EmbeddingPairs(step["momentum_image"], step["momentum_text"], ids, pairs.text_id)
         memory = MemoryCandidates(
-            torch.cat([slow.image, step["queue_image"]]),
-            torch.cat([slow.text, step["queue_text"]]),
+            torch.cat([slow.image_embeddings, step["queue_image"]]),
+            torch.cat([slow.text_embeddings, step["queue_text"]]),
             image_id := torch.cat([ids, step["queue_image_id"]]),
             torch.ones_like(image_id, dtype=torch.bool),
             slow,
@@ -191,10 +204,15 @@ class TestSampler:
         def drawn(step, rows=slice(None)):
             self.sampler.start_step(0, step)
             part = EmbeddingPairs(
-                *(getattr(self.pairs, name)[rows] for name in ("image", "text", "image_id", "text_id"))
+                *(
+                    getattr(self.pairs, name)[rows]
+                    for name in ("image_embeddings", "text_embeddings", "image_id", "text_id")
+                )
             )
             positive = self.memory.positive
-            positive = EmbeddingPairs(positive.image[rows], positive.text[rows], part.image_id, part.text_id)
+            positive = EmbeddingPairs(
+                positive.image_embeddings[rows], positive.text_embeddings[rows], part.image_id, part.text_id
+            )
             memory = replace(self.memory, positive=positive)
             return [found.candidate_index for found, _ in self.draws(pairs=part, memory=memory)]
 
@@ -276,7 +294,7 @@ def reference_contrastive(pairs, memory, loss, kind):
     for direction in memory.directions(pairs):
         scores = direction.scores()
         weights, _ = memory.sampler.weights(scores, margin=None)
-        own = (pairs.text if direction.number == 0 else pairs.image).detach()
+        own = (pairs.text_embeddings if direction.number == 0 else pairs.image_embeddings).detach()
         anchor = direction.anchor.detach()
         scale = float(loss.logit_scale.detach().exp())
         for i in range(len(pairs)):
@@ -309,7 +327,7 @@ class TestLosses:
     )
     def test_contrastive_losses_take_weighted_columns(self, make_loss, kind, weighting):
         pairs = make_pairs(7, image_id=[0, 0, 1, 2, 3, 4, 5])
-        pairs.image.requires_grad_()
+        pairs.image_embeddings.requires_grad_()
         sampler = FalseNegativeSampler(min_count=0, weighting=weighting, prior=0.2)
         sampler.observe(make_pairs(20))
         sampler.observe = lambda candidates: None  # what was seen stays as it is
@@ -317,14 +335,14 @@ class TestLosses:
         loss = make_loss().double()
         outputs = loss(pairs, memory=memory)
         outputs["loss"].backward()
-        assert pairs.image.grad.isfinite().all()
+        assert pairs.image_embeddings.grad.isfinite().all()
         assert outputs["loss"].item() == pytest.approx(reference_contrastive(pairs, memory, loss, kind), abs=1e-9)
         assert outputs["loss"] > loss(pairs)["loss"]
         assert outputs["false_negative_rate"] > 0
 
     def test_triplet_loss_punishes_what_was_drawn(self):
         pairs = make_pairs(8)
-        pairs.image.requires_grad_()
+        pairs.image_embeddings.requires_grad_()
         for momentum in (True, False):
             memory = make_memory(pairs, momentum=momentum)
             outputs = TripletLoss(0.5)(pairs, memory=memory)
@@ -336,48 +354,54 @@ class TestLosses:
                     cost = 0.5 - anchor[i] @ positive[i] + anchor[i] @ direction.candidate[k]
                     costs.append(max(0.0, cost.item()))
             assert outputs["loss"].item() == pytest.approx(sum(costs) / len(costs), abs=1e-12)
-            (gradient,) = torch.autograd.grad(outputs["loss"], pairs.image)
+            (gradient,) = torch.autograd.grad(outputs["loss"], pairs.image_embeddings)
             assert gradient.abs().max() > 0
 
     @pytest.mark.parametrize("momentum", [True, False])
     def test_gradient_flows_through_the_anchor_alone_unless_asked(self, momentum):
         """Without the other direction: as anchors the texts are frozen, so what they get comes as positives of the images."""
         pairs = make_pairs(8)
-        pairs.image.requires_grad_()
-        pairs.text.requires_grad_()
+        pairs.image_embeddings.requires_grad_()
+        pairs.text_embeddings.requires_grad_()
         memory = make_memory(pairs, momentum=momentum)
         i2t, _ = memory.directions(pairs)
-        scores = DirectionScores(pairs.image @ pairs.text.T, (pairs.image * pairs.text).sum(1), ~torch.eye(8).bool())
+        scores = DirectionScores(
+            pairs.image_embeddings @ pairs.text_embeddings.T,
+            (pairs.image_embeddings * pairs.text_embeddings).sum(1),
+            ~torch.eye(8).bool(),
+        )
         cost = TripletLoss(0.9).memory_cost(scores, i2t, memory, None).cost.sum()
-        image, text = torch.autograd.grad(cost, (pairs.image, pairs.text), allow_unused=True)
+        image, text = torch.autograd.grad(cost, (pairs.image_embeddings, pairs.text_embeddings), allow_unused=True)
         assert image.abs().max() > 0
         assert (text is None) == momentum
 
     def test_a_slow_positive_that_is_not_finite_costs_no_model(self):
         pairs = make_pairs(8)
-        pairs.image.requires_grad_()
+        pairs.image_embeddings.requires_grad_()
         memory = make_memory(pairs)
-        memory.positive.text[3] = torch.nan
+        memory.positive.text_embeddings[3] = torch.nan
         memory.valid[3] = False
-        memory.text[3] = 0
+        memory.text_embeddings[3] = 0
         value = TripletLoss(0.9)(pairs, memory=memory)["loss"]
-        (gradient,) = torch.autograd.grad(value, pairs.image)
+        (gradient,) = torch.autograd.grad(value, pairs.image_embeddings)
         assert value.isfinite()
         assert gradient.isfinite().all()
 
     def test_an_anchor_whose_candidates_all_share_its_image_costs_nothing(self):
         pairs = make_pairs(4, image_id=[3, 3, 3, 3])
-        pairs.image.requires_grad_()
+        pairs.image_embeddings.requires_grad_()
         memory = replace(make_memory(pairs), image_id=torch.full((13,), 3))
         for loss in (TripletLoss(0.5), TripletLoss(0.5, "selective"), InfoNCELoss().double()):
             outputs = loss(pairs, memory=memory)
             assert outputs["loss"] == 0
-            (gradient,) = torch.autograd.grad(outputs["loss"], pairs.image, allow_unused=True)
+            (gradient,) = torch.autograd.grad(outputs["loss"], pairs.image_embeddings, allow_unused=True)
             assert gradient is None or (gradient.isfinite().all() and (gradient == 0).all())
 
     def test_where_the_selective_rule_is_on_the_batch_is_averaged(self):
         pairs = make_pairs(8, noise=0.05)
-        pairs.text[1] = pairs.text[0]  # anchors 0 and 1: the hardest negative is the positive's double
+        pairs.text_embeddings[1] = pairs.text_embeddings[
+            0
+        ]  # anchors 0 and 1: the hardest negative is the positive's double
         memory = make_memory(pairs)
         plain = TripletLoss(0.3)(pairs, memory=memory)["loss"]
         switched_off = TripletLoss(0.3, "selective")(pairs, memory=memory, selective=torch.zeros(8, dtype=torch.bool))
@@ -393,9 +417,9 @@ class TestLosses:
             TripletLoss(negatives="mean")(pairs, memory=make_memory(pairs), selective=torch.ones(4, dtype=torch.bool))
 
     def make_hard(self, pairs):
-        names = ("text", "text_image", "image", "image_text")
-        vectors = {name: unit(*pairs.image.shape).requires_grad_() for name in names}
-        return vectors, HardNegatives(**vectors, text_image_id=pairs.image_id + 50, image_id=pairs.image_id + 80)
+        names = ("text", "image_of_text", "image", "text_of_image")
+        vectors = {f"{name}_embeddings": unit(*pairs.image_embeddings.shape).requires_grad_() for name in names}
+        return vectors, HardNegatives(**vectors, image_id_of_text=pairs.image_id + 50, image_id=pairs.image_id + 80)
 
     @pytest.mark.parametrize("make_loss", [lambda: TripletLoss(0.9), lambda: InfoNCELoss().double()])
     def test_mined_pairs_are_candidates_too_and_keep_their_gradient(self, make_loss):
@@ -413,7 +437,7 @@ class TestLosses:
 
     def test_quintuplet_weighs_against_the_drawn_negative(self):
         pairs = make_pairs(6)
-        pairs.image.requires_grad_()
+        pairs.image_embeddings.requires_grad_()
         _, hard = self.make_hard(pairs)
         memory = make_memory(pairs, momentum=False)
         loss = QuintupletLoss(TripletLoss(0.5), offline_margin=0.1)
@@ -421,13 +445,19 @@ class TestLosses:
         expected = 0.0
         for direction, mined, other in zip(
             memory.directions(pairs),
-            ((pairs.image * hard.text).sum(1), (pairs.text * hard.image).sum(1)),
-            ((hard.image * hard.text).sum(1), (hard.text_image * hard.image_text).sum(1)),
+            (
+                (pairs.image_embeddings * hard.text_embeddings).sum(1),
+                (pairs.text_embeddings * hard.image_embeddings).sum(1),
+            ),
+            (
+                (hard.image_embeddings * hard.text_embeddings).sum(1),
+                (hard.image_of_text_embeddings * hard.text_of_image_embeddings).sum(1),
+            ),
             strict=True,
         ):
             drawn, _ = memory.sampler.draw(direction, margin=0.5)
             negative = (direction.anchor * direction.candidate[drawn.candidate_index]).sum(1)
-            positive = (pairs.image * pairs.text).sum(1)
+            positive = (pairs.image_embeddings * pairs.text_embeddings).sum(1)
             weight = 1.5 - (mined - negative) / 0.3
             online = (0.5 - positive + negative).clamp_min(0)
             offline = (0.1 + mined - positive).clamp_min(0) + (0.1 + other - positive).clamp_min(0)

@@ -42,7 +42,7 @@ class TestMemoryBank:
     def test_what_is_not_finite_stays_out(self):
         bank, pairs = MemoryBank(4, 2), numbered([1, 2, 3])
         bank.enqueue(numbered([9, 9, 9, 9]))
-        pairs.image[0, 1], pairs.text[2, 0] = torch.nan, torch.inf
+        pairs.image_embeddings[0, 1], pairs.text_embeddings[2, 0] = torch.nan, torch.inf
         *_, valid = bank.with_batch(pairs)
         assert valid.tolist() == [False, True, False, True, True, True, True]
         bank.enqueue(pairs)
@@ -54,7 +54,7 @@ class TestMemoryBank:
     def test_holds_no_graph(self):
         bank = MemoryBank(4, 2)
         pairs = numbered([1, 2])
-        pairs.image.requires_grad_()
+        pairs.image_embeddings.requires_grad_()
         bank.enqueue(pairs)
         assert not bank.image.requires_grad
         assert not bank.with_batch(pairs)[0].requires_grad
@@ -116,7 +116,7 @@ class TestMomentumEncoder:
         assert flags == [part.training for part in self.module.modules()]
         assert all(torch.equal(value, state[name]) for name, value in self.module.state_dict().items())
         assert torch.equal(random, torch.get_rng_state())
-        assert not pairs.image.requires_grad
+        assert not pairs.image_embeddings.requires_grad
         assert all(not parameter.requires_grad for parameter in encoder.parameters())
         assert all(parameter.requires_grad and parameter.grad is None for parameter in self.module.parameters())
 
@@ -130,7 +130,9 @@ class TestMomentumEncoder:
 
     def test_embeds_in_eval_mode(self):
         encoder = MomentumEncoder(self.module.train())
-        torch.testing.assert_close(encoder(self.batch).image, self.module.eval().embed(self.batch).image)
+        torch.testing.assert_close(
+            encoder(self.batch).image_embeddings, self.module.eval().embed(self.batch).image_embeddings
+        )
 
     @pytest.mark.parametrize("momentum", [1.0, -0.1, 1.5, float("nan")])
     def test_momentum_out_of_range(self, momentum):
@@ -186,7 +188,7 @@ class TestMomentumEncoder:
 
     def test_a_frozen_tower_may_be_of_half_precision(self):
         self.module.text_encoder.requires_grad_(False).bfloat16()
-        assert MomentumEncoder(self.module)(self.batch).text.dtype == torch.float32
+        assert MomentumEncoder(self.module)(self.batch).text_embeddings.dtype == torch.float32
 
     def test_weights_of_half_precision(self):
         with pytest.raises(TypeError, match=r"Expected float32 weights, got torch.bfloat16.*bf16-mixed"):

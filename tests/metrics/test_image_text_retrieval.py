@@ -23,7 +23,9 @@ def make_pairs(texts_of_image, *, dim=4, integers=False):
 
 
 def rows(pairs, index):
-    return EmbeddingPairs(pairs.image[index], pairs.text[index], pairs.image_id[index], pairs.text_id[index])
+    return EmbeddingPairs(
+        pairs.image_embeddings[index], pairs.text_embeddings[index], pairs.image_id[index], pairs.text_id[index]
+    )
 
 
 def measured(metric, pairs, batch_size=5):

@@ -44,7 +44,7 @@ class TestTable:
         pairs.table.is_pending = True
         iterator = iter(DataLoader(pairs, 4, num_workers=1, collate_fn=collate_pairs))
         pairs.table.publish(torch.full((23, 10), 7), torch.full((46, 2), 5))
-        assert set(next(iterator)["hard_image_id"].tolist()) == {5}
+        assert set(next(iterator)["hard"]["image_id"].tolist()) == {5}
 
     def test_file_goes_with_it(self):
         table = NegativeTable(3, 4, texts_per_image=2, images_per_text=1)
@@ -61,9 +61,9 @@ class TestPairs:
             seen = set()
             for _ in range(40):
                 sample = pairs[index]
-                assert sample["hard_text_image_id"] in pairs.pairs.text_image_id[row_of_texts.long()].tolist()
-                assert sample["hard_image_id"] in row_of_images.tolist()
-                seen.add((sample["hard_text_image_id"], sample["hard_image_id"]))
+                assert sample["hard"]["image_id_of_text"] in pairs.pairs.text_image_id[row_of_texts.long()].tolist()
+                assert sample["hard"]["image_id"] in row_of_images.tolist()
+                seen.add((sample["hard"]["image_id_of_text"], sample["hard"]["image_id"]))
             assert len(seen) > 3
 
     def test_coupled_ranks(self):
@@ -95,22 +95,22 @@ class TestPairs:
         owner = pairs.pairs.text_image_id
         for index in range(0, 46, 5):
             sample = pairs[index]
-            if sample["hard_image_id"] >= 0:
-                texts = [view.load_text(i) for i in range(46) if owner[i] == sample["hard_image_id"]]
-                assert any(torch.equal(sample["hard_image_text"], text) for text in texts)
-                assert torch.equal(sample["hard_image"], view.load_image(sample["hard_image_id"]))
-            if sample["hard_text_image_id"] >= 0:
-                texts = [view.load_text(i) for i in range(46) if owner[i] == sample["hard_text_image_id"]]
-                assert any(torch.equal(sample["hard_text"], text) for text in texts)
-                assert torch.equal(sample["hard_text_image"], view.load_image(sample["hard_text_image_id"]))
+            if sample["hard"]["image_id"] >= 0:
+                texts = [view.load_text(i) for i in range(46) if owner[i] == sample["hard"]["image_id"]]
+                assert any(torch.equal(sample["hard"]["text_of_image"], text) for text in texts)
+                assert torch.equal(sample["hard"]["image"], view.load_image(sample["hard"]["image_id"]))
+            if sample["hard"]["image_id_of_text"] >= 0:
+                texts = [view.load_text(i) for i in range(46) if owner[i] == sample["hard"]["image_id_of_text"]]
+                assert any(torch.equal(sample["hard"]["text"], text) for text in texts)
+                assert torch.equal(sample["hard"]["image_of_text"], view.load_image(sample["hard"]["image_id_of_text"]))
 
     def test_nothing_mined(self):
         pairs = mined_pairs()
         sample = pairs[10]
-        assert sample["hard_text_image_id"] == -1
-        assert torch.equal(sample["hard_text"], sample["text"])
-        assert torch.equal(sample["hard_text_image"], sample["image"])
-        assert pairs[11]["hard_image_id"] == -1
+        assert sample["hard"]["image_id_of_text"] == -1
+        assert torch.equal(sample["hard"]["text"], sample["text"])
+        assert torch.equal(sample["hard"]["image_of_text"], sample["image"])
+        assert pairs[11]["hard"]["image_id"] == -1
 
     def test_a_mined_image_that_does_not_open(self):
         images = cut_outs(2)
@@ -120,8 +120,8 @@ class TestPairs:
         pairs.table.publish(texts, places)
         with pytest.warns(UserWarning, match="Image 1: bytes does not open"):
             sample = pairs[0]
-        assert sample["hard_image_id"] == sample["hard_text_image_id"] == -1
-        assert torch.equal(sample["hard_image"], sample["image"])
+        assert sample["hard"]["image_id"] == sample["hard"]["image_id_of_text"] == -1
+        assert torch.equal(sample["hard"]["image"], sample["image"])
 
     def test_other_data(self):
         with pytest.raises(TypeError, match=r"Expected an ImageTextDataset, got list. Read other data"):

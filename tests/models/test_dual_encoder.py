@@ -146,8 +146,13 @@ def test_precision_of_the_embeddings_and_the_loss():
         model, datamodule=tiny_data()
     )
     assert seen["tower"] == torch.bfloat16
-    assert seen["pairs"].image.dtype == seen["pairs"].text.dtype == seen["loss"].dtype == torch.float32
-    torch.testing.assert_close(seen["pairs"].image.norm(dim=1), torch.ones(4), atol=1e-6, rtol=0)
+    assert (
+        seen["pairs"].image_embeddings.dtype
+        == seen["pairs"].text_embeddings.dtype
+        == seen["loss"].dtype
+        == torch.float32
+    )
+    torch.testing.assert_close(seen["pairs"].image_embeddings.norm(dim=1), torch.ones(4), atol=1e-6, rtol=0)
     torch.testing.assert_close(seen["loss"], model.loss(seen["pairs"])["loss"], atol=1e-5, rtol=0)
 
 
@@ -260,7 +265,7 @@ class TestBadInput:
     def test_a_tower_that_returns_a_sequence(self):
         model = Tiny()
         model.text_encoder = nn.Embedding(256, 16)
-        with pytest.raises(ValueError, match=r"text embeddings to have the shape \(pairs, dim\), got \(6, 24, 16\)"):
+        with pytest.raises(ValueError, match=r"`text_embeddings` to have the shape \(pairs, dim\), got \(6, 24, 16\)"):
             model.training_step(tiny_batch(), 0)
 
     @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "warmup_steps"])
@@ -282,7 +287,7 @@ class TestBadInput:
     def test_a_loss_that_returns_a_tensor(self):
         class Plain(nn.Module):
             def forward(self, pairs, candidates):
-                return (1 - pairs.image @ candidates.text.T).mean()
+                return (1 - pairs.image_embeddings @ candidates.text_embeddings.T).mean()
 
         with pytest.raises(TypeError, match="the loss to return a dict with 'loss', got Tensor"):
             Tiny(Plain()).training_step(tiny_batch(), 0)

@@ -67,8 +67,8 @@ def noise(num_pairs, dtype=torch.float64, mined=True):
     place = torch.arange(num_pairs)
     batch = {"image": draw(8), "text": draw(6), "image_id": place // 2, "text_id": place}
     if mined:
-        batch |= {"hard_text": draw(6), "hard_text_image": draw(8), "hard_text_image_id": 100 + place}
-        batch |= {"hard_image": draw(8), "hard_image_text": draw(6), "hard_image_id": 200 + place}
+        hard = {"text": draw(6), "image_of_text": draw(8), "image_id_of_text": 100 + place}
+        batch["hard"] = hard | {"image": draw(8), "text_of_image": draw(6), "image_id": 200 + place}
     return batch
 
 

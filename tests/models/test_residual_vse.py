@@ -47,8 +47,8 @@ def test_embeddings_equal_the_published_code():
                 "text_id": ids,
             }
         )
-    torch.testing.assert_close(pairs.image, normalize(arrays["image_embedding"], dim=1), atol=1e-9, rtol=0)
-    torch.testing.assert_close(pairs.text, normalize(arrays["text_embedding"], dim=1), atol=1e-9, rtol=0)
+    torch.testing.assert_close(pairs.image_embeddings, normalize(arrays["image_embedding"], dim=1), atol=1e-9, rtol=0)
+    torch.testing.assert_close(pairs.text_embeddings, normalize(arrays["text_embedding"], dim=1), atol=1e-9, rtol=0)
 
 
 def test_both_ways_equal_a_packed_gru():

@@ -313,13 +313,13 @@ class Negatives(Callback):
         for row, (image_id, text_id) in enumerate(
             zip(batch["image_id"].tolist(), batch["text_id"].tolist(), strict=True)
         ):
-            if "hard" in batch:
+            if not isinstance(batch["hard"], dict):
                 hard_image = int(batch["hard"].image_id[row])
             else:
-                hard_image = int(batch["hard_image_id"][row])
-                of_text = int(batch["hard_text_image_id"][row])
+                hard_image = int(batch["hard"]["image_id"][row])
+                of_text = int(batch["hard"]["image_id_of_text"][row])
                 assert of_text in self.view.text_image_id[table.texts[image_id].clamp_min(0)].tolist()
-                assert torch.equal(batch["hard_text_image"][row], self.view.load_image(of_text))
+                assert torch.equal(batch["hard"]["image_of_text"][row], self.view.load_image(of_text))
             assert hard_image in table.images[text_id].tolist()
             assert hard_image != image_id
             self.num_seen += 1
