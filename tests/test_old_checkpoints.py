@@ -2,7 +2,6 @@
 
 import csv
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -20,9 +19,10 @@ from tests.fixtures.make_checkpoint import (
     Model,
     SaveAt,
     as_tensor,
-    fit,
+    run_to_end,
     tokenize,
 )
+from tests.helpers.fit import fit
 
 # The run is float64, and a perturbation of its weights by one part in 10^12 grows to 3e-11 at its end. What the mining pass
 # embeds, and what the monitor averages, is float32: rounded by 1.2e-7, which grows alike to 3e-6.
@@ -44,7 +44,7 @@ def test_resumes_and_ends_alike(mode):
     assert STOP % STEPS_PER_EPOCH > 0
     assert STOP < STEPS_PER_EPOCH * EPOCHS
     expected = dict(flatten(torch.load(FOLDER / f"{mode}-end.ckpt", weights_only=True)))
-    found = dict(flatten(fit(mode, resume_from=FOLDER / f"{mode}.ckpt")))
+    found = dict(flatten(run_to_end(mode, resume_from=FOLDER / f"{mode}.ckpt")))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -101,13 +101,12 @@ def test_a_datamodule_under_its_earlier_name(tmp_path):
 
     def run(*callbacks, **options):
         watch = Watch()
-        trainer = L.Trainer(max_epochs=EPOCHS, callbacks=[watch, *callbacks], precision="64-true", **OPTIONS)
         data = ImageTextFilesDataModule(str(tmp_path / "train.csv"), batch_size=4, num_workers=0)
-        trainer.fit(ModelWithTransforms(), datamodule=data, weights_only=True, **options)
+        fit(ModelWithTransforms, data, watch, *callbacks, **OPTIONS, **options)
         return watch.seen
 
     seen = run(SaveAt(tmp_path / "stop.ckpt"))
     checkpoint = torch.load(tmp_path / "stop.ckpt", weights_only=True)
     checkpoint["ImageTextFiles"] = checkpoint.pop("ImageTextFilesDataModule")
     torch.save(checkpoint, tmp_path / "older.ckpt")
-    assert run(ckpt_path=tmp_path / "older.ckpt") == seen[STOP:]
+    assert run(resume_from=tmp_path / "older.ckpt") == seen[STOP:]

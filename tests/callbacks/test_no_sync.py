@@ -2,7 +2,6 @@
 
 import json
 
-import lightning as L
 import open_clip
 import pytest
 import torch
@@ -22,8 +21,9 @@ from lightning_itm import (
     TripletLoss,
 )
 from tests.compilation import needs_compiler
+from tests.helpers.fit import fit
 from tests.helpers.pictures import captions, cut_outs
-from tests.helpers.tiny import SILENT, Tiny, tiny_data
+from tests.helpers.tiny import Tiny, tiny_data
 
 LOSSES = {
     "hardest": TripletLoss,
@@ -80,8 +80,7 @@ def test_the_host_reads_nothing(loss, names):
     recorder = profile(activities=[ProfilerActivity.CPU])
     watched = Watched(recorder.__enter__, lambda: recorder.__exit__(None, None, None))
     callbacks = [watched, *(CALLBACKS[name]() for name in names)]
-    trainer = L.Trainer(callbacks=callbacks, max_epochs=2, limit_val_batches=0, **SILENT)
-    trainer.fit(Plain(LOSSES[loss]()), datamodule=tiny_data(num_workers=1))
+    fit(Plain(LOSSES[loss]()), tiny_data(num_workers=1), *callbacks, limit_val_batches=0)
     keys = {event.key for event in recorder.key_averages()}
     assert watched.num_steps == 12
     assert "aten::mm" in keys
@@ -113,9 +112,8 @@ def fit_without_waiting(names, model, data):
         lambda: torch.cuda.set_sync_debug_mode("error"), lambda: torch.cuda.set_sync_debug_mode("default")
     )
     callbacks = [watched, *(CALLBACKS[name]() for name in names)]
-    trainer = L.Trainer(callbacks=callbacks, max_epochs=2, limit_val_batches=0, **{**SILENT, **GPU})
     try:
-        trainer.fit(model, datamodule=data)
+        fit(model, data, *callbacks, limit_val_batches=0, **GPU)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert watched.num_steps >= 7
@@ -140,14 +138,13 @@ def mine(model, **options):
     mining = OfflineHardNegativeMining(
         texts_per_image=12, images_per_text=8, inject="embeddings", batch_size=4, num_workers=1
     )
-    trainer = L.Trainer(callbacks=[mining], max_epochs=1, limit_train_batches=1, limit_val_batches=0, **options)
-    trainer.fit(model, datamodule=tiny_data())
+    fit(model, None, mining, max_epochs=1, limit_train_batches=1, limit_val_batches=0, **options)
     assert model.calls == 12
 
 
 def test_the_host_reads_nothing_while_mining_encodes():
     recorder = profile(activities=[ProfilerActivity.CPU])
-    mine(Encoded(recorder.__enter__, lambda: recorder.__exit__(None, None, None)), **SILENT)
+    mine(Encoded(recorder.__enter__, lambda: recorder.__exit__(None, None, None)))
     keys = {event.key for event in recorder.key_averages()}
     assert "aten::embedding_bag" in keys
     assert keys & WAITS == set()
@@ -157,7 +154,7 @@ def test_the_host_reads_nothing_while_mining_encodes():
 def test_mining_waits_for_no_batch_that_it_encodes():
     modes = (lambda mode=mode: torch.cuda.set_sync_debug_mode(mode) for mode in ("error", "default"))
     try:
-        mine(Encoded(*modes), **{**SILENT, **GPU})
+        mine(Encoded(*modes), **GPU)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -212,12 +209,11 @@ def test_compiled_towers_are_not_compiled_again_in_later_epochs(names, options, 
     model = OpenCLIPDualEncoder("tiny-flat", loss=QuintupletLoss(), learning_rate=1e-3, warmup_steps=0, compile=True)
     graphs = CountGraphs()
     callbacks = [*(CALLBACKS[name]() for name in names), graphs]
-    trainer = L.Trainer(callbacks=callbacks, max_epochs=5, num_sanity_val_steps=0, **{**SILENT, **options})
     try:
-        trainer.fit(model, datamodule=open_clip_data(model))
+        run = fit(model, open_clip_data(model), *callbacks, max_epochs=5, num_sanity_val_steps=0, **options)
     finally:
         torch._dynamo.config.error_on_recompile = False
     print(graphs.after, dict(torch._dynamo.utils.counters["stats"]))
     assert graphs.after[0] > 0
     assert graphs.after[1:] == [graphs.after[1]] * 3
-    assert trainer.current_epoch == 5
+    assert run.trainer.current_epoch == 5
