@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_itm.data.padded_sequence import Unpadded
+from lightning_itm.data.batch import Unpadded
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.readers import flatten_texts
 
