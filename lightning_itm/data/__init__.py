@@ -1,15 +1,13 @@
 """What a batch is, and which pairs come together: pairs, how they are read, and loaders that go on where a run stopped."""
 
-from lightning_itm.data.batch import ImageTextBatch, check_batch, collate_pairs
+from lightning_itm.data.batch import ImageTextBatch, PaddedSequence, check_batch, collate_pairs
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.files_datamodule import ImageTextFilesDataModule, read_pairs
-from lightning_itm.data.image import UnreadableImageError, open_rgb, to_tensor
-from lightning_itm.data.padded_sequence import PaddedSequence
+from lightning_itm.data.image import UnreadableImageError, open_clip_transforms, open_rgb, to_tensor
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.region_features import FeatureRows, RegionFeatureDataset, Vocabulary
 from lightning_itm.data.resumable_loader import EpochSampler, ResumableLoader, SeededDataset
 from lightning_itm.data.shards import ShardDataset, ShardIndex, ShardStream, verify_shards, write_shards
-from lightning_itm.data.transforms import open_clip_transforms
 
 __all__ = [
     "EpochSampler",

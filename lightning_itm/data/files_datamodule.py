@@ -10,12 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_itm.data.datamodule import ImageTextDataModule
+from lightning_itm.data.image import open_clip_transforms
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
 from lightning_itm.data.shards.paths import is_remote
 from lightning_itm.data.shards.stream import ShardStream
-from lightning_itm.data.transforms import open_clip_transforms
 
 Source = str | PathLike[str] | Sequence[str | PathLike[str]]
 

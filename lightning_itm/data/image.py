@@ -1,11 +1,13 @@
-"""An image in whatever form it comes, opened as RGB."""
+"""An image in whatever form it comes, opened as RGB, and the transforms that turn it into what a model takes."""
 
 import io
+import logging
 from collections.abc import Iterable
 from os import PathLike
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import open_clip
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -55,6 +57,31 @@ def open_rgb(source: ImageSource) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """Turn an RGB image into a float tensor `(3, height, width)` in [0, 1]."""
     return pil_to_tensor(image).float() / 255  # type: ignore[no-any-return]
+
+
+def open_clip_transforms(
+    model_name: str, pretrained: str | None = None, augmentation: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the transforms and the tokenizer of an open_clip model, without its weights.
+
+    Args:
+        model_name: A name of ``open_clip.list_models()``, ``hf-hub:...`` or ``local-dir:...``.
+        pretrained: The tag of its weights: some were trained with another mean, or another way to resize.
+        augmentation: Arguments of ``open_clip.AugmentationCfg``, such as ``{"scale": (0.5, 1)}``.
+
+    Returns:
+        ``transform``, ``eval_transform`` and ``tokenizer``, as :class:`~lightning_itm.ImageTextDataset` takes them.
+    """
+    known = open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained and ":" not in model_name else {}
+    preprocessing = {f"image_{name}": known.get(name) for name in ("mean", "std", "interpolation", "resize_mode")}
+    logging.disable(logging.WARNING)  # that the model has random weights: nobody will see them
+    try:
+        _, transform, eval_transform = open_clip.create_model_and_transforms(
+            model_name, device="meta", load_weights=False, aug_cfg=augmentation, **preprocessing
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    return {"transform": transform, "eval_transform": eval_transform, "tokenizer": open_clip.get_tokenizer(model_name)}
 
 
 def check_sources(images: Iterable[Any]) -> None:

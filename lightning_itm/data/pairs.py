@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_itm.data.batch import UnreadablePairError as UnreadablePairError
+from lightning_itm.data.batch import load_or_next
 from lightning_itm.data.image import ImageSource, UnreadableImageError, check_sources, open_rgb, to_tensor
 from lightning_itm.data.readers import flatten_texts, read_folder, read_jsonl, read_karpathy, read_table
 
@@ -161,12 +163,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             raise IndexError(f"Expected an index below {len(self)}, the number of pairs, got {index}.")
         if self.is_evaluation:
             return self._load_or_raise(index % len(self))
-        for text_id in range(index, index + len(self)):
-            try:
-                return self._load(text_id % len(self))
-            except UnreadablePairError as error:
-                self.report(error)
-        raise RuntimeError(f"None of the {len(self)} pairs can be read. See the warning above for the first of them.")
+        sample, _ = load_or_next(self._load, index, len(self), what="pairs", report=self.report)
+        return sample
 
     def load_image(self, image_id: int) -> Any:
         """Return one image, transformed as for training, or for evaluation in a view of :meth:`evaluation`.
@@ -192,6 +190,9 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         text = self.texts[text_id]
         if not text.strip():
             raise UnreadablePairError(f"Text {text_id}, of image {int(self.text_image_id[text_id])}, is empty")
+        return self._encode_text(text)
+
+    def _encode_text(self, text: str) -> Any:
         return self.tokenizer([text])[0] if self.tokenizer else text
 
     def _load(self, text_id: int) -> dict[str, Any]:
@@ -214,9 +215,5 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             warnings.warn(
                 f"{error}. Another pair takes its place; further ones are counted in "
                 "`ImageTextDataset.num_replaced` and not reported.",
-                stacklevel=3,
+                stacklevel=5,  # past `with_stand_ins`, `load_or_next` and `__getitem__`: at the line that asked for the pair
             )
-
-
-class UnreadablePairError(RuntimeError):
-    """A pair that can't be used: its image does not open, or its text is empty."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_itm.data.padded_sequence import Unpadded
-from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.batch import Unpadded
+from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.readers import flatten_texts
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>", "<mask>")
@@ -132,8 +132,7 @@ class RegionFeatureDataset(ImageTextDataset):
             )
         self.vocabulary = Vocabulary.build(self.texts) if vocabulary is None else vocabulary
         self.drop_regions, self.change_words = drop_regions, change_words
-        self.is_evaluation = False
-        self.num_replaced = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._set_up(None, None, None)
 
     @classmethod
     def from_scan(
@@ -183,11 +182,7 @@ class RegionFeatureDataset(ImageTextDataset):
             regions = regions[kept]
         return Unpadded(regions)
 
-    def load_text(self, text_id: int) -> Unpadded:
-        """Return the word ids of a caption."""
-        text = self.texts[text_id]
-        if not text.strip():
-            raise UnreadablePairError(f"Text {text_id}, of image {int(self.text_image_id[text_id])}, is empty")
+    def _encode_text(self, text: str) -> Unpadded:
         return Unpadded(torch.tensor(self.vocabulary.encode(text, 0.0 if self.is_evaluation else self.change_words)))
 
 

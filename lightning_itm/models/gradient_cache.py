@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from lightning_itm.data.padded_sequence import PaddedSequence
+from lightning_itm.data.batch import PaddedSequence
 from lightning_itm.randomness import random_streams, restore_random_streams
 
 

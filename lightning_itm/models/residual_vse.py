@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_itm.data.padded_sequence import PaddedSequence
+from lightning_itm.data.batch import PaddedSequence
 from lightning_itm.functional.similarity import full_precision
 from lightning_itm.losses.triplet import TripletLoss
 from lightning_itm.models.dual_encoder import DualEncoder
