@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_itm.callbacks._rows import describe_image, describe_text, write_jsonl
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.data.rows import describe_image, describe_text, write_jsonl
 from lightning_itm.distributed import world_size
 
 

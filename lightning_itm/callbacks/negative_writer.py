@@ -7,9 +7,9 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
+from lightning_itm.callbacks._rows import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.data.rows import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
 from lightning_itm.mining.encode import EncodedPairs, is_progress_shown
 from lightning_itm.mining.search import find_negatives
 
