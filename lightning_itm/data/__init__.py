@@ -2,6 +2,7 @@
 
 from lightning_itm.data.batch import ImageTextBatch, check_batch, collate_pairs
 from lightning_itm.data.datamodule import ImageTextDataModule
+from lightning_itm.data.evaluation_items import EvaluationItems, TextsOfImages
 from lightning_itm.data.files_datamodule import ImageTextFilesDataModule, read_pairs
 from lightning_itm.data.image import UnreadableImageError, open_rgb, to_tensor
 from lightning_itm.data.padded_sequence import PaddedSequence
@@ -13,6 +14,7 @@ from lightning_itm.data.transforms import open_clip_transforms
 
 __all__ = [
     "EpochSampler",
+    "EvaluationItems",
     "FeatureRows",
     "ImageTextBatch",
     "ImageTextDataModule",
@@ -25,6 +27,7 @@ __all__ = [
     "ShardDataset",
     "ShardIndex",
     "ShardStream",
+    "TextsOfImages",
     "UnreadableImageError",
     "UnreadablePairError",
     "Vocabulary",

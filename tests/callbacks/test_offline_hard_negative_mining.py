@@ -346,7 +346,7 @@ class TestBadInput:
         again = L.Trainer(
             callbacks=[OfflineHardNegativeMining(texts_per_image=9, images_per_text=8)], max_epochs=2, **SILENT
         )
-        with pytest.raises(ValueError, match=r"Expected 9 texts and 8 images a row, got \(12, 8\)"):
+        with pytest.raises(ValueError, match=r"Expected 9 texts per image and 8 images per text, got \(12, 8\)"):
             again.fit(Tiny(QuintupletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
     @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ class TestBadInput:
             ({"texts_per_image": 0}, "`texts_per_image` to be at least 1, got 0"),
             ({"every_n_epochs": 0}, "`every_n_epochs` to be at least 1, got 0"),
             ({"start_epoch": -1}, "`start_epoch` to be at least 0, got -1"),
-            ({"inject": "images"}, "`inject` to be 'samples' or 'embeddings', got 'images'"),
+            ({"inject": "images"}, "`inject` to be one of 'samples', 'embeddings', got 'images'"),
         ],
     )
     def test_wrong_arguments(self, arguments, message):
