@@ -22,7 +22,7 @@ class EmbeddingWriter(Callback):
     """Write the embeddings of ``Trainer.predict`` to a folder, in the order of the ids.
 
     ``image.npy`` `(images, dim)` and ``text.npy`` `(texts, dim)` are unit-norm, float32, and NaN where an input can't be read.
-    ``images.jsonl`` and ``texts.jsonl`` say what each row is, and which image a text belongs to. It needs an
+    ``images.jsonl`` and ``texts.jsonl`` say what each row is, and to which image each text belongs. It needs an
     :class:`~lightning_itm.ImageTextDataModule`.
 
     Args:

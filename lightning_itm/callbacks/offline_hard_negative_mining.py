@@ -93,7 +93,7 @@ class OfflineHardNegativeMining(Callback):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.pairs: ImageTextDataset | None = None
         self.table: NegativeTable | None = None
-        self.embedded: EmbeddedNegatives | None = None
+        self.mined_embeddings: EmbeddedNegatives | None = None
         self._epoch, self._is_finished, self._is_fitting = 0, False, False
         self._restored: dict[str, Any] | None = None
         self._unlogged: dict[str, float] = {}
@@ -116,7 +116,7 @@ class OfflineHardNegativeMining(Callback):
         counts = {"texts_per_image": self.texts_per_image, "images_per_text": self.images_per_text}
         self.table = NegativeTable(len(pairs.images), len(pairs.texts), **counts)
         self.table.is_pending = True  # a fit's first workers may ask before `on_fit_start`, and wait
-        self._epoch, self._is_finished, self._restored, self.embedded = 0, False, None, None
+        self._epoch, self._is_finished, self._restored, self.mined_embeddings = 0, False, None, None
         if self.inject == "embeddings":
             clear_draws(*source)
         else:
@@ -162,8 +162,8 @@ class OfflineHardNegativeMining(Callback):
     ) -> None:
         """Put the drawn embeddings into the batch."""
         # Here the batch is on the device already. With samples it came with its negatives from the loader.
-        if self.embedded is not None:
-            batch["hard"] = self.embedded.draw(batch["image_id"], batch["text_id"], trainer.current_epoch)
+        if self.mined_embeddings is not None:
+            batch["hard"] = self.mined_embeddings.draw(batch["image_id"], batch["text_id"], trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -197,11 +197,11 @@ class OfflineHardNegativeMining(Callback):
         """Return the table, the embeddings where they are injected, and which epoch they are for."""
         if self.table is None:
             return {}
-        embedded = self.embedded
+        mined = self.mined_embeddings
         return {
             "texts": self.table.texts.clone(),
             "images": self.table.images.clone(),
-            "embeddings": embedded and [embedded.image_embeddings.cpu(), embedded.text_embeddings.cpu()],
+            "embeddings": mined and [mined.image_embeddings.cpu(), mined.text_embeddings.cpu()],
             "epoch": self._epoch,
             "is_finished": bool(self._is_finished),
             "fingerprint": fingerprint(_attached(self.pairs)),
@@ -236,7 +236,7 @@ class OfflineHardNegativeMining(Callback):
         # Clones: the table is written anew at the end of the epoch, the draws of this epoch are of the earlier one.
         rows = table.texts.clone(), table.images.clone()
         options: dict[str, Any] = {"coupled_ranks": self.coupled_ranks, "seed": self.seed}
-        self.embedded = EmbeddedNegatives(image_embeddings, text_embeddings, *rows, text_image_id, **options)
+        self.mined_embeddings = EmbeddedNegatives(image_embeddings, text_embeddings, *rows, text_image_id, **options)
 
     def _log(self, pl_module: L.LightningModule) -> None:
         if self._unlogged:
@@ -246,5 +246,5 @@ class OfflineHardNegativeMining(Callback):
 
 def _attached(value: Any) -> Any:
     if value is None:
-        raise RuntimeError("Expected to be attached to a Trainer that fits; nothing was mined yet.")
+        raise RuntimeError("Expected to be attached to a Trainer that fits. Nothing was mined yet.")
     return value

@@ -1,4 +1,4 @@
-"""Each image and each text once, as evaluation reads them, and which texts an image has."""
+"""Each image and each text once, as evaluation reads them, and the texts that belong to an image."""
 
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ class EvaluationItems(Dataset[dict[str, Any]]):
 
     Args:
         pairs: The set. It is read through its ``evaluation()``.
-        kind: ``"image"`` or ``"text"``.
+        kind: ``"image"`` to read the images, ``"text"`` to read the texts.
         num_items: How many to read, from id 0 on. Default: all. Smaller in a trial run.
 
     Returns:

@@ -60,7 +60,7 @@ def attach_draws(given: Any, datamodule: Any, table: NegativeTable, *, coupled_r
     else:
         raise MisconfigurationException(
             "Expected an ImageTextDataModule with the pairs as `train_dataset`, or `dataset=HardNegativeDataset(pairs)` "
-            "that the train loader reads; got neither, and no negative would reach a batch."
+            "that the train loader reads, got neither. No negative would reach a batch."
         )
 
 

@@ -47,8 +47,8 @@ class EmbeddedNegatives:
         """Draw a text and an image for each pair of a batch. The host waits for nothing.
 
         Args:
-            image_id: int64 `(pairs,)`.
-            text_id: int64 `(pairs,)`.
+            image_id: int64 `(pairs,)`, the image of each pair of the batch.
+            text_id: int64 `(pairs,)`, the text of each pair of the batch.
             epoch: The current epoch. Each epoch has draws of its own.
         """
         first, second, third = (uniform(text_id, self.seed, epoch, number) for number in range(3))  # (pairs,) each

@@ -129,7 +129,7 @@ def test_embeddings_are_those_of_the_table_and_the_pair():
 
     class Check(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            hard, embedded, epoch = batch["hard"], miner.embedded, trainer.current_epoch
+            hard, embedded, epoch = batch["hard"], miner.mined_embeddings, trainer.current_epoch
             texts, images = miner.table.texts[batch["image_id"]], miner.table.images[batch["text_id"]]
             drawn.append((epoch, batch["text_id"].tolist(), hard.image_id.tolist()))
             of_texts = miner.pairs.text_image_id[texts.long()]
@@ -253,7 +253,7 @@ def test_samples_that_go_on_as_embeddings(tmp_path):
     miner = OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, every_n_epochs=None, inject="embeddings")
     again = L.Trainer(callbacks=[miner], max_epochs=5, limit_train_batches=3, **SILENT)
     again.fit(Tiny(QuintupletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-    assert miner.embedded is not None
+    assert miner.mined_embeddings is not None
 
 
 def test_plot_draws_images_and_texts():
