@@ -176,7 +176,10 @@ def _encode(
     trainer: L.Trainer, module: Any, kind: Kind, loader: DataLoader[dict[str, Any]], num_rows: int
 ) -> tuple[Tensor, Tensor]:
     encode, rows = getattr(module, f"encode_{kind}"), EncodedRows(kind, num_rows)
-    for batch in tqdm(loader, f"Mining: {kind}s", leave=False, disable=not is_progress_shown(trainer)):
+    num_batches = -(-num_rows // (trainer.world_size * (loader.batch_size or 1)))
+    # An iterator: of a loader tqdm makes one more, whose workers would load batches that nobody takes.
+    progress = tqdm(iter(loader), f"Mining: {kind}s", num_batches, leave=False, disable=not is_progress_shown(trainer))
+    for batch in progress:
         # All at once, and before encoding: from pinned memory, and the host goes on to the next batch.
         batch = move_data_to_device(trainer.precision_plugin.convert_input(batch), module.device)
         rows.add({**batch, kind: unit_norm(encode(batch[kind])).float()})  # (batch, dim)
