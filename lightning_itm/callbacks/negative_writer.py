@@ -11,7 +11,7 @@ from lightning_itm.callbacks._rows import describe_image, describe_text, pyarrow
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.checks import check_choice
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.mining.encode import EncodedPairs, is_progress_shown
+from lightning_itm.mining.encode import EncodedPairs, part_of
 from lightning_itm.mining.search import find_negatives
 
 
@@ -65,15 +65,8 @@ class NegativeWriter(EmbeddingWriter):
         """Search, with all ranks, and write what was mined."""
         text_image_id = pairs.text_image_id.to(image_embeddings.device)
         encoded = EncodedPairs(image_embeddings, text_embeddings, text_image_id, image_is_valid, text_is_valid)
-        mined = find_negatives(
-            encoded,
-            self.texts_per_image,
-            self.images_per_text,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            is_shown=is_progress_shown(trainer),
-            **self.guards,
-        )
+        options = {**part_of(trainer), **self.guards}
+        mined = find_negatives(encoded, self.texts_per_image, self.images_per_text, **options)
         if not trainer.is_global_zero:
             return  # after the search, which gathers from every rank
         put = write_jsonl if self.format == "jsonl" else write_parquet

@@ -34,9 +34,9 @@ class OfflineHardNegativeMining(Callback):
         images_per_text: Most images that are kept per text. The published ratio of the two is 5, the texts of an image.
         every_n_epochs: Mine anew after this many epochs. Raise it where mining takes long. ``None``: mine once, as published.
         start_epoch: The first epoch with mined negatives, from 0. Raise it for a model that starts from random weights.
-        inject: ``"samples"``: negatives are loaded with their pair and encoded with gradient, which doubles or triples the
-            cost of a step. ``"embeddings"``: they come as the embeddings of the mining pass, at nearly no cost and without
-            gradient. The second is not in the paper.
+        inject: ``"samples"``: negatives are loaded with their pair and encoded with gradient, so a step
+            encodes three times as much. ``"embeddings"``: they come as the embeddings of the mining pass, at nearly no cost
+            and without gradient. The second is not in the paper.
         coupled_ranks: Draw one rank for both text and image, as published. False: draw two, which gives more combinations.
         rank_min: Leave out this many of the hardest, which are the likeliest false negatives. Typical: 0 to 10. This guard and
             the next three work as in :func:`~lightning_itm.functional.top_k_negatives`. Not in the paper.

@@ -178,7 +178,7 @@ def _encode(
     encode, rows = getattr(module, f"encode_{kind}"), EncodedRows(kind, num_rows)
     num_batches = -(-num_rows // (trainer.world_size * (loader.batch_size or 1)))
     # An iterator: of a loader tqdm makes one more, whose workers would load batches that nobody takes.
-    progress = tqdm(iter(loader), f"Mining: {kind}s", num_batches, leave=False, disable=not is_progress_shown(trainer))
+    progress = tqdm(iter(loader), f"Mining: {kind}s", num_batches, leave=False, disable=not _is_progress_shown(trainer))
     for batch in progress:
         # All at once, and before encoding: from pinned memory, and the host goes on to the next batch.
         batch = move_data_to_device(trainer.precision_plugin.convert_input(batch), module.device)
@@ -189,8 +189,12 @@ def _encode(
     )
 
 
-def is_progress_shown(trainer: L.Trainer) -> bool:
-    """Return whether this process has the Trainer's progress bar."""
+def part_of(trainer: L.Trainer) -> dict[str, Any]:
+    """Return which part of a search this process has, as ``find_negatives`` takes it, and whether it shows progress."""
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size, "is_shown": _is_progress_shown(trainer)}
+
+
+def _is_progress_shown(trainer: L.Trainer) -> bool:
     return trainer.progress_bar_callback is not None and trainer.is_global_zero
 
 

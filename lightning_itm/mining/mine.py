@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.mining.encode import EncodedPairs, encode_pairs, is_progress_shown
+from lightning_itm.mining.encode import EncodedPairs, encode_pairs, part_of
 from lightning_itm.mining.negative_table import NegativeTable
 from lightning_itm.mining.search import find_negatives, padded_rows
 
@@ -23,7 +23,7 @@ def mine_into(
     num_workers: int | None,
     **guards: Any,
 ) -> tuple[EncodedPairs, dict[str, float]]:
-    """Mine the negatives of a set with a model as it stands, and publish them in a table. Every rank must call it.
+    """Mine the negatives of a set with a model as it stands, and publish them. Every rank must call it.
 
     Args:
         table: Where the negatives are written. It says how many are kept, too. If mining fails, it stays as it was.
@@ -47,15 +47,7 @@ def mine_into(
     encoded = encode_pairs(trainer, module, pairs, num_texts, **options)
     between = time.perf_counter()
     (num_images, texts_per_image), (num_all_texts, images_per_text) = table.shapes
-    mined = find_negatives(
-        encoded,
-        texts_per_image,
-        images_per_text,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        is_shown=is_progress_shown(trainer),
-        **guards,
-    )
+    mined = find_negatives(encoded, texts_per_image, images_per_text, **part_of(trainer), **guards)
     texts, images = padded_rows(mined.texts, num_images), padded_rows(mined.images, num_all_texts)
     # Before the table is written: each place is compared with what stood there.
     num_changed = int((texts != table.texts).sum()) + int((images != table.images).sum())

@@ -82,14 +82,8 @@ def find_negatives(
     )
     # Column 0 has the hardest. An anchor without any has −inf there, and no gap.
     gap = torch.cat([of_image - mined_texts.scores[:, 0], of_text - mined_images.scores[:, 0]])
-    return MinedNegatives(
-        mined_texts.index,
-        mined_images.index,
-        mined_texts.scores,
-        mined_images.scores,
-        gap=float(gap[gap.isfinite()].mean()),
-        rejected_fraction=(rejected_texts + rejected_images) / 2,
-    )
+    measured = float(gap[gap.isfinite()].mean()), (rejected_texts + rejected_images) / 2
+    return MinedNegatives(mined_texts.index, mined_images.index, mined_texts.scores, mined_images.scores, *measured)
 
 
 def _search(
