@@ -128,7 +128,7 @@ class EmbeddingWriter(Callback):
                 ("image", image_embeddings, image_is_valid),
                 ("text", text_embeddings, text_is_valid),
             ):
-                # What can't be read has the embedding of a stand-in, which nobody should take for its own.
+                # What can't be read has the embedding of a stand-in, which must not pass for its own.
                 rows = embeddings.float().masked_fill(~is_valid[:, None], torch.nan)  # (rows, dim)
                 np.save(self.folder / f"{name}.npy", rows.cpu().numpy())
             write_jsonl(self.folder / "images.jsonl", (describe_image(pairs, i) for i in range(len(image_is_valid))))

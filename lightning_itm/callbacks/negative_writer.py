@@ -34,7 +34,7 @@ class NegativeWriter(EmbeddingWriter):
         ModuleNotFoundError: if pyarrow is needed and not installed.
     """
 
-    consequence = "They are nobody's negative, nor are the texts of such an image."
+    consequence = "They are left out as negatives, and so are the texts of such an image."
 
     def __init__(
         self,

@@ -177,7 +177,7 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     encode, rows = getattr(module, f"encode_{kind}"), EncodedRows(kind, num_rows)
     num_batches = -(-num_rows // (trainer.world_size * (loader.batch_size or 1)))
-    # An iterator: of a loader tqdm makes one more, whose workers would load batches that nobody takes.
+    # An iterator: of a loader tqdm makes one more, whose workers would load batches that are never used.
     progress = tqdm(iter(loader), f"Mining: {kind}s", num_batches, leave=False, disable=not _is_progress_shown(trainer))
     for batch in progress:
         # All at once, and before encoding: from pinned memory, and the host goes on to the next batch.

@@ -100,7 +100,7 @@ def _search(
     is_shown: bool,
     **guards: Any,
 ) -> tuple[TopK, float]:
-    kept = key_is_valid.nonzero().squeeze(1)  # what can't be read is nobody's negative
+    kept = key_is_valid.nonzero().squeeze(1)  # what can't be read is left out
     keys, key_id = keys[kept], key_id[kept]
     num_own = -(-len(anchors) // world_size)  # as many on every rank, so the last anchor may come several times
     own_rows = (torch.arange(num_own, device=anchors.device) + rank * num_own).clamp_max(len(anchors) - 1)

@@ -53,12 +53,12 @@ def test_guards_are_those_of_the_search():
     assert all(row["texts"] == [] for row in read_lines("mined/texts_of_images.jsonl"))
 
 
-def test_what_can_not_be_read_is_nobodys_negative():
+def test_what_can_not_be_read_is_left_out():
     images = cut_outs(6)
     images[2] = b"no image"
     pairs = ImageTextDataset(images, captions(6), transform=AUGMENTED, eval_transform=PLAIN, tokenizer=tokenize)
     data = ImageTextDataModule(test_dataset=pairs, batch_size=3, num_workers=0)
-    with pytest.warns(UserWarning, match=r"1 of 6 images can't be read, .* nobody's negative"):
+    with pytest.warns(UserWarning, match=r"1 of 6 images can't be read, .* left out as negatives"):
         mine("mined", data, texts_per_image=12, images_per_text=6)
     rows = read_lines("mined/texts_of_images.jsonl")
     assert [len(row["texts"]) for row in rows] == [8, 8, 10, 8, 8, 8]

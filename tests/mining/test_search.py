@@ -68,7 +68,7 @@ def test_gap_is_that_of_the_positives_and_the_hardest():
     assert mined.gap == pytest.approx(float(torch.stack(gaps).mean()), abs=1e-6)
 
 
-def test_what_can_not_be_read_is_nobodys_negative():
+def test_what_can_not_be_read_is_left_out():
     """Nor are the texts of an unreadable image, and an image whose only text is unreadable."""
     pairs = encoded()
     mined = find_negatives(pairs, NUM_TEXTS, NUM_IMAGES)
