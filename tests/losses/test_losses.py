@@ -176,19 +176,3 @@ def test_a_step_out_of_range_is_undone():
 def test_wrong_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_embeddings_of_two_widths():
-    ids = torch.arange(2)
-    with pytest.raises(ValueError, match=r"got 3 \(image\) and 4 \(text\)"):
-        EmbeddingPairs(torch.ones(2, 3), torch.ones(2, 4), ids, ids)
-
-
-def test_rows_that_do_not_match():
-    with pytest.raises(ValueError, match="one row a pair"):
-        EmbeddingPairs(torch.ones(2, 3), torch.ones(3, 3), torch.arange(2), torch.arange(2))
-
-
-def test_ids_that_are_no_integers():
-    with pytest.raises(TypeError, match=r"`image_id` to be an int64 tensor of shape \(pairs,\), got torch.float32"):
-        EmbeddingPairs(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2), torch.arange(2))
