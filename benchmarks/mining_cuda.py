@@ -11,7 +11,7 @@ import argparse
 import logging
 import statistics
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -20,7 +20,8 @@ from timing import Report, seconds_of
 from torch.utils.data import DataLoader
 
 from lightning_itm import ImageTextDataset, InfoNCELoss, OpenCLIPDualEncoder
-from lightning_itm.mining import EvaluationItems, collate_items, encode_pairs
+from lightning_itm.data import EvaluationItems, collate_pairs
+from lightning_itm.mining import encode_pairs
 
 
 def make_pairs(model: OpenCLIPDualEncoder, number: int) -> ImageTextDataset:
@@ -38,19 +39,21 @@ def make_pairs(model: OpenCLIPDualEncoder, number: int) -> ImageTextDataset:
 
 def plainly(model: Any, pairs: ImageTextDataset, number: int, args: argparse.Namespace) -> torch.Tensor:
     """Encode images, then texts, and keep the embeddings."""
-    found, view = [], pairs.evaluation()
-    for encode, load in ((model.encode_image, view.load_image), (model.encode_text, view.load_text)):
+    embeddings = []
+    kinds: tuple[Literal["image", "text"], ...] = ("image", "text")
+    for kind in kinds:
+        encode = getattr(model, f"encode_{kind}")
         loader: DataLoader[Any] = DataLoader(
-            EvaluationItems(load, number),
+            EvaluationItems(pairs, kind, number),
             args.batch_size,
             sampler=range(number),
             num_workers=args.num_workers,
-            collate_fn=collate_items,
+            collate_fn=collate_pairs,
             pin_memory=args.device == "cuda",
         )
         with torch.inference_mode(), torch.autocast(args.device, dtype=torch.bfloat16):
-            found += [encode(inputs.to(args.device, non_blocking=True)).float() for inputs, *_ in loader]
-    return torch.cat(found)
+            embeddings += [encode(batch[kind].to(args.device, non_blocking=True)).float() for batch in loader]
+    return torch.cat(embeddings)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A batch after the encoders: pairs of embeddings, and negatives mined for them."""
+"""What a batch is after the encoders: pairs of embeddings, and the negatives that were mined for them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -11,20 +11,21 @@ from lightning_itm.distributed import gather, gather_with_gradient
 
 @dataclass  # not frozen: Lightning moves what it holds to other devices
 class EmbeddingPairs:
-    """The embeddings of a batch, row by row a matching pair.
+    """Hold the embeddings of a batch. Row by row they are matching pairs.
 
     Args:
         image_embeddings: `(pairs, dim)`, unit-norm, float32 (or float64).
         text_embeddings: `(pairs, dim)`, unit-norm, float32 (or float64).
-        image_id: int64 `(pairs,)`; the image each row belongs to.
-        text_id: int64 `(pairs,)`.
+        image_id: int64 `(pairs,)`, the image that each row belongs to. Rows of one image are never each other's negatives.
+        text_id: int64 `(pairs,)`, the number of the text of each row.
 
     Raises:
-        ValueError: The four do not have the same number of rows, or the embeddings not the same width.
-        TypeError: The ids are no integers.
+        ValueError: if the four do not have the same number of rows, or the embeddings differ in width.
+        TypeError: if the ids are no integer tensors.
 
     Example:
         >>> import torch
+        >>> from lightning_itm.embeddings import EmbeddingPairs
         >>> ids = torch.arange(2)
         >>> len(EmbeddingPairs(torch.eye(2), torch.eye(2), ids, ids))
         2
@@ -52,7 +53,7 @@ class EmbeddingPairs:
                 )
         rows = {field.name: getattr(self, field.name).shape[0] for field in fields(self)}
         if len(set(rows.values())) > 1:
-            raise ValueError(f"Expected one row a pair in all of {list(rows)}, got {rows} rows.")
+            raise ValueError(f"Expected one row per pair in all of {list(rows)}, got {rows} rows.")
         image_dim, text_dim = self.image_embeddings.shape[1], self.text_embeddings.shape[1]
         if image_dim != text_dim:
             raise ValueError(
@@ -68,7 +69,10 @@ class EmbeddingPairs:
         return EmbeddingPairs(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in _FIELDS))
 
     def gather(self) -> "EmbeddingPairs":
-        """Concatenate the pairs of all ranks, embeddings with gradient. Every rank must hold as many pairs."""
+        """Concatenate the pairs of all ranks. Every rank must hold the same number of pairs.
+
+        Each rank gets back the gradients that all ranks have for its embeddings. Ids have none.
+        """
         return EmbeddingPairs(
             gather_with_gradient(self.image_embeddings),
             gather_with_gradient(self.text_embeddings),
@@ -80,20 +84,20 @@ class EmbeddingPairs:
 _FIELDS = tuple(field.name for field in fields(EmbeddingPairs))
 
 
-@dataclass
+@dataclass  # not frozen, as above
 class HardNegatives:
-    """Negatives mined over the whole training set, row by row for the pairs of a batch.
+    """Hold negatives that were mined over the whole training set. Row by row they are those of the pairs of a batch.
 
-    For a pair (I1, T1): T3, a hard text of I1, with the image I4 it belongs to; and I3, a hard image of T1, with a text T4 of
-    it. (I4, T3) and (I3, T4) match.
+    For a pair (I1, T1) they are two pairs. (I4, T3): a text T3 that is hard for I1, with the image I4 that it belongs to.
+    (I3, T4): an image I3 that is hard for T1, with a text T4 of it.
 
     Args:
-        text_embeddings: T3, `(pairs, dim)`, unit-norm.
+        text_embeddings: T3, `(pairs, dim)`, unit-norm, without gradient in embedding mode.
         image_of_text_embeddings: I4, `(pairs, dim)`, unit-norm.
-        image_id_of_text: The id of I4, int64 `(pairs,)`; −1 where no text was mined.
+        image_id_of_text: The id of I4, int64 `(pairs,)`. It is −1 where no text was mined. Such a row must be skipped.
         image_embeddings: I3, `(pairs, dim)`, unit-norm.
         text_of_image_embeddings: T4, `(pairs, dim)`, unit-norm.
-        image_id: The id of I3, int64 `(pairs,)`; −1 where no image was mined.
+        image_id: The id of I3, int64 `(pairs,)`. It is −1 where no image was mined. Such a row must be skipped.
     """
 
     text_embeddings: Tensor
@@ -104,12 +108,13 @@ class HardNegatives:
     image_id: Tensor
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Hold nothing that Lightning could take for the size of a batch."""
+        """Yield nothing."""
+        # Lightning iterates over what a batch holds to infer the batch size, and warns where it finds several sizes.
         return iter(())
 
     def as_pairs(self) -> EmbeddingPairs:
-        """Return the mined pairs (I4, T3) and (I3, T4), which are candidates like any other. Their text ids are −1."""
-        image_id = torch.cat([self.image_id_of_text, self.image_id])
+        """Return the mined pairs as candidates like any other, first all (I4, T3), then all (I3, T4). Text ids are −1."""
+        image_id = torch.cat([self.image_id_of_text, self.image_id])  # (2 * pairs,)
         return EmbeddingPairs(
             torch.cat([self.image_of_text_embeddings, self.image_embeddings]),
             torch.cat([self.text_embeddings, self.text_of_image_embeddings]),

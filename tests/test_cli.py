@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import lightning_itm as itm
-from lightning_itm.cli import Trainer, main
+from lightning_itm.cli import main
 from tests.helpers.karpathy import write_karpathy
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -177,27 +177,6 @@ def test_every_command(config, capsys, tmp_path):
         main(["predict", *given, *trained, "--output", "embeddings", "--split", "train"])
 
 
-@pytest.mark.forks
-@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
-def test_two_processes_write_what_one_writes(tmp_path):
-    write_karpathy(tmp_path)
-    L.seed_everything(0, verbose=False)
-    model = itm.OpenCLIPDualEncoder("emoji-clip")
-    for devices in (1, 2):
-        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = Trainer(devices=devices, strategy="ddp_fork" if devices > 1 else "auto", accelerator="cpu", **options)
-        data = itm.ImageTextFilesDataModule("dataset.json", batch_size=5, num_workers=0)
-        trainer.mine(model, data, output=f"mined-{devices}", texts_per_image=5, images_per_text=4)
-    for name, mined, key in (("texts_of_images", "texts", "text_id"), ("images_of_texts", "images", "image_id")):
-        one, two = (
-            [json.loads(line)[mined] for line in Path(f"mined-{devices}", f"{name}.jsonl").read_text().splitlines()]
-            for devices in (1, 2)
-        )
-        assert [[entry[key] for entry in row] for row in one] == [[entry[key] for entry in row] for row in two]
-        scores = [[entry["score"] for row in rows for entry in row] for rows in (one, two)]
-        np.testing.assert_allclose(*scores, atol=2e-6)  # of six digits in the file
-
-
 @pytest.mark.slow
 def test_an_encoder_of_ones_own_beside_the_data(tmp_path):
     """By the installed program, in a process of its own; `model_name` says which transforms its images get."""
@@ -224,30 +203,6 @@ def test_an_encoder_of_ones_own_beside_the_data(tmp_path):
         again = [command[0], more[0], *given, *more[1:], "--ckpt_path", str(checkpoint())]
         done = subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stderr
-
-
-def test_what_can_not_be_read_is_left_out_of_mining_and_named(tmp_path):
-    write_karpathy(tmp_path)
-    (tmp_path / "train2014" / f"{5:012d}.jpg").write_bytes(b"no picture")
-    L.seed_everything(0, verbose=False)
-    model = itm.OpenCLIPDualEncoder("emoji-clip")
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    data = itm.ImageTextFilesDataModule("dataset.json", batch_size=5, num_workers=0)
-    with pytest.warns(UserWarning, match=r"1 of 12 images can't be read, the first: .*000005\.jpg.* nobody's negative"):
-        Trainer(**options).mine(model, data, output="mined", texts_per_image=55, images_per_text=11)
-    rows = [json.loads(line) for line in Path("mined/texts_of_images.jsonl").read_text().splitlines()]
-    assert [len(row["texts"]) for row in rows] == [50] * 5 + [55] + [50] * 6
-    assert all(entry["image_id"] != 5 for row in rows for entry in row["texts"])
-    with pytest.warns(UserWarning, match=r"1 of 12 images can't be read.* Their rows are NaN"):
-        Trainer(**options).predict(model, datamodule=data, output="embeddings", split="train")
-    assert np.isnan(np.load("embeddings/image.npy")).all(axis=1).nonzero()[0].tolist() == [5]
-    writer, loaders = itm.EmbeddingWriter("more"), [torch.utils.data.DataLoader([0])]
-    with pytest.raises(
-        L.fabric.utilities.exceptions.MisconfigurationException, match=r"ImageTextDataModule, .* NoneType"
-    ):
-        L.Trainer(**options, callbacks=[writer]).predict(model, loaders)
-    with pytest.raises(L.fabric.utilities.exceptions.MisconfigurationException, match="`limit_predict_batches=1`"):
-        Trainer(**options, limit_predict_batches=1).mine(model, data, output="more")
 
 
 class TestConfigs:

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
-import open_clip
 import pytest
 
 from lightning_itm import ImageTextDataModule
 from lightning_itm.cli import main
+from tests.helpers.open_clip_models import CONFIGS, register
 from tests.helpers.pictures import cut_outs
 from tests.helpers.tiny import SILENT, tiny_pairs
-from tests.models.test_open_clip_dual_encoder import CONFIGS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -41,8 +40,7 @@ def flickr30k(tmp_path):
 @pytest.mark.usefixtures("flickr30k")
 def test_first_snippets(tmp_path):
     """No weights can be downloaded here, and ViT-B/32 takes a minute a step: a small model stands in, nothing else."""
-    (tmp_path / "tiny-vit.json").write_text(json.dumps(CONFIGS["tiny-vit"]))
-    open_clip.add_model_config(tmp_path / "tiny-vit.json")
+    register({"tiny-vit": CONFIGS["tiny-vit"]}, tmp_path)
     code = SNIPPETS[0].replace('"ViT-B-32", pretrained="laion2b_s34b_b79k"', '"tiny-vit"')
     assert code != SNIPPETS[0]
     names = {}
@@ -76,8 +74,7 @@ def test_first_snippets(tmp_path):
 def test_commands(tmp_path, monkeypatch):
     """Every command line, one after the other, of a small model in float32 on the small set, and nothing else changed."""
     monkeypatch.setattr(sys, "argv", ["lightning-itm"])
-    (tmp_path / "tiny-vit.json").write_text(json.dumps(CONFIGS["tiny-vit"]))
-    open_clip.add_model_config(tmp_path / "tiny-vit.json")
+    register({"tiny-vit": CONFIGS["tiny-vit"]}, tmp_path)
     (tmp_path / "examples").symlink_to(Path(__file__).parents[1] / "examples")
     (tmp_path / "FOLDER").mkdir()
     for number, image in enumerate(cut_outs(20, 40)):

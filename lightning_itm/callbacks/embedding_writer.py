@@ -1,4 +1,4 @@
-"""The embeddings of a whole set, in files."""
+"""Write the embeddings of a whole set to files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,38 +11,40 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_itm.callbacks._rows import describe_image, describe_text, write_jsonl
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.data.rows import describe_image, describe_text, write_jsonl
-from lightning_itm.distributed import world_size
+from lightning_itm.mining.encode import EncodedRows
 
 
 class EmbeddingWriter(Callback):
     """Write the embeddings of ``Trainer.predict`` to a folder, in the order of the ids.
 
-    ``image.npy`` `(images, dim)` and ``text.npy`` `(texts, dim)`, unit-norm, float32, NaN where one can't be read;
-    ``images.jsonl`` and ``texts.jsonl`` say what each row is, and which image a text belongs to. It needs an
+    ``image.npy`` `(images, dim)` and ``text.npy`` `(texts, dim)` are unit-norm, float32, and NaN where an input can't be read.
+    ``images.jsonl`` and ``texts.jsonl`` say what each row is, and to which image each text belongs. It needs an
     :class:`~lightning_itm.ImageTextDataModule`.
 
     Args:
-        folder: Where to; it must not hold results already.
+        folder: Where the files are written. It is made, and must not hold results already.
 
     Raises:
-        FileExistsError: It does.
-        MisconfigurationException: Another datamodule, or none.
+        FileExistsError: if the folder already holds results.
+        MisconfigurationException: if the datamodule is of another kind, or only a part of the set would be encoded.
     """
 
     consequence = "Their rows are NaN."
+    """What happens to inputs that can't be read, for the warning."""
     results: Sequence[str] = ("image.npy", "text.npy", "images.jsonl", "texts.jsonl")
+    """The names of the files that are written."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._found: dict[str, list[Tensor]] = {}
+        self._rows: list[EncodedRows] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say what would be overwritten, or left out, before anything is encoded."""
+        """Raise if files would be overwritten, or rows left out."""
+        # In `setup`, before anything is encoded, which may take hours.
         if stage != "predict":
             return
         there = [name for name in self.results if (self.folder / name).exists()]
@@ -63,8 +65,10 @@ class EmbeddingWriter(Callback):
             )
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start anew."""
-        self._found = {f"{kind}{part}": [] for kind in ("image", "text") for part in ("", "_id", "_is_valid")}
+        """Forget the rows of an earlier run."""
+        # In the order of the datamodule's loaders. Here, so that a run that broke off leaves nothing behind.
+        pairs: ImageTextDataset = trainer.datamodule.predict_pairs()  # type: ignore[attr-defined]
+        self._rows = [EncodedRows("image", len(pairs.images)), EncodedRows("text", len(pairs.texts))]
 
     def on_predict_batch_end(
         self,
@@ -75,62 +79,57 @@ class EmbeddingWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what was found, where it is: nobody waits for the device."""
-        for name, parts in self._found.items():
-            if name in outputs:
-                parts.append(outputs[name])
+        """Keep the embeddings of a batch."""
+        # Batch by batch: with `return_predictions=False`, as for large sets, Lightning keeps nothing for us.
+        self._rows[dataloader_idx].add(outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the parts of all ranks together, and write them."""
+        # Every rank runs this hook, as the gather needs.
         pairs: ImageTextDataset = trainer.datamodule.predict_pairs()  # type: ignore[attr-defined]
-        sizes = {"image": len(pairs.images), "text": len(pairs.texts)}
-        whole = {kind: self._whole(kind, size) for kind, size in sizes.items()}
-        self._found = {}
-        for kind, (_, is_valid) in whole.items():
+        way_out = "Is the checkpoint of a run that diverged?"
+        (image, image_is_valid), (text, text_is_valid) = (rows.in_order(way_out=way_out) for rows in self._rows)
+        self._rows = []
+        for kind, is_valid, describe in (
+            ("image", image_is_valid, describe_image),
+            ("text", text_is_valid, describe_text),
+        ):
             if not bool(is_valid.all()):
                 invalid = (~is_valid).nonzero().squeeze(1).tolist()
-                describe = describe_image if kind == "image" else describe_text
                 rank_zero_warn(
-                    f"{len(invalid)} of {sizes[kind]} {kind}s can't be read, the first: {describe(pairs, invalid[0])}. "
-                    f"{self.consequence}"
+                    f"{len(invalid)} of {len(is_valid)} {kind}s can't be read, the first: "
+                    f"{describe(pairs, invalid[0])}. {self.consequence}"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.write(trainer, pairs, *whole["image"], *whole["text"])
-        rank_zero_info(f"{sizes['image']} images and {sizes['text']} texts: {', '.join(self.results)} in {self.folder}")
+        self.write(trainer, pairs, image, image_is_valid, text, text_is_valid)
+        rank_zero_info(f"{len(image)} images and {len(text)} texts: {', '.join(self.results)} in {self.folder}")
 
     def write(
         self,
         trainer: L.Trainer,
         pairs: ImageTextDataset,
-        image: Tensor,
+        image_embeddings: Tensor,
         image_is_valid: Tensor,
-        text: Tensor,
+        text_embeddings: Tensor,
         text_is_valid: Tensor,
     ) -> None:
-        """Write all embeddings; called on every rank. Override to do something else with them.
+        """Write all embeddings. It is called on every rank. Override it to do something else with them.
 
         Args:
-            trainer: Who predicts.
-            pairs: What was encoded.
-            image: `(images, dim)`, by id, on the module's device.
-            image_is_valid: bool `(images,)`; where the image could be read.
-            text: `(texts, dim)`, by id.
-            text_is_valid: bool `(texts,)`.
+            trainer: The Trainer that predicts.
+            pairs: The set that was encoded.
+            image_embeddings: `(images, dim)`, in the order of the ids, on the module's device.
+            image_is_valid: bool `(images,)`, whether the image could be read.
+            text_embeddings: `(texts, dim)`, in the order of the ids, on the module's device.
+            text_is_valid: bool `(texts,)`, whether the text could be read.
         """
         if trainer.is_global_zero:
-            for name, values, is_valid in (("image", image, image_is_valid), ("text", text, text_is_valid)):
-                rows = values.float().masked_fill(~is_valid[:, None], torch.nan)
+            for name, embeddings, is_valid in (
+                ("image", image_embeddings, image_is_valid),
+                ("text", text_embeddings, text_is_valid),
+            ):
+                # What can't be read has the embedding of a stand-in, which must not pass for its own.
+                rows = embeddings.float().masked_fill(~is_valid[:, None], torch.nan)  # (rows, dim)
                 np.save(self.folder / f"{name}.npy", rows.cpu().numpy())
-            write_jsonl(self.folder / "images.jsonl", (describe_image(pairs, i) for i in range(len(image))))
-            write_jsonl(self.folder / "texts.jsonl", (describe_text(pairs, i) for i in range(len(text))))
-
-    def _whole(self, kind: str, number: int) -> tuple[Tensor, Tensor]:
-        values, ids, is_valid = (torch.cat(self._found[f"{kind}{part}"]) for part in ("", "_id", "_is_valid"))
-        if world_size() > 1:
-            values, ids, is_valid = (torch.cat(gather_all_tensors(part)) for part in (values, ids, is_valid))
-        if not bool(values.isfinite().all()):
-            raise ValueError(
-                f"Expected finite {kind} embeddings, got NaN or infinity. Is the checkpoint of a run that diverged?"
-            )
-        whole = values.new_zeros(number, values.shape[1]).index_copy_(0, ids, values)
-        return whole, is_valid.new_zeros(number).index_copy_(0, ids, is_valid)
+            write_jsonl(self.folder / "images.jsonl", (describe_image(pairs, i) for i in range(len(image_is_valid))))
+            write_jsonl(self.folder / "texts.jsonl", (describe_text(pairs, i) for i in range(len(text_is_valid))))

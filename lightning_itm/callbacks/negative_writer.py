@@ -1,4 +1,4 @@
-"""Negatives mined over a whole set, in files, for use anywhere."""
+"""Write the negatives of a whole set to files, for use anywhere."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,31 +7,34 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
+from lightning_itm.callbacks._rows import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
+from lightning_itm.checks import check_choice
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.data.rows import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
-from lightning_itm.mining.encode import EncodedPairs, is_progress_shown
+from lightning_itm.mining.encode import EncodedPairs, part_of
 from lightning_itm.mining.search import find_negatives
 
 
 class NegativeWriter(EmbeddingWriter):
     """Write the hardest texts of every image and the hardest images of every text, with their similarities.
 
-    ``texts_of_images`` and ``images_of_texts``, as ``.jsonl`` or ``.parquet``: one row an image, or a text, with a list of
-    what was mined for it, the hardest first. They are what :class:`~lightning_itm.OfflineHardNegativeMining` draws from.
+    The files ``texts_of_images`` and ``images_of_texts`` have one row per image, or per text, with a list of what was mined
+    for it, the hardest first. They hold what :class:`~lightning_itm.OfflineHardNegativeMining` draws from.
 
     Args:
-        folder: Where to; it must not hold results already.
-        texts_per_image: Texts kept for an image.
-        images_per_text: Images kept for a text.
-        format: ``"jsonl"`` or ``"parquet"``, which needs pyarrow.
-        **guards: Of :func:`~lightning_itm.functional.top_k_negatives`.
+        folder: Where the files are written. It is made, and must not hold results already.
+        texts_per_image: Most texts that are kept per image.
+        images_per_text: Most images that are kept per text.
+        format: ``"jsonl"``, which any program reads, or ``"parquet"``, which is smaller and needs pyarrow.
+        **guards: ``rank_min``, ``max_score``, ``absolute_margin`` and ``relative_margin``, as
+            :func:`~lightning_itm.functional.top_k_negatives` takes them. They leave out likely false negatives.
 
     Raises:
-        ValueError: Another format.
+        ValueError: if ``format`` is neither of the two.
+        ModuleNotFoundError: if pyarrow is needed and not installed.
     """
 
-    consequence = "They are nobody's negative, nor are the texts of such an image."
+    consequence = "They are left out as negatives, and so are the texts of such an image."
 
     def __init__(
         self,
@@ -43,53 +46,45 @@ class NegativeWriter(EmbeddingWriter):
         **guards: Any,
     ) -> None:
         super().__init__(folder)
-        if format not in ("jsonl", "parquet"):
-            raise ValueError(f"Expected `format` to be 'jsonl' or 'parquet', got {format!r}.")
+        check_choice("format", format, ("jsonl", "parquet"))
         if format == "parquet":
             pyarrow()  # before anything is encoded
-        self.texts_per_image, self.images_per_text, self.format, self.guards = (
-            texts_per_image,
-            images_per_text,
-            format,
-            guards,
-        )
+        self.texts_per_image, self.images_per_text = texts_per_image, images_per_text
+        self.format, self.guards = format, guards
         self.results = tuple(f"{name}.{format}" for name in ("texts_of_images", "images_of_texts"))
 
     def write(
         self,
         trainer: L.Trainer,
         pairs: ImageTextDataset,
-        image: Tensor,
+        image_embeddings: Tensor,
         image_is_valid: Tensor,
-        text: Tensor,
+        text_embeddings: Tensor,
         text_is_valid: Tensor,
     ) -> None:
-        """Search, each rank its share, and write what was found."""
-        encoded = EncodedPairs(image, text, pairs.text_image_id.to(image.device), image_is_valid, text_is_valid)
-        found = find_negatives(
-            encoded,
-            self.texts_per_image,
-            self.images_per_text,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            is_shown=is_progress_shown(trainer),
-            **self.guards,
-        )
+        """Search, with all ranks, and write what was mined."""
+        text_image_id = pairs.text_image_id.to(image_embeddings.device)
+        encoded = EncodedPairs(image_embeddings, text_embeddings, text_image_id, image_is_valid, text_is_valid)
+        options = {**part_of(trainer), **self.guards}
+        mined = find_negatives(encoded, self.texts_per_image, self.images_per_text, **options)
         if not trainer.is_global_zero:
-            return
+            return  # after the search, which gathers from every rank
         put = write_jsonl if self.format == "jsonl" else write_parquet
-        put(self.folder / self.results[0], _rows(pairs, "image", "text", found.texts, found.text_scores))
-        put(self.folder / self.results[1], _rows(pairs, "text", "image", found.images, found.image_scores))
+        put(self.folder / self.results[0], _rows(pairs, "image", "text", mined.texts, mined.text_scores))
+        put(self.folder / self.results[1], _rows(pairs, "text", "image", mined.images, mined.image_scores))
 
 
 DESCRIBE = {"image": describe_image, "text": describe_text}
 
 
-def _rows(pairs: ImageTextDataset, of: str, mined: str, index: Tensor, scores: Tensor) -> Iterator[dict[str, Any]]:
-    for anchor, (numbers, values) in enumerate(zip(index.cpu(), scores.float().cpu(), strict=True)):
+def _rows(
+    pairs: ImageTextDataset, anchor: str, negative: str, index: Tensor, scores: Tensor
+) -> Iterator[dict[str, Any]]:
+    # One by one: all rows at once, 300 dicts in each, would take many times the memory of the two tensors.
+    for anchor_id, (ids, values) in enumerate(zip(index.cpu(), scores.float().cpu(), strict=True)):
         hardest = [
-            {**DESCRIBE[mined](pairs, number), "score": round(value, 6)}
-            for number, value in zip(numbers.tolist(), values.tolist(), strict=True)
-            if number >= 0
+            {**DESCRIBE[negative](pairs, negative_id), "score": round(score, 6)}
+            for negative_id, score in zip(ids.tolist(), values.tolist(), strict=True)
+            if negative_id >= 0
         ]
-        yield {**DESCRIBE[of](pairs, anchor), f"{mined}s": hardest}
+        yield {**DESCRIBE[anchor](pairs, anchor_id), f"{negative}s": hardest}

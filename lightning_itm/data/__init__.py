@@ -2,6 +2,7 @@
 
 from lightning_itm.data.batch import ImageTextBatch, PaddedSequence, check_batch, collate_pairs
 from lightning_itm.data.datamodule import ImageTextDataModule
+from lightning_itm.data.evaluation_items import EvaluationItems, TextsOfImages
 from lightning_itm.data.files_datamodule import ImageTextFilesDataModule, read_pairs
 from lightning_itm.data.image import UnreadableImageError, open_clip_transforms, open_rgb, to_tensor
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
@@ -11,6 +12,7 @@ from lightning_itm.data.shards import ShardDataset, ShardIndex, ShardStream, ver
 
 __all__ = [
     "EpochSampler",
+    "EvaluationItems",
     "FeatureRows",
     "ImageTextBatch",
     "ImageTextDataModule",
@@ -23,6 +25,7 @@ __all__ = [
     "ShardDataset",
     "ShardIndex",
     "ShardStream",
+    "TextsOfImages",
     "UnreadableImageError",
     "UnreadablePairError",
     "Vocabulary",

@@ -10,7 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_itm.data.batch import collate_pairs
-from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.evaluation_items import KINDS, EvaluationItems
+from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.position import Position
 from lightning_itm.data.resumable_loader import EpochSampler, ResumableLoader, SeededDataset
 from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
@@ -110,10 +111,10 @@ class ImageTextDataModule(L.LightningDataModule):
         return self._evaluation_loader(_given(self.test_dataset, "test_dataset"))
 
     def predict_pairs(self) -> ImageTextDataset:
-        """Return the pairs of the set that is predicted (:attr:`predict_split`), with evaluation transforms.
+        """Return the pairs that ``Trainer.predict`` reads, those of :attr:`predict_split`, with evaluation transforms.
 
         Raises:
-            MisconfigurationException: There is none, or it is of another kind.
+            MisconfigurationException: if that set was not given, or is no :class:`~lightning_itm.ImageTextDataset`.
         """
         dataset = _given(getattr(self, f"{self.predict_split}_dataset"), f"{self.predict_split}_dataset")
         pairs = getattr(dataset, "pairs", dataset)  # what wraps pairs has them: a stream, mined negatives
@@ -122,12 +123,9 @@ class ImageTextDataModule(L.LightningDataModule):
         return pairs.evaluation()
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """Return two loaders, of all images and of all texts, each once: ``{"image", "image_id", "image_is_valid"}``."""
-        pairs = self.predict_pairs()
-        return [
-            DataLoader(_Parts(pairs, kind), batch_size=self.eval_batch_size, **self._loader_options())
-            for kind in ("image", "text")
-        ]
+        """Return one loader of all images and one of all texts, as :class:`EvaluationItems` reads them."""
+        items = [EvaluationItems(self.predict_pairs(), kind) for kind in KINDS]
+        return [DataLoader(part, batch_size=self.eval_batch_size, **self._loader_options()) for part in items]
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training is: the epoch, how many of its batches are done, and how many there ever were."""
@@ -188,29 +186,6 @@ class ImageTextDataModule(L.LightningDataModule):
             # Of its own: the workers' seed is drawn from it, and not from the stream that dropout draws from.
             "generator": torch.Generator().manual_seed(self.seed),
         }
-
-
-class _Parts(Dataset[dict[str, Any]]):
-    """The images, or the texts, of a set, each with its id; another stands in for one that can't be read, which is invalid."""
-
-    def __init__(self, pairs: ImageTextDataset, kind: str) -> None:
-        self.kind = kind
-        self.load = pairs.load_image if kind == "image" else pairs.load_text
-        self.number = len(pairs.images if kind == "image" else pairs.texts)
-
-    def __len__(self) -> int:
-        return self.number
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        for other in range(index, index + self.number):
-            try:
-                loaded = self.load(other % self.number)
-            except UnreadablePairError:
-                continue
-            return {self.kind: loaded, f"{self.kind}_id": index, f"{self.kind}_is_valid": other == index}
-        raise UnreadablePairError(
-            f"None of the {self.number} {self.kind}s can be read. Is the path of the images right?"
-        )
 
 
 def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:

@@ -120,6 +120,12 @@ class PairLoss(nn.Module, ABC):
         selective: Tensor | None,
     ) -> tuple[DirectionCost, DirectionCost]:
         """Compute the costs of both directions. ``mined`` are further candidates, ruled by the memory's sampler if any."""
+        # Here and nowhere else: every loss comes through here, and a switch that nothing reads must not pass in silence.
+        if selective is not None and not self.has_selective_rule:
+            raise ValueError(
+                f"Expected `selective` to be None, got a tensor: this {type(self).__name__} has no selective rule to switch. "
+                "Use TripletLoss(negatives='hardest') or 'selective'."
+            )
         if memory is None:
             extended = candidates if mined is None else candidates + mined
             i2t, t2i = (self.direction_cost(scores, selective) for scores in both_directions(pairs, extended))

@@ -54,11 +54,7 @@ class ScaledLoss(PairLoss):
         selective: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch; see :meth:`PairLoss.forward`. Adds ``logit_scale``, the factor, to what is logged."""
-        if selective is not None:
-            raise ValueError(
-                f"{type(self).__name__} has no selective rule to switch. Use TripletLoss(negatives='hardest' or 'selective')."
-            )
-        outputs = super().forward(pairs, candidates, memory=memory, hard=hard)
+        outputs = super().forward(pairs, candidates, memory=memory, hard=hard, selective=selective)
         return {**outputs, "logit_scale": self.logit_scale.detach().exp()}
 
 

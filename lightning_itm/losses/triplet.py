@@ -95,10 +95,6 @@ class TripletLoss(PairLoss):
         return DirectionCost(cost, {"active_fraction": cost > 0, **rule}, negative)
 
     def _is_selective(self, selective: Tensor | None) -> bool:
-        if not self.has_selective_rule and selective is not None:
-            raise ValueError(
-                "TripletLoss(negatives='mean') has no selective rule to switch. Use 'hardest' or 'selective'."
-            )
         return self.negatives == "selective" or selective is not None
 
     def extra_repr(self) -> str:

@@ -13,25 +13,38 @@ from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank
 
 
 class ImageTextRetrieval(Metric):
-    """Recall at K, their sum, median and mean rank of image-to-text and text-to-image retrieval, several texts an image.
+    """Measure how well images find their texts, and texts their images, over a whole set.
 
-    A query is right if one of its own is among the first K; its other own never count against it; a tie counts against the
-    model. Recall is in percent, ranks start from 1. Images and texts that arrive twice (the padding of a distributed
-    sampler) count once, by id. Nothing of size images × texts exists at once.
+    In plain terms: every image is compared with all texts, and every text with all images.
+
+    1. *Recall at K* (``i2t_r1``, ``t2i_r10``, ...) is the percentage of queries that have a match among their K most similar
+       results. ``rsum`` is the sum of all recalls, at most 600 with three K.
+    2. *Ranks* (``i2t_median_rank``, ``t2i_mean_rank``, ...) tell where the first match stands. The best rank is 1.
+
+    An image may have several texts, as in COCO and Flickr30K. One of them among the first K is enough, and the others never
+    count as wrong results. A tie counts against the model, so a collapsed model scores 0. An image or a text that arrives
+    twice counts once, by its id: a distributed sampler repeats pairs. Only a block of the similarities is in memory at a time.
+
+    Higher is better for recalls and ``rsum``, lower for ranks. ``higher_is_better`` of torchmetrics has one value for all, so
+    it is None here, and :attr:`higher_is_better_by_name` says it for each value. A ``MetricTracker`` therefore asks for
+    ``maximize``: ``MetricTracker(MetricCollection([metric]), maximize=True)`` finds the best recalls, False the best ranks.
 
     Args:
-        recall_at: The K.
-        folds: Split the images, in the order of their ids, into as many parts, and average over them: 5 for COCO 1K. Fewer
-            images than folds make one part each.
-        **kwargs: See :class:`torchmetrics.Metric`.
+        recall_at: The values of K, positive integers. The default, 1, 5 and 10, is what papers report.
+        folds: Split the images, in the order of their ids, into this many parts, and report the mean over the parts. Use 5 for
+            the "COCO 1K" protocol. If there are fewer images than folds, each image is one part. Default: no parts.
+        **kwargs: Options that every torchmetrics metric has, such as ``sync_on_compute``; they are passed on to
+            :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: ``recall_at`` or ``folds`` is not positive; in ``compute``: nothing was seen, or an id stands for two
-            different images or texts.
+        ValueError: if ``recall_at`` or ``folds`` is not positive. ``compute`` raises it if nothing was seen, or if one id
+            stands for two different images or texts.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm import ImageTextRetrieval
         >>> metric = ImageTextRetrieval(recall_at=(1,))
-        >>> metric.update(EmbeddingPairs(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2)))
+        >>> metric.update(torch.eye(2), torch.eye(2), image_id=torch.arange(2), text_id=torch.arange(2))
         >>> {name: value.item() for name, value in metric.compute().items() if "r1" in name or name == "rsum"}
         {'i2t_r1': 100.0, 't2i_r1': 100.0, 'rsum': 200.0}
 
@@ -40,10 +53,10 @@ class ImageTextRetrieval(Metric):
     """
 
     is_differentiable = False
-    higher_is_better = True
+    higher_is_better = None  # recalls rise and ranks fall as a model gets better: one value would be wrong for some
     full_state_update = False
-    image: list[Tensor]
-    text: list[Tensor]
+    image_embeddings: list[Tensor]
+    text_embeddings: list[Tensor]
     image_id: list[Tensor]
     text_id: list[Tensor]
 
@@ -54,54 +67,82 @@ class ImageTextRetrieval(Metric):
         if folds is not None and folds < 1:
             raise ValueError(f"Expected `folds` to be a positive integer or None, got {folds}.")
         self.recall_at, self.folds = tuple(recall_at), folds
-        for name in ("image", "text", "image_id", "text_id"):
+        for name in ("image_embeddings", "text_embeddings", "image_id", "text_id"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, pairs: EmbeddingPairs) -> None:
-        """Take in a batch of pairs."""
-        self.image.append(pairs.image_embeddings.detach())
-        self.text.append(pairs.text_embeddings.detach())
+    @property
+    def higher_is_better_by_name(self) -> dict[str, bool]:
+        """Tell for each value of :meth:`compute` whether higher is better: True for recalls and ``rsum``, False for ranks."""
+        recalls = {f"{direction}_r{k}": True for direction in ("i2t", "t2i") for k in self.recall_at}
+        ranks = {f"{direction}_{kind}_rank": False for kind in ("median", "mean") for direction in ("i2t", "t2i")}
+        return {**recalls, "rsum": True, **ranks}
+
+    def update(
+        self,
+        image_embeddings: EmbeddingPairs | Tensor,
+        text_embeddings: Tensor | None = None,
+        image_id: Tensor | None = None,
+        text_id: Tensor | None = None,
+    ) -> None:
+        """Take in a batch of pairs: ``update(pairs)``, or ``update(image_embeddings, text_embeddings, image_id, text_id)``.
+
+        Args:
+            image_embeddings: The embeddings of the images, `(pairs, dim)`, with norm 1: they are compared by dot products. Or
+                an :class:`~lightning_itm.embeddings.EmbeddingPairs` that holds all four.
+            text_embeddings: The embeddings of the texts, `(pairs, dim)`, row by row the match of the images.
+            image_id: The image each row belongs to, int64 `(pairs,)`. Texts of one image share its id.
+            text_id: The text of each row, int64 `(pairs,)`.
+
+        Raises:
+            TypeError: if the ids are not integers, or if some of the four tensors are missing, or if there are tensors beside
+                an ``EmbeddingPairs``.
+            ValueError: if the shapes do not match.
+        """
+        pairs = _as_pairs(
+            image_embeddings, {"text_embeddings": text_embeddings, "image_id": image_id, "text_id": text_id}
+        )
+        # Without the graph: a metric that is fed in training would keep the activations of every batch.
+        self.image_embeddings.append(pairs.image_embeddings.detach())
+        self.text_embeddings.append(pairs.text_embeddings.detach())
         self.image_id.append(pairs.image_id)
         self.text_id.append(pairs.text_id)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``i2t_r1`` … ``t2i_r10``, ``rsum``, and ``median_rank`` and ``mean_rank`` of either direction."""
-        if len(self.image) == 0:  # a list of batches, or after a gather one tensor
+        """Return ``i2t_r1`` … ``t2i_r10`` and ``rsum`` in percent, and the median and mean ranks of both directions."""
+        if len(self.image_embeddings) == 0:  # a list of batches, or after a gather one tensor
             raise ValueError("Expected at least one batch before `compute`, got none. Call `update` first.")
         rows_id, text_id = dim_zero_cat(self.image_id), dim_zero_cat(self.text_id)
-        image, image_id, _, _ = _first_of_each("image_id", dim_zero_cat(self.image), rows_id)
-        text, _, row, group = _first_of_each("text_id", dim_zero_cat(self.text), text_id)
-        text_image_id = rows_id[row]
+        image, image_id, _, _ = _first_of_each("image_id", dim_zero_cat(self.image_embeddings), rows_id)
+        text, _, row, group = _first_of_each("text_id", dim_zero_cat(self.text_embeddings), text_id)
+        text_image_id = rows_id[row]  # (texts,): the image of the first row of each text
         if bool((other := text_image_id[group] != rows_id).any()):
             raise ValueError(
                 f"Expected every text to belong to one image, got two for text_id {int(text_id[other][0])}. "
                 "Number equal texts of different images separately."
             )
-        values = [
-            self._of_part(image[part], image_id[part], text, text_image_id)
-            for part in torch.arange(len(image_id), device=image_id.device).tensor_split(
-                min(self.folds or 1, len(image_id))
-            )
-        ]
+        # At most one part per image: a part without a query has no recall.
+        num_parts = min(self.folds or 1, len(image_id))
+        parts = torch.arange(len(image_id), device=image_id.device).tensor_split(num_parts)
+        values = [self._of_part(image[part], image_id[part], text, text_image_id) for part in parts]
         return {name: torch.stack([value[name] for value in values]).mean() for name in values[0]}
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> tuple[Any, Any]:
         """Draw recall at K of both directions as bars.
 
         Args:
-            val: What ``compute`` returned; ``None`` calls it.
-            ax: A matplotlib axis; ``None`` makes one.
+            val: What ``compute`` returned. Default: call it.
+            ax: The matplotlib axis to draw on. Default: make one.
 
         Returns:
             Figure and axis.
         """
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot as plt  # here, because a training run needs no figure and matplotlib is slow to import
 
         values = self.compute() if val is None else val
         ax = plt.subplots()[1] if ax is None else ax
         for offset, direction, label in ((-0.2, "i2t", "image to text"), (0.2, "t2i", "text to image")):
             heights = [float(values[f"{direction}_r{k}"]) for k in self.recall_at]
-            bars = ax.bar([place + offset for place in range(len(heights))], heights, width=0.38, label=label)
+            bars = ax.bar([index + offset for index in range(len(heights))], heights, width=0.38, label=label)
             ax.bar_label(bars, fmt="%.1f", padding=2)
         ax.set_xticks(range(len(self.recall_at)), [f"R@{k}" for k in self.recall_at])
         ax.set(ylim=(0, 110), ylabel="recall (%)", title=f"rsum {float(values['rsum']):.1f}")
@@ -109,9 +150,10 @@ class ImageTextRetrieval(Metric):
         return ax.figure, ax
 
     def _of_part(self, image: Tensor, image_id: Tensor, text: Tensor, text_image_id: Tensor) -> dict[str, Tensor]:
+        # A part has its own images, and the texts of these alone: texts of other parts are no distractors.
         own = torch.isin(text_image_id, image_id)
         text, text_image_id = text[own], text_image_id[own]
-        ranks = {
+        ranks = {  # one rank per query, from 0
             "i2t": retrieval_rank(image, text, query_id=image_id, key_id=text_image_id),
             "t2i": retrieval_rank(text, image, query_id=text_image_id, key_id=image_id),
         }
@@ -121,12 +163,39 @@ class ImageTextRetrieval(Metric):
         return {**recalls, "rsum": torch.stack(list(recalls.values())).sum(), **medians, **means}
 
 
+def _as_pairs(first: EmbeddingPairs | Tensor, others: dict[str, Tensor | None]) -> EmbeddingPairs:
+    given = {name: value for name, value in others.items() if value is not None}
+    if isinstance(first, EmbeddingPairs):
+        if given:
+            raise TypeError(
+                f"Expected an EmbeddingPairs alone, got {', '.join(given)} beside it. Pass it, or four tensors."
+            )
+        return first
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"Expected `image_embeddings` to be a tensor or an EmbeddingPairs, got {type(first).__name__}. "
+            "Call `update(pairs)`, or `update(image_embeddings, text_embeddings, image_id, text_id)`."
+        )
+    if missing := [name for name in others if name not in given]:
+        raise TypeError(
+            f"Expected four tensors, got `image_embeddings` without {', '.join(missing)}. "
+            "Call `update(image_embeddings, text_embeddings, image_id, text_id)`."
+        )
+    return EmbeddingPairs(first, **given)
+
+
 def _first_of_each(name: str, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the first row of each id, in the order of the ids, the ids, where each stood, and the place of every row's id."""
+    """Keep the first row of each id.
+
+    Returns:
+        The embeddings `(ids, dim)` in the order of the ids, the ids, the row each came from, and for every row of the input
+        `(rows,)` the index of its id.
+    """
     unique, group = ids.unique(return_inverse=True)
-    row = torch.full_like(unique, len(ids)).scatter_reduce(0, group, torch.arange(len(ids), device=ids.device), "amin")
+    rows = torch.arange(len(ids), device=ids.device)
+    row = torch.full_like(unique, len(ids)).scatter_reduce(0, group, rows, "amin")  # (ids,): the first row of each
     first = embeddings[row]
-    again = (row[group] != torch.arange(len(ids), device=ids.device)).nonzero().squeeze(1)
+    again = (row[group] != rows).nonzero().squeeze(1)  # (repeated rows,)
     cosine = torch.nn.functional.cosine_similarity(embeddings[again].float(), first[group[again]].float(), dim=1)
     cosine = cosine.masked_fill((embeddings[again] == first[group[again]]).all(dim=1), 1)  # zeros have no direction
     if bool((cosine < _SAME).any()):

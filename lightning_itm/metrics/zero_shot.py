@@ -1,4 +1,4 @@
-"""Zero-shot classification: what fine-tuning costs."""
+"""Zero-shot classification, which shows what fine-tuning costs."""
 
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
@@ -21,26 +21,31 @@ def zero_shot_accuracy(
     templates: Sequence[str | Callable[[str], str]] = TEMPLATES,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
 ) -> dict[str, float]:
-    r"""Measure how often the nearest class name is an image's own.
+    r"""Measure how often an image is closest to the name of its own class.
+
+    Use it before and after fine-tuning: a model that gets better at retrieval on one set often gets worse on others.
 
     .. math:: \hat c(i) = \arg\max_c\; f(i) \cdot \bar t_c, \qquad \bar t_c \propto \sum_k g(\text{template}_k(c)) / \|\cdot\|
 
-    Nothing is trained, no random number is drawn from torch's stream, and each part of the module is in train or eval mode
-    as it was. For mixed precision, call it under ``torch.autocast``.
+    Nothing is trained. The module's train and eval modes and torch's random stream are as before afterwards. For mixed
+    precision, call it under ``torch.autocast``.
 
     Args:
         module: A :class:`~lightning_itm.DualEncoder`, or any module with ``encode_image`` and ``encode_text``, on any device.
-        batches: Yields ``(images, labels)``, as a DataLoader over ``torchvision.datasets.ImageFolder`` does, or longer tuples.
-        class_names: The name of each label, from 0.
-        templates: Sentences with ``{}`` for the name, or functions of it, all of one kind, such as
-            ``open_clip.OPENAI_IMAGENET_TEMPLATES``; the embeddings of their texts are averaged.
-        tokenizer: Turns a list of texts into what ``encode_text`` takes. Default: that of ``module.transforms``.
+        batches: An iterable of ``(images, labels)``, such as a DataLoader over ``torchvision.datasets.ImageFolder``. Tuples
+            may be longer, and the rest is ignored.
+        class_names: The name of each class in words, such as ``"tabby cat"``. Label 0 has the first name.
+        templates: Sentences with ``{}`` for the name, or functions of the name, all of one kind. The embeddings of one class
+            are averaged over them. Use ``open_clip.OPENAI_IMAGENET_TEMPLATES`` to compare with published numbers.
+        tokenizer: A function from a list of texts to what ``encode_text`` takes. Default: the one in ``module.transforms``,
+            which an :class:`~lightning_itm.OpenCLIPDualEncoder` has.
 
     Returns:
-        ``top1``, over all images, and ``mean_per_class``, over the classes that have images; in percent.
+        Two numbers in percent: ``top1``, the accuracy over all images, and ``mean_per_class``, the mean of the accuracies of
+        the classes that have images.
 
     Raises:
-        ValueError: No images, no names, no templates; a label without a name; no tokenizer.
+        ValueError: if there are no images, no names or no templates, if a label has no name, or if there is no tokenizer.
 
     References:
         Radford et al., *Learning Transferable Visual Models From Natural Language Supervision*, ICML 2021, section 3.1.4.
@@ -56,12 +61,16 @@ def zero_shot_accuracy(
         )
     encode: Any = module
     device = getattr(module, "device", None) or next(module.parameters()).device
+    # Part by part: a locked tower may be in eval mode while the rest trains.
     modes = {part: part.training for part in module.modules()}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
             module.eval()
+            # open_clip averages unit vectors, so `encode_text` must give them; a module of a user's own need not.
             encoder = SimpleNamespace(encode_text=lambda text, normalize: unit_norm(encode.encode_text(text)))
-            names = open_clip.build_zero_shot_classifier(encoder, tokenizer, class_names, templates, device=device)
+            names = open_clip.build_zero_shot_classifier(
+                encoder, tokenizer, class_names, templates, device=device
+            )  # (dim, classes)
             seen = [
                 (torch.as_tensor(labels).cpu(), _nearest(encode, images.to(device), names))
                 for images, labels, *_ in batches
@@ -78,6 +87,7 @@ def zero_shot_accuracy(
             f"{int(label.max())}."
         )
     size = label.bincount(minlength=len(class_names))
+    # A class without images has no accuracy, and a 0 for it would lower the mean.
     right = label[label == guess].bincount(minlength=len(class_names))
     per_class = right[size > 0] / size[size > 0]
     return {"top1": 100 * float(right.sum() / size.sum()), "mean_per_class": 100 * float(per_class.mean())}

@@ -3,21 +3,26 @@
 import torch
 from torch import Tensor
 
+from lightning_itm.data.evaluation_items import TextsOfImages
 from lightning_itm.embeddings import HardNegatives
+from lightning_itm.mining.negative_table import draw_from_rows
 from lightning_itm.randomness import uniform
 
 
 class EmbeddedNegatives:
-    """Negatives as embeddings of the mining pass, drawn on the device: a draw is a function of (seed, epoch, text id).
+    """Draw mined negatives as embeddings of the mining pass, on the device.
+
+    A draw depends on seed, epoch and text id alone. So a run that is stopped and resumed draws the same negatives again.
+    Not in the paper, which encodes what is drawn.
 
     Args:
-        image_embeddings: `(images, dim)`, unit-norm.
-        text_embeddings: `(texts, dim)`, unit-norm.
-        hard_text_index: The hardest texts of each image, −1 where there is none.
-        hard_image_index: The hardest images of each text, likewise.
-        text_image_id: The image of each text.
-        coupled_ranks: One draw for both.
-        seed: Of the draws.
+        image_embeddings: `(images, dim)`, unit-norm, from the mining pass.
+        text_embeddings: `(texts, dim)`, unit-norm, from the mining pass.
+        hard_text_index: Integers `(images, texts_per_image)`, the hardest texts of each image. −1 stands where there is none.
+        hard_image_index: Integers `(texts, images_per_text)`, the hardest images of each text. −1 stands where there is none.
+        text_image_id: int64 `(texts,)`, the image that each text belongs to.
+        coupled_ranks: Draw one rank for both text and image, as published. False: draw two, which gives more combinations.
+        seed: Another seed gives other draws. One number for the whole run.
     """
 
     def __init__(
@@ -35,32 +40,33 @@ class EmbeddedNegatives:
         self.image_embeddings, self.text_embeddings = image_embeddings, text_embeddings
         self.hard_text_index, self.hard_image_index = hard_text_index.to(device), hard_image_index.to(device)
         self.text_image_id = text_image_id.to(device)
-        self.order = self.text_image_id.argsort(stable=True)
-        self.count = torch.bincount(self.text_image_id, minlength=len(image_embeddings))
-        self.start = self.count.cumsum(0) - self.count
+        self.texts_of = TextsOfImages(self.text_image_id, len(image_embeddings))
         self.coupled_ranks, self.seed = coupled_ranks, seed
 
     def draw(self, image_id: Tensor, text_id: Tensor, epoch: int) -> HardNegatives:
-        """Draw a text and an image for each pair of a batch; the host waits for nothing."""
-        texts, images = self.hard_text_index[image_id], self.hard_image_index[text_id]
-        num_texts, num_images = (texts >= 0).sum(dim=1), (images >= 0).sum(dim=1)
-        first, second, third = (uniform(text_id, self.seed, epoch, number) for number in range(3))
-        place = (first * num_texts).long()
+        """Draw a text and an image for each pair of a batch. The host waits for nothing.
+
+        Args:
+            image_id: int64 `(pairs,)`, the image of each pair of the batch.
+            text_id: int64 `(pairs,)`, the text of each pair of the batch.
+            epoch: The current epoch. Each epoch has draws of its own.
+        """
+        first, second, third = (uniform(text_id, self.seed, epoch, number) for number in range(3))  # (pairs,) each
         if self.coupled_ranks:
-            image_place = torch.minimum(place * images.shape[1] // texts.shape[1], num_images - 1)
-        else:
-            image_place = (second * num_images).long()
-        hard_text = texts.gather(1, place[:, None]).squeeze(1).long()
-        hard_image = images.gather(1, image_place.clamp_min(0)[:, None]).squeeze(1).long()
-        text_there, image_there = hard_text >= 0, hard_image >= 0
-        hard_text, hard_image = hard_text.clamp_min(0), hard_image.clamp_min(0)
-        of_text = self.text_image_id[hard_text]
-        of_image = self.order[self.start[hard_image] + (third * self.count[hard_image]).long()]
+            second = torch.zeros_like(second)  # a pair without mined texts gets the hardest image
+        rows = self.hard_text_index[image_id], self.hard_image_index[text_id]  # (pairs, places) each
+        mined_text, mined_image = draw_from_rows(*rows, first, second, coupled_ranks=self.coupled_ranks)
+        has_text, has_image = mined_text >= 0, mined_image >= 0
+        # Shapes must not depend on the data, or the host would wait: a pair with nothing mined takes the embeddings of id 0,
+        # and its id −1 tells the loss to skip them.
+        mined_text, mined_image = mined_text.clamp_min(0), mined_image.clamp_min(0)
+        image_of_text = self.text_image_id[mined_text]
+        text_of_image = self.texts_of.text_id(mined_image, (third * self.texts_of.count[mined_image]).long())
         return HardNegatives(
-            text_embeddings=self.text_embeddings[hard_text],
-            image_of_text_embeddings=self.image_embeddings[of_text],
-            image_id_of_text=torch.where(text_there, of_text, -1),
-            image_embeddings=self.image_embeddings[hard_image],
-            text_of_image_embeddings=self.text_embeddings[of_image],
-            image_id=torch.where(image_there, hard_image, -1),
+            text_embeddings=self.text_embeddings[mined_text],
+            image_of_text_embeddings=self.image_embeddings[image_of_text],
+            image_id_of_text=torch.where(has_text, image_of_text, -1),
+            image_embeddings=self.image_embeddings[mined_image],
+            text_of_image_embeddings=self.text_embeddings[text_of_image],
+            image_id=torch.where(has_image, mined_image, -1),
         )

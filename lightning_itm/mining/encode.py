@@ -1,6 +1,11 @@
-"""One pass over a set: every image and every text encoded once, as for evaluation."""
+"""Encode every image and every text of a set once, as for evaluation, and put the embeddings in the order of the ids.
 
-from collections.abc import Callable, Iterator
+``OfflineHardNegativeMining`` runs the whole pass with :func:`encode_pairs`. ``EmbeddingWriter`` and ``NegativeWriter`` let
+``Trainer.predict`` drive the loop, and share with it what is read (:class:`~lightning_itm.data.EvaluationItems`) and how the
+parts are put together (:class:`EncodedRows`).
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,151 +14,193 @@ import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lightning_itm.data.batch import pad_if_ragged
-from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.batch import collate_pairs
+from lightning_itm.data.evaluation_items import EvaluationItems, Kind
+from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.loader import StreamedImages
-from lightning_itm.distributed import gather
+from lightning_itm.distributed import gather, world_size
 from lightning_itm.functional.similarity import unit_norm
 
 
 @dataclass
 class EncodedPairs:
-    """The embeddings of a set, by id, and which could be read."""
+    """Hold the embeddings of a whole set, in the order of the ids.
 
-    image: Tensor
-    text: Tensor
+    Args:
+        image_embeddings: `(images, dim)`, unit-norm.
+        text_embeddings: `(texts, dim)`, unit-norm.
+        text_image_id: int64 `(texts,)`, the image that each text belongs to.
+        image_is_valid: bool `(images,)`, whether the image could be read. Afterwards false also where none of its texts could.
+        text_is_valid: bool `(texts,)`, whether the text could be read. Afterwards false also where its image could not.
+    """
+
+    image_embeddings: Tensor
+    text_embeddings: Tensor
     text_image_id: Tensor
     image_is_valid: Tensor
     text_is_valid: Tensor
 
     def __post_init__(self) -> None:
-        """Mine a text with its image, and an image with a text of it."""
+        # What is mined is a pair: a text comes with its image, and an image with one of its texts.
         self.text_is_valid = self.text_is_valid & self.image_is_valid[self.text_image_id]
-        self.image_is_valid = torch.bincount(self.text_image_id[self.text_is_valid], minlength=len(self.image)) > 0
+        num_readable = torch.bincount(self.text_image_id[self.text_is_valid], minlength=len(self.image_embeddings))
+        self.image_is_valid = num_readable > 0  # (images,)
 
     def positive(self) -> tuple[Tensor, Tensor]:
-        """Return the similarity of each image and its texts, in the mean, and of each text and its image."""
-        of_text = (self.image[self.text_image_id] * self.text).sum(dim=1)
-        of_image = of_text.new_zeros(len(self.image)).index_add_(0, self.text_image_id, of_text)
-        return of_image / torch.bincount(self.text_image_id, minlength=len(self.image)).clamp_min(1), of_text
+        """Return the similarity of the matching pairs.
+
+        Returns:
+            For each image the mean over its texts, `(images,)`, and for each text that with its image, `(texts,)`.
+        """
+        of_text = (self.image_embeddings[self.text_image_id] * self.text_embeddings).sum(dim=1)  # (texts,)
+        num_images = len(self.image_embeddings)
+        of_image = of_text.new_zeros(num_images).index_add_(0, self.text_image_id, of_text)  # (images,), a sum so far
+        return of_image / torch.bincount(self.text_image_id, minlength=num_images).clamp_min(1), of_text
+
+
+class EncodedRows:
+    """Collect the embeddings of all images, or of all texts, batch by batch, and put those of all ranks in order.
+
+    Args:
+        kind: ``"image"`` or ``"text"``, which names the keys of the batches.
+        num_rows: How many there are, on all ranks together. Their ids are below it.
+    """
+
+    def __init__(self, kind: Kind, num_rows: int) -> None:
+        self.kind, self.num_rows = kind, num_rows
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Keep the embeddings of a batch on their device, so that the host waits for nothing.
+
+        Args:
+            batch: A dict with, for images, ``"image"`` (embeddings), ``"image_id"`` and ``"image_is_valid"``.
+        """
+        self._parts.append((batch[self.kind], batch[f"{self.kind}_id"], batch[f"{self.kind}_is_valid"]))
+
+    def in_order(self, *, way_out: str, during: str = "") -> tuple[Tensor, Tensor]:
+        """Gather the rows of all ranks. Every rank must call it, and every rank gets everything.
+
+        Args:
+            way_out: What a user can do about embeddings that are not finite, a sentence for the message.
+            during: What was done meanwhile, such as ``" when mining"``, for the message. Default: nothing.
+
+        Returns:
+            Embeddings `(num_rows, dim)` and validity `(num_rows,)`. The row is the id.
+
+        Raises:
+            ValueError: if an embedding is not finite.
+        """
+        embeddings, ids, is_valid = (_gather_rows(torch.cat(parts)) for parts in zip(*self._parts, strict=True))
+        self._parts = []
+        # The first host read of the pass: all batches are encoded by now.
+        if not bool(embeddings.isfinite().all()):
+            raise ValueError(f"Expected finite {self.kind} embeddings{during}, got NaN or infinity. {way_out}")
+        # Ids that come twice, where ranks were made equal, carry equal rows, so the order of writing does not matter.
+        in_order = embeddings.new_zeros(self.num_rows, embeddings.shape[1]).index_copy_(0, ids, embeddings)
+        return in_order, is_valid.new_zeros(self.num_rows).index_copy_(0, ids, is_valid)
+
+
+def _gather_rows(rows: Tensor) -> Tensor:
+    if world_size() > 1:
+        # Lightning's sampler for `predict` gives some ranks a row more, and a gather takes equal shapes.
+        most = int(gather(torch.tensor([len(rows)], device=rows.device)).max())
+        rows = torch.cat([rows, rows[-1:].repeat_interleave(most - len(rows), dim=0)])  # the last row again
+    return gather(rows)
 
 
 def encode_pairs(
     trainer: L.Trainer, module: Any, pairs: ImageTextDataset, num_texts: int, *, batch_size: int, num_workers: int
 ) -> EncodedPairs:
-    """Encode each image and each text once, as for evaluation, split over the ranks; every rank gets all.
+    """Encode each image and each text once, as for evaluation, split over the ranks. Every rank gets all embeddings.
 
     Args:
-        trainer: Whose precision, device and progress bar are used.
-        module: A :class:`~lightning_itm.DualEncoder`; its flags, random streams and gradients are as before.
-        pairs: The set.
-        num_texts: How many of its texts, with their images.
-        batch_size: Inputs at once.
-        num_workers: Worker processes.
+        trainer: The Trainer, whose precision, device and progress bar are used.
+        module: The :class:`~lightning_itm.DualEncoder`. Its flags, random streams and gradients are as before afterwards.
+        pairs: The set that is encoded.
+        num_texts: How many of its texts are encoded, with their images. Fewer than all in a trial run.
+        batch_size: Inputs that are encoded at once, such as 256. Lower it where memory is short.
+        num_workers: Worker processes that load the inputs. 0: the main process loads them.
 
     Raises:
-        ValueError: An embedding is not finite.
+        ValueError: if an embedding is not finite.
     """
-    view = pairs.evaluation()
     text_image_id = pairs.text_image_id[:num_texts].to(module.device)
-    encoded: dict[str, tuple[Tensor, Tensor]] = {}
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+    if isinstance(pairs, ShardDataset) and not pairs.is_local:
+        num_images = len(pairs.images)  # shards are read from front to back, so a part costs as much as all
+        images = _stream(trainer, pairs, **options)
+    else:
+        num_images = int(text_image_id.max()) + 1
+        images = _loader(trainer, pairs, "image", num_images, **options)
+    texts = _loader(trainer, pairs, "text", num_texts, **options)
+    # `no_grad`, not `inference_mode`: the loss multiplies these embeddings with tensors that have a gradient.
     with _in_eval_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
-        for kind, load, number in (
-            ("image", view.load_image, int(text_image_id.max()) + 1),
-            ("text", view.load_text, num_texts),
-        ):
-            options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-            if kind == "image" and isinstance(view, ShardDataset) and not view.is_local:
-                loader = _stream(trainer, view, **options)
-                number = len(view.images)
-            else:
-                loader = _loader(trainer, EvaluationItems(load, number), number, **options)
-            encoded[kind] = _encode(trainer, module, kind, loader, number)
-    (image, image_is_valid), (text, text_is_valid) = encoded["image"], encoded["text"]
-    return EncodedPairs(image, text, text_image_id, image_is_valid, text_is_valid)
+        image_embeddings, image_is_valid = _encode(trainer, module, "image", images, num_images)
+        text_embeddings, text_is_valid = _encode(trainer, module, "text", texts, num_texts)
+    return EncodedPairs(image_embeddings, text_embeddings, text_image_id, image_is_valid, text_is_valid)
 
 
-class EvaluationItems(Dataset[tuple[Any, int, bool]]):
-    """All images, or all texts, by number; an unreadable one is stood in for by another, and said to be invalid."""
-
-    def __init__(self, load: Callable[[int], Any], number: int) -> None:
-        self.load, self.number = load, number
-
-    def __getitem__(self, index: int) -> tuple[Any, int, bool]:
-        for other in range(index, index + self.number):
-            try:
-                return self.load(other % self.number), index, other == index
-            except UnreadablePairError:
-                continue
-        raise UnreadablePairError(f"None of the {self.number} inputs can be read. Is the path of the images right?")
+def _loader(
+    trainer: L.Trainer, pairs: ImageTextDataset, kind: Kind, num_rows: int, **options: Any
+) -> DataLoader[dict[str, Any]]:
+    num_own = -(-num_rows // trainer.world_size)  # as many on every rank, so the last row may come twice
+    own_rows = [min(i * trainer.world_size + trainer.global_rank, num_rows - 1) for i in range(num_own)]
+    items = EvaluationItems(pairs, kind, num_rows)
+    return DataLoader(items, sampler=own_rows, collate_fn=collate_pairs, **_options(), **options)
 
 
-def _loader(trainer: L.Trainer, items: EvaluationItems, number: int, **options: Any) -> DataLoader[Any]:
-    share = -(-number // trainer.world_size)  # every rank as many: the last ones may come twice
-    mine = [min(place * trainer.world_size + trainer.global_rank, number - 1) for place in range(share)]
-    return DataLoader(items, sampler=mine, **_options(), **options)
+def _stream(trainer: L.Trainer, pairs: ShardDataset, **options: Any) -> DataLoader[dict[str, Any]]:
+    view: Any = pairs.evaluation()
+    images: Any = StreamedImages(view, rank=trainer.global_rank, world_size=trainer.world_size)
+    return DataLoader(images, collate_fn=_collate_streamed, **_options(), **options)
 
 
-def _stream(trainer: L.Trainer, pairs: ShardDataset, **options: Any) -> DataLoader[Any]:
-    images = StreamedImages(pairs, rank=trainer.global_rank, world_size=trainer.world_size)
-    return DataLoader(images, **_options(), **options)
+def _collate_streamed(items: list[tuple[Any, int, bool]]) -> dict[str, Any]:
+    names = "image", "image_id", "image_is_valid"
+    return collate_pairs([dict(zip(names, item, strict=True)) for item in items])
 
 
 def _options() -> dict[str, Any]:
     return {
-        "collate_fn": collate_items,
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # of its own: no number is drawn from the streams of the run
     }
 
 
-def collate_items(items: list[tuple[Any, int, bool]]) -> tuple[Any, Tensor, Tensor]:
-    """Stack items into inputs, numbers and validity."""
-    inputs, index, is_valid = zip(*items, strict=True)
-    padded = pad_if_ragged(inputs)
-    return (
-        default_collate(list(inputs)) if padded is None else padded,
-        torch.tensor(index),
-        torch.tensor(is_valid),
+def _encode(
+    trainer: L.Trainer, module: Any, kind: Kind, loader: DataLoader[dict[str, Any]], num_rows: int
+) -> tuple[Tensor, Tensor]:
+    encode, rows = getattr(module, f"encode_{kind}"), EncodedRows(kind, num_rows)
+    num_batches = -(-num_rows // (trainer.world_size * (loader.batch_size or 1)))
+    # An iterator: of a loader tqdm makes one more, whose workers would load batches that are never used.
+    progress = tqdm(iter(loader), f"Mining: {kind}s", num_batches, leave=False, disable=not _is_progress_shown(trainer))
+    for batch in progress:
+        # All at once, and before encoding: from pinned memory, and the host goes on to the next batch.
+        batch = move_data_to_device(trainer.precision_plugin.convert_input(batch), module.device)
+        rows.add({**batch, kind: unit_norm(encode(batch[kind])).float()})  # (batch, dim)
+    return rows.in_order(
+        during=f" when mining on rank {trainer.global_rank}, epoch {trainer.current_epoch}",
+        way_out="The earlier table is kept. Lower the learning rate, or clip gradients.",
     )
 
 
-def _encode(trainer: L.Trainer, module: Any, kind: str, loader: DataLoader[Any], number: int) -> tuple[Tensor, Tensor]:
-    encode = getattr(module, f"encode_{kind}")
-    vectors, places, valid = [], [], []
-    for inputs, index, is_valid in tqdm(
-        loader, f"Mining: {kind}s", leave=False, disable=not is_progress_shown(trainer)
-    ):
-        # All at once, and before encoding: from pinned memory, and the host goes on to the next batch.
-        inputs = trainer.precision_plugin.convert_input(inputs)
-        inputs, index, is_valid = move_data_to_device((inputs, index, is_valid), module.device)
-        vectors.append(unit_norm(encode(inputs)).float())
-        places.append(index)
-        valid.append(is_valid)
-    place = gather(torch.cat(places))
-    everything = [
-        part.new_zeros(number, *part.shape[1:]).index_copy_(0, place, part)
-        for part in (gather(torch.cat(parts)) for parts in (vectors, valid))
-    ]
-    if not bool(everything[0].isfinite().all()):
-        raise ValueError(
-            f"Expected finite {kind} embeddings when mining on rank {trainer.global_rank}, epoch {trainer.current_epoch}, "
-            "got NaN or infinity. The earlier table is kept; lower the learning rate, or clip gradients."
-        )
-    return everything[0], everything[1]
+def part_of(trainer: L.Trainer) -> dict[str, Any]:
+    """Return which part of a search this process has, as ``find_negatives`` takes it, and whether it shows progress."""
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size, "is_shown": _is_progress_shown(trainer)}
 
 
-def is_progress_shown(trainer: L.Trainer) -> bool:
-    """Return whether this process has the Trainer's progress bar."""
+def _is_progress_shown(trainer: L.Trainer) -> bool:
     return trainer.progress_bar_callback is not None and trainer.is_global_zero
 
 
 @contextmanager
 def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    # Part by part: a user may keep some of them in eval mode while the rest is trained.
     flags = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""What was mined, to look at."""
+"""Look at what was mined."""
 
 import textwrap
 from typing import Any
@@ -13,24 +13,25 @@ from lightning_itm.mining.negative_table import NegativeTable
 def contact_sheet(
     pairs: ImageTextDataset, table: NegativeTable, n: int = 8, *, num_negatives: int = 4, seed: int = 0
 ) -> Any:
-    """Draw pairs, one a row: the image and its text, its hardest texts, and the hardest images of the text.
+    """Draw one pair per row: the image and its text, its hardest texts in red, and the hardest images of the text.
 
     Args:
-        pairs: The set.
+        pairs: The set that was mined.
         table: What was mined for it.
-        n: Number of pairs, taken at random from those for which something was mined.
-        num_negatives: Texts and images shown for each, the hardest first.
-        seed: Of the choice.
+        n: Number of pairs that are drawn, taken at random from those for which something was mined.
+        num_negatives: Number of texts and images shown per pair, the hardest first.
+        seed: Another seed shows other pairs.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        ValueError: Nothing was mined.
+        ValueError: if nothing was mined.
     """
-    from matplotlib.figure import Figure  # of no window, so nothing has to be closed
+    from matplotlib.figure import Figure  # has no window, so nothing has to be closed
 
     text_image_id = pairs.text_image_id
+    # Rows are filled from the front: column 0 tells whether a row has any.
     mined = ((table.texts[:, 0] >= 0)[text_image_id] | (table.images[:, 0] >= 0)).nonzero().squeeze(1)
     if len(mined) == 0:
         raise ValueError("Expected mined negatives to draw, found none. Mine first, or loosen the guards.")
@@ -45,26 +46,21 @@ def contact_sheet(
         for ax in row:
             ax.set_axis_off()
         texts = [pairs.texts[other] for other in table.texts[image_id, :num_negatives].tolist() if other >= 0]
-        lines = [textwrap.shorten(text, 44, placeholder="…") for text in (pairs.texts[text_id], *texts)]
-        row[1].text(
-            0, 1, lines[0], va="top", fontsize=9, fontweight="bold", parse_math=False, transform=row[1].transAxes
-        )
-        row[1].text(
-            0,
-            0.8,
-            "\n".join(lines[1:]),
-            va="top",
-            fontsize=9,
-            color="tab:red",
-            parse_math=False,
-            transform=row[1].transAxes,
-        )
-        for ax, other in zip(
-            (row[0], *row[2:]), (image_id, *table.images[text_id, :num_negatives].tolist()), strict=False
-        ):
+        _write(row[1], pairs.texts[text_id], texts)
+        images = image_id, *table.images[text_id, :num_negatives].tolist()
+        # Fewer images than columns, where fewer were mined than are shown.
+        for ax, other in zip((row[0], *row[2:]), images, strict=False):
             if other >= 0:
                 _show(ax, pairs, other)
     return figure
+
+
+def _write(ax: Any, text: str, hardest_texts: list[str]) -> None:
+    text, *hardest_texts = (textwrap.shorten(line, 44, placeholder="…") for line in (text, *hardest_texts))
+    # A caption may hold "$", which matplotlib would read as mathematics.
+    style = {"va": "top", "fontsize": 9, "parse_math": False, "transform": ax.transAxes}
+    ax.text(0, 1, text, fontweight="bold", **style)
+    ax.text(0, 0.8, "\n".join(hardest_texts), color="tab:red", **style)
 
 
 def _show(ax: Any, pairs: ImageTextDataset, image_id: int) -> None:

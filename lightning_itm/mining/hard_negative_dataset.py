@@ -6,24 +6,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_itm.data.evaluation_items import TextsOfImages
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
-from lightning_itm.mining.negative_table import NegativeTable
+from lightning_itm.mining.negative_table import NegativeTable, draw_from_rows
 
 
 class HardNegativeDataset(Dataset[dict[str, Any]]):
-    """Pairs, each with a draw from the negatives mined for it.
+    """Add to each pair a draw from the negatives that were mined for it.
 
-    For a pair (I1, T1): a text T3 of the table's row for I1, the image I4 it belongs to; an image I3 of the row for T1, and a
-    random text T4 of it. A pair for which nothing was mined carries its own data, and the id −1.
+    For a pair (I1, T1), two pairs are drawn: a text T3 of the table's row for I1 with its image I4, and an image I3 of the
+    row for T1 with a random text T4 of it. They are the dict ``"hard"`` of the sample. Where nothing was mined, the pair's own
+    data stand there, with the id −1.
 
     Args:
-        pairs: The pairs.
-        table: The negatives; default: an empty one, of 300 texts and 60 images.
-        coupled_ranks: One draw for both: n of T3 and n · 60 // 300 of I3, as published. Else two.
+        pairs: The pairs that are trained on.
+        table: What was mined for them. Default: an empty table of 300 texts per image and 60 images per text.
+        coupled_ranks: Draw one rank n for both, as published: T3 is the text of rank n, and I3 the image of rank
+            n · 60 // 300. False: draw two ranks, which gives more combinations.
 
     Raises:
-        TypeError: ``pairs`` is no :class:`ImageTextDataset`.
-        ValueError: The table is of another set.
+        TypeError: if ``pairs`` is no :class:`~lightning_itm.ImageTextDataset`.
+        ValueError: if the table has other numbers of images and texts than ``pairs``.
 
     References:
         *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669.
@@ -43,8 +46,7 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
                 f"Expected a table of {sizes[0]} images and {sizes[1]} texts, got one of {self.table.shapes}."
             )
         self.pairs, self.coupled_ranks = pairs, coupled_ranks
-        self.order = pairs.text_image_id.argsort(stable=True)
-        self.end = torch.bincount(pairs.text_image_id, minlength=sizes[0]).cumsum(0)
+        self.texts_of = TextsOfImages(pairs.text_image_id, sizes[0])
 
     def evaluation(self) -> ImageTextDataset:
         """Return the pairs alone, with evaluation transforms."""
@@ -57,13 +59,17 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
         return self.with_negatives(self.pairs[index])
 
     def with_negatives(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Add a draw to a pair."""
-        self.table.wait()
+        """Return the sample with a draw under ``"hard"``.
+
+        Args:
+            sample: A pair, as :class:`~lightning_itm.ImageTextDataset` returns it.
+        """
+        self.table.wait()  # a worker may be asked for its first batch before anything is mined
         text_id, image_id = self.draw(self.table.texts[sample["image_id"]], self.table.images[sample["text_id"]])
-        of_text = int(self.pairs.text_image_id[text_id]) if text_id >= 0 else -1
-        of_image = self._some_text(image_id) if image_id >= 0 else -1
-        image_of_text, text, image_id_of_text = self._load(of_text, text_id, sample)
-        image, text_of_image, image_id = self._load(image_id, of_image, sample)
+        image_id_of_text = int(self.pairs.text_image_id[text_id]) if text_id >= 0 else -1
+        text_id_of_image = self._random_text(image_id) if image_id >= 0 else -1
+        image_of_text, text, image_id_of_text = self._load(image_id_of_text, text_id, sample)
+        image, text_of_image, image_id = self._load(image_id, text_id_of_image, sample)
         hard = {
             "text": text,
             "image_of_text": image_of_text,
@@ -83,24 +89,20 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
         return sample["image"], sample["text"], -1
 
     def draw(self, texts: Tensor, images: Tensor) -> tuple[int, int]:
-        """Draw a text and an image from a row of the table each; −1 where there is none.
+        """Draw from one row of the table's texts and one of its images, with PyTorch's random numbers.
 
         Args:
-            texts: The hardest texts of an image.
-            images: The hardest images of a text.
-        """
-        num_texts, num_images = int((texts >= 0).sum()), int((images >= 0).sum())
-        first, second = torch.rand(2).tolist()
-        text_place = int(first * num_texts)
-        if self.coupled_ranks and num_texts:
-            image_place = min(text_place * len(images) // len(texts), num_images - 1)
-        else:
-            image_place = int(second * num_images)
-        return (
-            int(texts[text_place]) if num_texts else -1,
-            int(images[image_place]) if num_images else -1,
-        )
+            texts: `(texts_per_image,)`, the hardest texts of an image.
+            images: `(images_per_text,)`, the hardest images of a text.
 
-    def _some_text(self, image_id: int) -> int:
-        start = int(self.end[image_id - 1]) if image_id else 0
-        return int(self.order[start + int(torch.randint(int(self.end[image_id]) - start, ()))])
+        Returns:
+            The id of a text and that of an image, −1 where there is none.
+        """
+        # Both numbers are always drawn, so that later draws do not depend on `coupled_ranks`. float64: n · u is then exact.
+        first, second = torch.rand(2).double().split(1)  # (1,) each
+        text_id, image_id = draw_from_rows(texts[None], images[None], first, second, coupled_ranks=self.coupled_ranks)
+        return int(text_id), int(image_id)
+
+    def _random_text(self, image_id: int) -> int:
+        index = torch.randint(int(self.texts_of.count[image_id]), ())
+        return int(self.texts_of.text_id(torch.tensor(image_id), index))

@@ -1,4 +1,4 @@
-"""The hardest negatives among the embeddings of a whole set."""
+"""Search the hardest negatives among the embeddings of a whole set."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +18,24 @@ ANCHORS_AT_ONCE = 16_384  # between two ticks of the progress bar
 
 
 @dataclass
-class FoundNegatives:
-    """What a search found: rows of texts for each image, of images for each text, and how hard they are."""
+class MinedNegatives:
+    """Hold what a search gave: the hardest negatives of every image and every text, and how hard they are.
+
+    Args:
+        texts: int64 `(images, texts_per_image)`, ids of the hardest texts of each image. −1 stands where there is none.
+        images: int64 `(texts, images_per_text)`, ids of the hardest images of each text. −1 stands where there is none.
+        text_scores: Cosine similarities of ``texts`` and their image, −inf where there is none.
+        image_scores: Cosine similarities of ``images`` and their text, −inf where there is none.
+        gap: Mean similarity of the matching pairs minus that of the hardest negatives. Below 0, negatives win.
+        rejected_fraction: Fraction of the hardest candidates that a guard left out, in [0, 1].
+    """
 
     texts: Tensor
     images: Tensor
     text_scores: Tensor
     image_scores: Tensor
     gap: float
-    rejected_share: float
+    rejected_fraction: float
 
 
 def find_negatives(
@@ -38,31 +47,43 @@ def find_negatives(
     world_size: int = 1,
     is_shown: bool = False,
     **guards: Any,
-) -> FoundNegatives:
-    """Search the hardest texts of every image and the hardest images of every text, each rank its share of the anchors.
+) -> MinedNegatives:
+    """Search the hardest texts of every image and the hardest images of every text. Each rank searches for a part of them.
 
     Args:
-        pairs: All embeddings.
-        texts_per_image: Texts kept for an image.
-        images_per_text: Images kept for a text.
-        rank: This rank.
-        world_size: Number of ranks.
+        pairs: The embeddings of the whole set, the same on every rank.
+        texts_per_image: Most texts that are kept per image, such as 300.
+        images_per_text: Most images that are kept per text, such as 60.
+        rank: The number of this process, from 0.
+        world_size: The number of processes that search together.
         is_shown: Draw a progress bar.
-        **guards: Of :func:`~lightning_itm.functional.top_k_negatives`.
+        **guards: ``rank_min``, ``max_score``, ``absolute_margin`` and ``relative_margin``, as
+            :func:`~lightning_itm.functional.top_k_negatives` takes them. They leave out likely false negatives.
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm.mining import EncodedPairs, find_negatives
+        >>> eye, ids, valid = torch.eye(3), torch.arange(3), torch.ones(3, dtype=torch.bool)
+        >>> texts = torch.nn.functional.normalize(eye + 0.5 * eye.roll(1, 0))  # each a little like the image before it
+        >>> find_negatives(EncodedPairs(eye, texts, ids, valid, valid), 1, 1).texts
+        tensor([[1],
+                [2],
+                [0]])
     """
-    image_id = torch.arange(len(pairs.image), device=pairs.image.device)
+    images, texts = pairs.image_embeddings, pairs.text_embeddings
+    image_id = torch.arange(len(images), device=images.device)
     of_image, of_text = pairs.positive()
     split = {"rank": rank, "world_size": world_size, "is_shown": is_shown, **guards}
-    texts, rejected_texts = _search(
-        pairs.image, pairs.text, pairs.text_is_valid, image_id, pairs.text_image_id, of_image, texts_per_image, **split
+    mined_texts, rejected_texts = _search(
+        images, texts, pairs.text_is_valid, image_id, pairs.text_image_id, of_image, texts_per_image, **split
     )
-    images, rejected_images = _search(
-        pairs.text, pairs.image, pairs.image_is_valid, pairs.text_image_id, image_id, of_text, images_per_text, **split
+    mined_images, rejected_images = _search(
+        texts, images, pairs.image_is_valid, pairs.text_image_id, image_id, of_text, images_per_text, **split
     )
-    gap = torch.cat([of_image - texts.scores[:, 0], of_text - images.scores[:, 0]])
-    gap = gap[gap.isfinite()]
-    rejected = (rejected_texts + rejected_images) / 2
-    return FoundNegatives(texts.index, images.index, texts.scores, images.scores, float(gap.mean()), rejected)
+    # Column 0 has the hardest. An anchor without any has −inf there, and no gap.
+    gap = torch.cat([of_image - mined_texts.scores[:, 0], of_text - mined_images.scores[:, 0]])
+    measured = float(gap[gap.isfinite()].mean()), (rejected_texts + rejected_images) / 2
+    return MinedNegatives(mined_texts.index, mined_images.index, mined_texts.scores, mined_images.scores, *measured)
 
 
 def _search(
@@ -79,37 +100,44 @@ def _search(
     is_shown: bool,
     **guards: Any,
 ) -> tuple[TopK, float]:
-    kept = key_is_valid.nonzero().squeeze(1)
+    kept = key_is_valid.nonzero().squeeze(1)  # what can't be read is left out
     keys, key_id = keys[kept], key_id[kept]
-    share = -(-len(anchors) // world_size)
-    mine = (torch.arange(share, device=anchors.device) + rank * share).clamp_max(len(anchors) - 1)
-    found = [
+    num_own = -(-len(anchors) // world_size)  # as many on every rank, so the last anchor may come several times
+    own_rows = (torch.arange(num_own, device=anchors.device) + rank * num_own).clamp_max(len(anchors) - 1)
+    parts = [
         top_k_negatives(
             anchors[rows], keys, k, anchor_id=anchor_id[rows], key_id=key_id, positive=positive[rows], **guards
         )
-        for rows in tqdm(mine.split(ANCHORS_AT_ONCE), "Mining: search", leave=False, disable=not is_shown)
+        for rows in tqdm(own_rows.split(ANCHORS_AT_ONCE), "Mining: search", leave=False, disable=not is_shown)
     ]
-    scores, index = (gather(torch.cat(parts))[: len(anchors)] for parts in zip(*found, strict=True))
-    index = torch.where(index < 0, -1, kept[index.clamp_min(0)])
-    return TopK(scores, index), _rejected_share(anchors, keys, anchor_id, key_id, positive, k, **guards)
+    # Own rows are consecutive, so the gathered rows are in the order of the anchors, and the repeated ones are at the end.
+    scores, index = (gather(torch.cat(part))[: len(anchors)] for part in zip(*parts, strict=True))
+    index = torch.where(index < 0, -1, kept[index.clamp_min(0)])  # (anchors, k), ids of the whole set again
+    return TopK(scores, index), _rejected_fraction(anchors, keys, anchor_id, key_id, positive, k, **guards)
 
 
-def _rejected_share(
+def _rejected_fraction(
     anchors: Tensor, keys: Tensor, anchor_id: Tensor, key_id: Tensor, positive: Tensor, k: int, **guards: Any
 ) -> float:
-    """Measure, on some anchors, the share of the hardest ``k`` that the guards reject."""
+    """Measure on some anchors which fraction of the hardest ``k`` the guards reject."""
     rank_min = guards.pop("rank_min", 0)
     some = slice(None, None, max(1, len(anchors) // NUM_SAMPLED_ANCHORS))
     ceiling = score_ceiling(positive[some], **guards)
     if ceiling is None and rank_min == 0:
         return 0.0
-    free = top_k_negatives(anchors[some], keys, k, anchor_id=anchor_id[some], key_id=key_id).scores
-    there = free.isfinite()
-    rejected = torch.zeros_like(there) if ceiling is None else free > ceiling.expand(len(free))[:, None]
-    skipped = (there & ~rejected).sum(dim=1).clamp_max(rank_min)
-    return float(((rejected & there).sum() + skipped.sum()) / there.sum().clamp_min(1))
+    free = top_k_negatives(anchors[some], keys, k, anchor_id=anchor_id[some], key_id=key_id).scores  # (some, k)
+    is_there = free.isfinite()
+    is_rejected = torch.zeros_like(is_there) if ceiling is None else free > ceiling.expand(len(free))[:, None]
+    # `rank_min` skips among those that the other guards let pass.
+    skipped = (is_there & ~is_rejected).sum(dim=1).clamp_max(rank_min)
+    return float(((is_rejected & is_there).sum() + skipped.sum()) / is_there.sum().clamp_min(1))
 
 
-def padded_rows(index: Tensor, rows: int) -> Tensor:
-    """Return int32 on the CPU, with rows of −1 for anchors that were not searched."""
-    return pad(index.int().cpu(), (0, 0, 0, rows - len(index)), value=-1)
+def padded_rows(index: Tensor, num_rows: int) -> Tensor:
+    """Return int32 on the CPU, with rows of −1 for anchors that were not searched.
+
+    Args:
+        index: Integers `(anchors, k)`, for the first anchors of a set.
+        num_rows: Number of rows of the result, at least as many as there are anchors.
+    """
+    return pad(index.int().cpu(), (0, 0, 0, num_rows - len(index)), value=-1)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lightning_itm import ImageTextRetrieval, OpenCLIPDualEncoder, zero_shot_accuracy
+from tests.helpers.open_clip_models import CONFIGS, register
 from tests.helpers.pictures import cut_outs
-from tests.models.test_open_clip_dual_encoder import CONFIGS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Experiment logs directory"),
@@ -64,8 +64,7 @@ def folder(tmp_path):
             entries.append({"filename": f"{number}.png", "split": split, "sentences": sentences})
         start += size
     (tmp_path / "set.json").write_text(json.dumps({"images": entries}))
-    (tmp_path / "tiny-vit.json").write_text(json.dumps(CONFIGS["tiny-vit"]))
-    open_clip.add_model_config(tmp_path / "tiny-vit.json")
+    register({"tiny-vit": CONFIGS["tiny-vit"]}, tmp_path)
     torch.manual_seed(3)
     torch.save(open_clip.create_model("tiny-vit").state_dict(), tmp_path / "pretrained.pt")
     return tmp_path

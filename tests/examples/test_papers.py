@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 
+from tests.helpers.open_clip_models import CONFIGS, register
 from tests.helpers.pictures import cut_outs
-from tests.models.test_open_clip_dual_encoder import CONFIGS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
@@ -57,8 +56,7 @@ def test_on_images(tmp_path):
         split = {0: "val", 1: "test"}.get(number % 6, "train")
         entries.append({"filename": f"{number}.png", "split": split, "sentences": sentences})
     (tmp_path / "dataset.json").write_text(json.dumps({"images": entries}))
-    (tmp_path / "tiny-vit.json").write_text(json.dumps(CONFIGS["tiny-vit"]))
-    open_clip.add_model_config(tmp_path / "tiny-vit.json")
+    register({"tiny-vit": CONFIGS["tiny-vit"]}, tmp_path)
     arguments = [
         "fne",
         "--data",

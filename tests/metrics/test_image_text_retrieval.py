@@ -1,15 +1,20 @@
+from dataclasses import fields
+
 import matplotlib as mpl
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
+from torchmetrics import MetricCollection
+from torchmetrics.wrappers import MetricTracker
 
 from lightning_itm import ImageTextRetrieval
 from lightning_itm.embeddings import EmbeddingPairs
 from tests.reference import retrieval as reference
 
 mpl.use("Agg")
+EYE = torch.eye(9)
 
 
 def make_pairs(texts_of_image, *, dim=4, integers=False):
@@ -36,7 +41,7 @@ def measured(metric, pairs, batch_size=5):
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=12), st.booleans(), st.integers(0, 1000))
 def test_equals_the_loop(texts_of_image, integers, seed):
-    """One to seven texts an image, negative cosines, and with integers many ties."""
+    """One to seven texts per image, negative cosines, and with integers many ties."""
     torch.manual_seed(seed)
     image, text, owner, pairs = make_pairs(texts_of_image, integers=integers)
     assert measured(ImageTextRetrieval(), pairs) == pytest.approx(reference.retrieval(image, text, owner), abs=1e-4)
@@ -105,6 +110,61 @@ def test_nothing_seen():
         pytest.raises(ValueError, match="at least one batch before `compute`"),
     ):
         metric.compute()
+
+
+def test_tensors_and_pairs_are_taken_alike():
+    """By position, by name, and both in one collection, which hands each metric the names that it knows."""
+    *_, pairs = make_pairs([2, 1, 3, 1])
+    tensors = {field.name: getattr(pairs, field.name) for field in fields(pairs)}
+    by_position, by_name, collection = (
+        ImageTextRetrieval(),
+        ImageTextRetrieval(),
+        MetricCollection([ImageTextRetrieval()]),
+    )
+    by_position.update(*tensors.values())
+    by_name.update(**tensors)
+    collection.update(**tensors, something_else=1)
+    expected = measured(ImageTextRetrieval(), pairs)
+    assert by_position.compute() == by_name.compute() == expected
+    assert collection.compute() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda pairs: (pairs, pairs.text_embeddings), "EmbeddingPairs alone, got text_embeddings beside it"),
+        (lambda pairs: (pairs.image_embeddings, pairs.text_embeddings), "without image_id, text_id. Call `update"),
+        (lambda pairs: (pairs.image_embeddings,), "without text_embeddings, image_id, text_id"),
+        (lambda pairs: ({"image": 1},), "a tensor or an EmbeddingPairs, got dict"),
+        (lambda pairs: (*[pairs.image_embeddings] * 3, pairs.text_id), "`image_id` to be an int64 tensor"),
+    ],
+)
+def test_a_wrong_mix_of_pairs_and_tensors(arguments, message):
+    *_, pairs = make_pairs([1, 1])
+    with pytest.raises(TypeError, match=message):
+        ImageTextRetrieval().update(*arguments(pairs))
+
+
+class TestHigherIsBetter:
+    def test_every_entry_says_its_own(self):
+        *_, pairs = make_pairs([1] * 4)
+        metric = ImageTextRetrieval(recall_at=(1, 3))
+        assert list(measured(metric, pairs)) == list(metric.higher_is_better_by_name)
+        falling = {name for name, higher in metric.higher_is_better_by_name.items() if not higher}
+        assert falling == {name for name in metric.higher_is_better_by_name if "rank" in name}
+
+    def test_a_tracker_asks_and_finds_the_best_of_either_kind(self):
+        good, bad = (EmbeddingPairs(EYE, text, torch.arange(9), torch.arange(9)) for text in (EYE, EYE.roll(1, 0)))
+        with pytest.raises(AttributeError, match=r"does not have a 'higher_is_better'.*`maximize` argument"):
+            MetricTracker(ImageTextRetrieval())
+        for maximize, name in ((True, "rsum"), (False, "i2t_mean_rank")):
+            tracker = MetricTracker(MetricCollection([ImageTextRetrieval()]), maximize=maximize)
+            for pairs in (bad, good, bad):
+                tracker.increment()
+                tracker.update(pairs)
+            best, step = tracker.best_metric(return_step=True)
+            assert best[name] == {"rsum": 600, "i2t_mean_rank": 1}[name]
+            assert step[name] == 1
 
 
 @pytest.mark.parametrize("arguments", [{"recall_at": ()}, {"recall_at": (0, 5)}, {"folds": 0}])

@@ -1,4 +1,3 @@
-import json
 import math
 
 import open_clip
@@ -8,9 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_itm import DualEncoder, OpenCLIPDualEncoder, zero_shot_accuracy
+from tests.helpers.open_clip_models import CONFIGS, register
 from tests.helpers.pictures import cut_outs
 from tests.helpers.tiny import Tiny, tokenize
-from tests.models.test_open_clip_dual_encoder import CONFIGS
 
 NAMES = ["dog", "orange cat", "a very long name of a thing", "sea"]
 TEMPLATES = ("a photo of a {}.", "{}", "the {} in a drawing")
@@ -18,8 +17,7 @@ TEMPLATES = ("a photo of a {}.", "{}", "the {} in a drawing")
 
 @pytest.fixture
 def model(tmp_path):
-    (tmp_path / "tiny-rn.json").write_text(json.dumps(CONFIGS["tiny-rn"]))
-    open_clip.add_model_config(tmp_path / "tiny-rn.json")
+    register({"tiny-rn": CONFIGS["tiny-rn"]}, tmp_path)
     return OpenCLIPDualEncoder("tiny-rn")
 
 

@@ -1,62 +1,30 @@
-import pickle
-from pathlib import Path
-
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_itm import HardNegativeDataset, ImageTextDataset
-from lightning_itm.data import collate_pairs
 from lightning_itm.mining import NegativeTable
 from tests.helpers.pictures import captions, cut_outs
-from tests.helpers.tiny import tiny_pairs
+from tests.helpers.tiny import NUM_IMAGES, tiny_pairs
+
+NUM_TEXTS = 2 * NUM_IMAGES
+WITHOUT_TEXTS, WITHOUT_IMAGES, WITH_FOUR_TEXTS = 5, 11, 3  # rows of the table: an image, a text and an image
 
 
 def mined_pairs(*, coupled_ranks=True, texts_per_image=10, images_per_text=2):
-    """23 images of two texts each; a table with other images only, and rows that are shorter than the others."""
+    """Return pairs of two texts per image, with a table of other images only. Some of its rows are not full."""
     pairs = tiny_pairs()
-    table = NegativeTable(23, 46, texts_per_image=texts_per_image, images_per_text=images_per_text)
-    texts = torch.stack([(2 * row + 2 + torch.arange(texts_per_image)) % 46 for row in range(23)])
-    images = torch.stack([(row // 2 + 1 + torch.arange(images_per_text)) % 23 for row in range(46)])
-    texts[3, 4:], texts[5], images[11] = -1, -1, -1
+    table = NegativeTable(NUM_IMAGES, NUM_TEXTS, texts_per_image=texts_per_image, images_per_text=images_per_text)
+    texts = torch.stack([(2 * row + 2 + torch.arange(texts_per_image)) % NUM_TEXTS for row in range(NUM_IMAGES)])
+    images = torch.stack([(row // 2 + 1 + torch.arange(images_per_text)) % NUM_IMAGES for row in range(NUM_TEXTS)])
+    texts[WITH_FOUR_TEXTS, 4:], texts[WITHOUT_TEXTS], images[WITHOUT_IMAGES] = -1, -1, -1
     table.publish(texts, images)
     return HardNegativeDataset(pairs, table, coupled_ranks=coupled_ranks)
-
-
-class TestTable:
-    def test_is_one_memory_for_who_unpickles_it(self):
-        """A spawned worker gets it by pickle, and sees what is published later."""
-        table = NegativeTable(3, 4, texts_per_image=2, images_per_text=1)
-        copy = pickle.loads(pickle.dumps(table))
-        texts, images = torch.arange(6).view(3, 2), torch.arange(4).view(4, 1)
-        table.publish(texts, images)
-        assert torch.equal(copy.texts, texts.int())
-        assert torch.equal(copy.images, images.int())
-
-    def test_waits_in_no_main_process(self):
-        pairs = mined_pairs()
-        pairs.table.is_pending = True
-        with pytest.raises(RuntimeError, match="nothing was mined before the first batch"):
-            pairs[0]
-
-    def test_a_worker_waits_until_it_is_published(self):
-        pairs = mined_pairs()
-        pairs.table.is_pending = True
-        iterator = iter(DataLoader(pairs, 4, num_workers=1, collate_fn=collate_pairs))
-        pairs.table.publish(torch.full((23, 10), 7), torch.full((46, 2), 5))
-        assert set(next(iterator)["hard"]["image_id"].tolist()) == {5}
-
-    def test_file_goes_with_it(self):
-        table = NegativeTable(3, 4, texts_per_image=2, images_per_text=1)
-        path = table.path
-        del table
-        assert not Path(path).exists()
 
 
 class TestPairs:
     def test_draws_come_from_the_pairs_own_rows(self):
         pairs = mined_pairs()
-        for index in (0, 1, 20, 45):
+        for index in (0, 1, 20, NUM_TEXTS - 1):
             row_of_texts, row_of_images = pairs.table.texts[index // 2], pairs.table.images[index]
             seen = set()
             for _ in range(40):
@@ -84,7 +52,9 @@ class TestPairs:
 
     def test_fewer_places(self):
         pairs = mined_pairs()
-        drawn = [pairs.draw(pairs.table.texts[3], pairs.table.images[6]) for _ in range(60)]
+        drawn = [
+            pairs.draw(pairs.table.texts[WITH_FOUR_TEXTS], pairs.table.images[2 * WITH_FOUR_TEXTS]) for _ in range(60)
+        ]
         assert {text for text, _ in drawn} == {8, 9, 10, 11}
 
     def test_the_other_half_of_a_mined_pair_matches_it(self):
@@ -93,24 +63,24 @@ class TestPairs:
         view = pairs.pairs.evaluation()
         pairs.pairs.transform = view.eval_transform
         owner = pairs.pairs.text_image_id
-        for index in range(0, 46, 5):
+        for index in range(0, NUM_TEXTS, 5):
             sample = pairs[index]
             if sample["hard"]["image_id"] >= 0:
-                texts = [view.load_text(i) for i in range(46) if owner[i] == sample["hard"]["image_id"]]
+                texts = [view.load_text(i) for i in range(NUM_TEXTS) if owner[i] == sample["hard"]["image_id"]]
                 assert any(torch.equal(sample["hard"]["text_of_image"], text) for text in texts)
                 assert torch.equal(sample["hard"]["image"], view.load_image(sample["hard"]["image_id"]))
             if sample["hard"]["image_id_of_text"] >= 0:
-                texts = [view.load_text(i) for i in range(46) if owner[i] == sample["hard"]["image_id_of_text"]]
+                texts = [view.load_text(i) for i in range(NUM_TEXTS) if owner[i] == sample["hard"]["image_id_of_text"]]
                 assert any(torch.equal(sample["hard"]["text"], text) for text in texts)
                 assert torch.equal(sample["hard"]["image_of_text"], view.load_image(sample["hard"]["image_id_of_text"]))
 
     def test_nothing_mined(self):
         pairs = mined_pairs()
-        sample = pairs[10]
+        sample = pairs[2 * WITHOUT_TEXTS]
         assert sample["hard"]["image_id_of_text"] == -1
         assert torch.equal(sample["hard"]["text"], sample["text"])
         assert torch.equal(sample["hard"]["image_of_text"], sample["image"])
-        assert pairs[11]["hard"]["image_id"] == -1
+        assert pairs[WITHOUT_IMAGES]["hard"]["image_id"] == -1
 
     def test_a_mined_image_that_does_not_open(self):
         images = cut_outs(2)

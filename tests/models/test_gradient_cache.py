@@ -1,9 +1,7 @@
-import json
 import random
 
 import lightning as L
 import numpy as np
-import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,8 +24,8 @@ from lightning_itm import (
 from lightning_itm.data import PaddedSequence
 from lightning_itm.models.gradient_cache import encode_in_chunks
 from lightning_itm.randomness import random_streams
+from tests.helpers.open_clip_models import CONFIGS, data_for, register
 from tests.helpers.tiny import SILENT, Tiny, tiny_data
-from tests.models.test_open_clip_dual_encoder import CONFIGS, data_for
 
 LOSSES = {
     "hardest": lambda: TripletLoss(0.5, "hardest"),
@@ -348,7 +346,4 @@ class TestBadInput:
 
 @pytest.fixture(scope="module")
 def _registered(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("configs")
-    for name, config in CONFIGS.items():
-        (folder / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(folder / f"{name}.json")
+    register(CONFIGS, tmp_path_factory.mktemp("configs"))

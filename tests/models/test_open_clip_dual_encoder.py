@@ -8,7 +8,6 @@ import torch
 
 from lightning_itm import (
     FalseNegativeElimination,
-    ImageTextDataModule,
     ImageTextDataset,
     InfoNCELoss,
     OpenCLIPDualEncoder,
@@ -16,47 +15,9 @@ from lightning_itm import (
     TripletLoss,
 )
 from tests.compilation import needs_compiler
-from tests.helpers.pictures import captions, cut_outs
+from tests.helpers.open_clip_models import CONFIGS, TEXT, data_for, register
+from tests.helpers.pictures import cut_outs
 from tests.helpers.tiny import SILENT
-
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-MULTIMODAL = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
-CONFIGS = {
-    "tiny-coca": {
-        "embed_dim": 24,
-        "vision_cfg": {
-            "image_size": 32,
-            "layers": 1,
-            "width": 32,
-            "patch_size": 16,
-            "head_width": 16,
-            "attentional_pool": True,
-            "attn_pooler_heads": 2,
-            "output_tokens": True,
-        },
-        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": MULTIMODAL,
-        "custom_text": True,
-    },
-    "tiny-vit": {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 16, "head_width": 16},
-        "text_cfg": TEXT,
-    },
-    "tiny-rn": {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
-        "text_cfg": TEXT,
-    },
-    "tiny-bias": {
-        "embed_dim": 24,
-        "init_logit_scale": math.log(20),
-        "init_logit_bias": -7.0,
-        "custom_text": True,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 16, "head_width": 16},
-        "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True},
-    },
-}
 
 # timm's batch norms are activations, too.
 TIMM = {
@@ -76,10 +37,7 @@ EVAL_MODE = "ignore:Found .* module\\(s\\) in eval mode"  # Lightning's word for
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("configs")
-    for name, config in (CONFIGS | TIMM).items():
-        (folder / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(folder / f"{name}.json")
+    register(CONFIGS | TIMM, tmp_path_factory.mktemp("configs"))
 
 
 @pytest.fixture
@@ -95,11 +53,6 @@ def weights(tmp_path):
         return model, tmp_path / "weights.pt"
 
     return save
-
-
-def data_for(model, **kwargs):
-    pairs = ImageTextDataset(cut_outs(16, 40), captions(16), **model.transforms)
-    return ImageTextDataModule(pairs, pairs, pairs, **{"batch_size": 8, "num_workers": 0, **kwargs})
 
 
 def trainer(**options):

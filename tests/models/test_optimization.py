@@ -1,8 +1,6 @@
-import json
 from collections import Counter
 
 import lightning as L
-import open_clip
 import pytest
 import timm
 import torch
@@ -10,8 +8,8 @@ from torch import nn
 
 from lightning_itm import OpenCLIPDualEncoder, SigmoidLoss, TripletLoss
 from lightning_itm.models.optimization import layer_depths
+from tests.helpers.open_clip_models import CONFIGS, TEXT, data_for, register
 from tests.helpers.tiny import SILENT
-from tests.models.test_open_clip_dual_encoder import CONFIGS, TEXT, data_for
 
 
 def with_trunk(name, pool, proj):
@@ -29,10 +27,7 @@ FAMILIES = {**CONFIGS, **TRUNKS}
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("configs")
-    for name, config in FAMILIES.items():
-        (folder / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(folder / f"{name}.json")
+    register(FAMILIES, tmp_path_factory.mktemp("configs"))
 
 
 IMAGE = {  # name, and depth, of parameters of each kind

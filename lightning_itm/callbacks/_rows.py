@@ -1,4 +1,4 @@
-"""Rows about images and texts, in files that other programs read."""
+"""Write rows about images and texts into files that other programs read."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ ROWS_AT_ONCE = 10_000
 
 
 def describe_image(pairs: ImageTextDataset, image_id: int) -> dict[str, Any]:
-    """Return the id and the name of an image; one in memory has no name."""
+    """Return the id and the name of an image. One in memory has no name."""
     source = pairs.images[image_id]
     if isinstance(source, TarMember):
         return {"image_id": image_id, "image": f"{source.path}/{source.key}"}
@@ -27,16 +27,20 @@ def describe_text(pairs: ImageTextDataset, text_id: int) -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """Write a Parquet file, a few thousand rows at once. Columns are those of the first row.
+    """Write a Parquet file, a few thousand rows at once, so that they need not all be in memory.
+
+    Args:
+        path: The file that is written.
+        rows: At least one row. Its keys are the columns.
 
     Raises:
-        ModuleNotFoundError: pyarrow is not installed.
+        ModuleNotFoundError: if pyarrow is not installed.
     """
     pa = pyarrow()
     first = next(rows)
@@ -48,10 +52,10 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 
 def pyarrow() -> Any:
-    """Return the module.
+    """Return the module ``pyarrow``.
 
     Raises:
-        ModuleNotFoundError: It is not installed.
+        ModuleNotFoundError: if it is not installed.
     """
     try:
         import pyarrow.parquet
@@ -63,6 +67,7 @@ def pyarrow() -> Any:
 
 
 def _type(pa: Any, name: str) -> Any:
+    # Given, and not inferred: a first row without negatives, or without an image's name, would make columns of nulls.
     image = [("image_id", pa.int64()), ("image", pa.string())]
     text = [("text_id", pa.int64()), ("image_id", pa.int64()), ("text", pa.string())]
     score = [("score", pa.float32())]

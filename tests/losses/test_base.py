@@ -1,0 +1,106 @@
+"""What every loss must do. A new loss gets its line in ``CASES``."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_itm import InfoNCELoss, SigmoidLoss, TripletLoss
+from lightning_itm.embeddings import EmbeddingPairs
+from tests.helpers.pairs import make_pairs
+from tests.reference import losses as reference
+
+CASES = {
+    "hardest": (lambda: TripletLoss(0.2, "hardest"), partial(reference.hardest, margin=0.2)),
+    "mean": (lambda: TripletLoss(0.3, "mean"), partial(reference.mean, margin=0.3)),
+    "selective": (
+        lambda: TripletLoss(0.2, "selective", epsilon=0.3),
+        partial(reference.selective, margin=0.2, epsilon=0.3),
+    ),
+    "info_nce": (lambda: InfoNCELoss(1.5), partial(reference.info_nce, scale=np.exp(1.5))),
+    "sigmoid": (lambda: SigmoidLoss(1.5, -3.0), partial(reference.sigmoid, scale=np.exp(1.5), bias=-3.0)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(image_id=st.lists(st.integers(0, 6), min_size=1, max_size=9), seed=st.integers(0, 1000))
+def test_equals_the_loop(name, image_id, seed):
+    """Random cosines, half of them negative; groups of several pairs per image, down to one pair and one image."""
+    make_loss, anchor_cost = CASES[name]
+    torch.manual_seed(seed)
+    vectors, pairs = make_pairs(len(image_id), image_id=image_id)
+    loss = make_loss().double()
+    value = loss(pairs)["loss"]
+    value.backward()
+    expected = reference.loss(
+        pairs.image_embeddings.detach(), pairs.text_embeddings.detach(), pairs.image_id, anchor_cost
+    )
+    assert value.item() == pytest.approx(expected, abs=1e-6)
+    assert torch.isfinite(vectors.grad).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sum_is_the_mean_times_all_anchors(name):
+    loss = CASES[name][0]()
+    _, pairs = make_pairs(7)
+    mean = loss(pairs)["loss"]
+    loss.reduction = "sum"
+    torch.testing.assert_close(loss(pairs)["loss"], 14 * mean)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("image_id", [[0], [0, 0, 0]], ids=["batch of one", "pairs of one image"])
+def test_without_any_negative(name, image_id):
+    """Hinges and InfoNCE have nothing to do; the sigmoid still pulls the positives."""
+    vectors, pairs = make_pairs(len(image_id), image_id=image_id)
+    value = CASES[name][0]().double()(pairs)["loss"]
+    value.backward()
+    assert torch.isfinite(vectors.grad).all()
+    assert (value > 0) if name == "sigmoid" else (value == 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_candidates_may_be_more_than_the_anchors(name):
+    loss = CASES[name][0]().double()
+    _, everything = make_pairs(9, image_id=[0, 0, 1, 2, 2, 2, 3, 4, 0])
+    image, text, image_id, text_id = (
+        everything.image_embeddings,
+        everything.text_embeddings,
+        everything.image_id,
+        everything.text_id,
+    )
+    parts = [
+        EmbeddingPairs(image[rows], text[rows], image_id[rows], text_id[rows]) for rows in torch.arange(9).split(3)
+    ]
+    value = sum(loss(part, everything)["loss"] for part in parts) / 3
+    torch.testing.assert_close(value, loss(everything)["loss"])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_is_float32_under_autocast(name, device):
+    loss = CASES[name][0]().to(device)
+    _, pairs = make_pairs(64, dim=128, dtype=torch.float32)
+    pairs = EmbeddingPairs(
+        *(getattr(pairs, field).to(device) for field in ("image_embeddings", "text_embeddings", "image_id", "text_id"))
+    )
+    expected = loss(pairs)["loss"]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        value = loss(pairs)["loss"]
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(negatives="mean"), InfoNCELoss(), SigmoidLoss()])
+def test_a_switch_is_refused_where_there_is_no_rule(loss):
+    _, pairs = make_pairs(3)
+    with pytest.raises(ValueError, match="no selective rule"):
+        loss(pairs, selective=torch.ones(3, dtype=torch.bool))
+
+
+def test_an_unknown_reduction():
+    with pytest.raises(ValueError, match="one of 'mean', 'sum', got 'none'"):
+        TripletLoss(reduction="none")
