@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 from webdataset.tariterators import tar_file_expander
 
 from lightning_itm.data.image import IMAGE_ENDINGS
-from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
 from lightning_itm.data.shards.tar import check_fetched, group_samples, open_shard
@@ -125,8 +124,6 @@ class ShardStream(Dataset[Any]):
             UnreadablePairError: Its image does not open, or is no longer there.
         """
         image_id, text = int(self.pairs.text_image_id[text_id]), self.pairs.load_text(text_id)
-        if data is None:
-            raise UnreadablePairError(self.pairs.missing(image_id))
         image = self.pairs.load_data(image_id, data)
         sample = {"image": image, "text": text, "image_id": image_id, "text_id": text_id}
         return sample if self.negatives is None else self.negatives.with_negatives(sample)
