@@ -1,4 +1,4 @@
-"""The plan of an epoch over tar shards: their order, which pairs a worker reads, and how these are read.
+"""The plan of an epoch over tar shards: their order, which pairs each worker reads, and how these are read.
 
 A tar file is fast only from front to back. So an epoch is a row of shards in a random order, and a *part* of it is what one
 worker reads, from one index in the row of all pairs to another. ``loader.py`` cuts the epoch into such parts.
