@@ -66,7 +66,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # `grad` (ranks * rows, ...) has the rows of every rank. They are summed over the ranks, and only the own ones are kept.
+        # `grad` (ranks * rows, ...) has the rows of all ranks. Sum them over the ranks, and keep only the own ones.
         own_rows = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
         _collective("reduce_scatter_single", "reduce_scatter_tensor")(own_rows, grad.contiguous())
         return own_rows

@@ -31,7 +31,8 @@ class ShardDataset(ImageTextDataset):
         index: The file of the index. By default, it lies beside the first shard. Remote shards need one.
         transform: Turns a PIL image into what the image tower takes, in training. Default: a float tensor
             `(3, height, width)` in [0, 1].
-        eval_transform: Replaces ``transform`` in validation, test and mining, usually without augmentation. Default: ``transform``.
+        eval_transform: Replaces ``transform`` in validation, test and mining, usually without augmentation. Default:
+            ``transform``.
         tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
 
     Raises:

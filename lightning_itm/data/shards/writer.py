@@ -61,7 +61,7 @@ def write_shards(
         raise FileExistsError(
             f"Expected a folder without shards, got {folder}. Nothing is overwritten: name another one."
         )
-    order = pairs.text_image_id.argsort(stable=True)  # (texts,); stable, so that the texts of an image keep their order
+    order = pairs.text_image_id.argsort(stable=True)  # (texts,), stable: the texts of an image keep their order
     text_ids = [ids.tolist() for ids in order.split(torch.bincount(pairs.text_image_id).tolist())]  # one list per image
     shards: list[dict[str, Any]] = []
     left_out: list[str] = []
