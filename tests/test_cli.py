@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -178,13 +179,13 @@ def test_every_command(config, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_encoder_of_ones_own_beside_the_data(tmp_path):
-    """By the installed program, in a process of its own; `model_name` says which transforms its images get."""
+def test_an_encoder_of_ones_own_beside_the_data(tmp_path, monkeypatch):
+    """First by the installed program, in a process of its own. `model_name` says which transforms its images get."""
     write_karpathy(tmp_path)
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own.py").write_text(
         "from torch import nn\n"
         "from lightning_itm import DualEncoder\n"
-        "class Mine(DualEncoder):\n"
+        "class Own(DualEncoder):\n"
         "    def __init__(self, width: int = 8, **kwargs):\n"
         "        super().__init__(**kwargs)\n"
         "        self.image_encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, width))\n"
@@ -192,32 +193,38 @@ def test_an_encoder_of_ones_own_beside_the_data(tmp_path):
         "    def encode_image(self, image): return self.image_encoder(image)\n"
         "    def encode_text(self, text): return self.text_encoder(text)\n"
     )
-    given = ["--model", "mine.Mine", "--model.width", "4", "--model.loss", "lightning_itm.SigmoidLoss"]
-    given += ["--data.train", "dataset.json", "--data.val", "dataset.json", "--data.model_name", "ViT-B-32"]
+    given = ["--model", "own.Own", "--model.width", "4", "--model.loss", "lightning_itm.SigmoidLoss"]
+    given += ["--data.train", "dataset.json", "--data.val", "dataset.json", "--data.model_name", "ViT-S-32-alt"]
     given += ["--data.batch_size", "20", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
-    command = [str(Path(sys.executable).parent / "lightning-itm"), "fit", *given]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    program = str(Path(sys.executable).parent / "lightning-itm")
+    done = subprocess.run([program, "fit", *given], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert torch.load(checkpoint(), weights_only=True)["state_dict"]["text_encoder.weight"].shape == (49408, 4)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    # The rest in this process, which has not seen the class yet: a second start would import for longer than it runs.
     for more in (["mine"], ["validate", "--trainer.logger", "false"]):
-        again = [command[0], more[0], *given, *more[1:], "--ckpt_path", str(checkpoint())]
-        done = subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert done.returncode == 0, done.stderr
+        main([more[0], *given, *more[1:], "--ckpt_path", str(checkpoint())])
+        assert Path(sys.modules.pop("own").__file__).parent == tmp_path
 
 
 class TestConfigs:
-    @pytest.mark.parametrize(("name", "is_own_process"), [("clip_flickr30k.yaml", True), ("clip_coco.yaml", False)])
-    def test_examples_are_read_with_nothing_left_over(self, name, is_own_process, capsys):
-        """Every class is found, every argument is known, once by the program itself."""
-        arguments = ["fit", "--config", str(EXAMPLES / "configs" / name), "--print_config"]
-        if is_own_process:
-            command = [sys.executable, "-m", "lightning_itm.cli", *arguments]
-            environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-            said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-        else:
-            with pytest.raises(SystemExit):
-                main(arguments)
-            said = capsys.readouterr().out
+    def test_examples_are_read_with_nothing_left_over(self, capsys):
+        """Every class is found, every argument is known."""
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(EXAMPLES / "configs" / "clip_coco.yaml"), "--print_config"])
+        self.check(capsys.readouterr().out)
+
+    def test_an_example_is_read_by_the_module(self, capsys, monkeypatch):
+        """As ``python -m lightning_itm.cli`` does it, anew, without the one that this file has imported."""
+        arguments = ["fit", "--config", str(EXAMPLES / "configs" / "clip_flickr30k.yaml"), "--print_config"]
+        monkeypatch.setattr(sys, "argv", ["lightning-itm", *arguments])
+        monkeypatch.delitem(sys.modules, "lightning_itm.cli")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("lightning_itm.cli", run_name="__main__", alter_sys=True)
+        assert ended.value.code in (0, None)
+        self.check(capsys.readouterr().out)
+
+    def check(self, said):
         values = yaml.safe_load(said)
         assert values["model"]["class_path"].endswith("OpenCLIPDualEncoder")
         assert values["data"]["init_args"]["batch_size"] == 256
