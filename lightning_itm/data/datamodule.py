@@ -152,7 +152,7 @@ class ImageTextDataModule(L.LightningDataModule):
         }
 
     def _next_batch(self) -> tuple[int, int]:
-        return self._position.next_batch(_given(self.trainer, "trainer"))
+        return self._position.next_batch(self.trainer)
 
     def _stream_loader(self, stream: ShardStream, trainer: L.Trainer | None) -> StreamLoader:
         world_size, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
@@ -161,13 +161,7 @@ class ImageTextDataModule(L.LightningDataModule):
             stream, self.batch_size, drop_last=self.drop_last, rank=rank, world_size=world_size, seed=self.seed
         )
         options = {name: value for name, value in self._loader_options().items() if name != "collate_fn"}
-        return StreamLoader(batches, self._next_batch_of_stream, **options)
-
-    def _next_batch_of_stream(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 0
-        epoch, batch = self._next_batch()
-        return (0 if self.trainer.overfit_batches > 0 else epoch), batch  # type: ignore[attr-defined]
+        return StreamLoader(batches, self._next_batch, **options)
 
     def _check_one_batch(self, num_pairs: int) -> None:
         if self.drop_last and num_pairs < self.batch_size:
