@@ -3,9 +3,10 @@
 import lightning as L
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_itm import write_shards
-from tests.helpers.resume import EPOCHS, STEPS, Watch, fit
+from tests.helpers.resume import EPOCHS, STEPS, PlainOptimizer, Watch, fit
 from tests.helpers.tiny import SILENT, Tiny, tiny_data, tiny_pairs
 
 pytestmark = [
@@ -68,3 +69,77 @@ class TestPosition:
         trainer = L.Trainer(callbacks=[look], max_epochs=EPOCHS, **SILENT)
         trainer.fit(Tiny(), datamodule=tiny_data(), ckpt_path=checkpoint, weights_only=True)
         assert look.seen == expected[5:]
+
+
+class Hooks(L.Callback):
+    """Record the hooks that come once per epoch, with the epoch, and when the loader asks for the position."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_fit_start(self, trainer, pl_module):
+        self.seen.append("fit start")
+
+    def on_train_start(self, trainer, pl_module):
+        self.seen.append("train start")
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.seen.append(f"epoch start {trainer.current_epoch}")
+
+    def on_validation_start(self, trainer, pl_module):
+        self.seen.append(f"validation {trainer.current_epoch}")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.seen.append(f"epoch end {trainer.current_epoch}")
+
+
+class TestHooks:
+    """The order of hooks that the module's page explains, and on which the callbacks rely."""
+
+    WHOLE_EPOCH = ("epoch start {0}", "validation {0}", "epoch end {0}")
+
+    def hooks(self, model_class, resume_from=None, **save):
+        hooks, data = Hooks(), tiny_data(num_workers=1, persistent_workers=True)
+        next_batch = data._next_batch
+
+        def ask():
+            hooks.seen.append("position {}, {}".format(*next_batch()))
+            return next_batch()
+
+        data._next_batch = ask
+        checkpoint = ModelCheckpoint(".", "{step}", save_top_k=-1, **save)
+        options = {**SILENT, "max_epochs": 2, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+        trainer = L.Trainer(callbacks=[hooks, checkpoint], **options)
+        trainer.fit(model_class(), datamodule=data, ckpt_path=resume_from, weights_only=True)
+        return hooks.seen
+
+    def test_of_a_fit_from_the_start(self):
+        epoch_0, epoch_1 = ([name.format(epoch) for name in self.WHOLE_EPOCH] for epoch in range(2))
+        second = [epoch_1[0], "position 1, 0", *epoch_1[1:]]
+        assert self.hooks(PlainOptimizer) == ["fit start", "position 0, 0", "train start", *epoch_0, *second]
+        # `Tiny` asks for `trainer.estimated_stepping_batches`.
+        assert self.hooks(Tiny) == ["position 0, 0", "fit start", "train start", *epoch_0, *second]
+
+    @pytest.mark.parametrize(
+        ("save", "step", "expected"),
+        [
+            (
+                {"every_n_epochs": 1},
+                STEPS,
+                ["position 1, 0", "train start", "epoch start 1", "validation 1", "epoch end 1"],
+            ),
+            (
+                {"every_n_train_steps": 5},
+                5,
+                [
+                    *("position 0, 5", "train start", "validation 0", "epoch end 0"),
+                    *("epoch start 1", "position 1, 0", "validation 1", "epoch end 1"),
+                ],
+            ),
+            ({"every_n_train_steps": STEPS}, STEPS, ["position 1, 0", "train start", "validation 1", "epoch end 1"]),
+        ],
+        ids=["end of an epoch", "middle of an epoch", "last batch of an epoch"],
+    )
+    def test_that_a_resume_skips(self, save, step, expected):
+        self.hooks(PlainOptimizer, **save)
+        assert self.hooks(PlainOptimizer, f"step={step}.ckpt") == ["fit start", *expected]
