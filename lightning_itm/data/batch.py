@@ -82,7 +82,7 @@ def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     stacked = {key: _stack([sample[key] for sample in samples]) for key in samples[0]}
     stacked = {key: values for key, values in stacked.items() if values is not None}
     rest = [{key: value for key, value in sample.items() if key not in stacked} for sample in samples]
-    return {**default_collate(rest), **stacked}
+    return {**default_collate(rest), **stacked}  # ids are int64 (pairs,) now
 
 
 def _stack(values: list[Any]) -> Any:
@@ -137,7 +137,7 @@ class PaddedSequence:
     def pad(cls, sequences: Sequence[Tensor]) -> "PaddedSequence":
         """Put tensors `(length, ...)` into one, with zeros after the end of each."""
         lengths = torch.tensor([len(sequence) for sequence in sequences])
-        return cls(pad_sequence(list(sequences), batch_first=True), lengths)
+        return cls(pad_sequence(list(sequences), batch_first=True), lengths)  # (sequences, longest, ...)
 
 
 @dataclass

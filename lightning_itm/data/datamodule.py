@@ -171,6 +171,7 @@ class ImageTextDataModule(L.LightningDataModule):
         batches = StreamedBatches(
             stream, self.batch_size, drop_last=self.drop_last, rank=rank, world_size=world_size, seed=self.seed
         )
+        # The workers yield whole batches, so the DataLoader has nothing to collate.
         options = {name: value for name, value in self._loader_options().items() if name != "collate_fn"}
         return StreamLoader(batches, self._next_batch, **options)
 
@@ -220,7 +221,7 @@ class _Parts(Dataset[dict[str, Any]]):
 
 def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:
     if isinstance(dataset, ShardStream):
-        dataset = dataset.pairs
+        dataset = dataset.pairs  # the shards, which can be read by number
     if isinstance(dataset, ImageTextDataset):
         return dataset.evaluation()
     if isinstance(dataset, Subset):
@@ -229,6 +230,7 @@ def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:
 
 
 def _default_num_workers() -> int:
+    # The cores of this process, which in a container are fewer than those of the machine.
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, usable)
 

@@ -47,6 +47,7 @@ def read_pairs(
         ValueError: if ``source`` has none of these forms, or what it holds does not fit together.
         FileNotFoundError: if ``source`` or its first image does not exist.
     """
+    # A list can only be shards. Other forms are one file or one folder.
     if is_shards(source) or not isinstance(source, str | PathLike):
         return ShardDataset(source, index=index, **kwargs)
     path, ending = Path(source), Path(source).suffix.lower()
@@ -150,6 +151,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         self.sources: dict[str, Any] = {"train": train, "val": val, "test": test}
         for one, other in itertools.combinations(self.sources, 2):
             source = self.sources[one]
+            # Most likely a slip, after which the result on `val` would be that of the training set.
             if source is not None and source == self.sources[other] and not str(source).endswith(".json"):
                 rank_zero_warn(
                     f"`{one}` and `{other}` are the same, {source}, which has no splits as a Karpathy .json has: both will be "
@@ -167,7 +169,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
             "pairs_per_epoch": pairs_per_epoch,
         }
         self.model_name, self.pretrained, self.augmentation = model_name, pretrained, augmentation
-        self._own_transforms: dict[str, Any] | None = None
+        self._own_transforms: dict[str, Any] | None = None  # made at the first use, since that takes a second
         self._read_with: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -184,7 +186,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         needed: list[str] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}.get(
             stage, [self.predict_split]
         )
-        if self.sources[needed[0]] is None:
+        if self.sources[needed[0]] is None:  # a fit needs `train`, and can do without `val`
             raise MisconfigurationException(
                 f"Expected `{needed[0]}`, a file, a folder or shards to read, for the stage {stage!r}, got None."
             )
@@ -218,7 +220,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         index = self.index.get(split)
         pairs = read_pairs(self.sources[split], split=split, index=index, **self.options, **self.transforms)
         if not self.stream or split != "train":
-            return pairs
+            return pairs  # in evaluation each id is wanted once, in order, which a stream can't promise
         if not isinstance(pairs, ShardDataset):
             raise MisconfigurationException(
                 f"Expected `train` to be .tar shards with `stream=True`, got {self.sources[split]}. Write it into shards "

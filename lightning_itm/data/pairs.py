@@ -64,6 +64,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self._set_up(transform, eval_transform, tokenizer)
         check_sources(self.images)
 
+    # Apart from the constructor, for subclasses whose images and texts come from elsewhere.
     def _set_up(
         self,
         transform: Callable[[Image.Image], Any] | None,
@@ -170,7 +171,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"Expected an index below {len(self)}, the number of pairs, got {index}.")
         if self.is_evaluation:
-            return self._load_or_raise(index % len(self))
+            return self._load_or_raise(index % len(self))  # nothing stands in: it would be the result of another set
         sample, _ = load_or_next(self._load, index, len(self), what="pairs", report=self.report)
         return sample
 
@@ -201,7 +202,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         return self._encode_text(text)
 
     def _encode_text(self, text: str) -> Any:
-        return self.tokenizer([text])[0] if self.tokenizer else text
+        return self.tokenizer([text])[0] if self.tokenizer else text  # (length,)
 
     def _load(self, text_id: int) -> dict[str, Any]:
         # The text first: where it is empty, its image need not be read.
@@ -220,6 +221,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
     def report(self, error: Exception) -> None:
         """Count a pair that can't be used, and warn at the first."""
         self.num_replaced += 1
+        # The count is shared, so all workers together warn once. A thousand broken files would fill the log.
         if int(self.num_replaced) == 1:
             warnings.warn(
                 f"{error}. Another pair takes its place. Further ones are counted in "

@@ -180,7 +180,7 @@ class RegionFeatureDataset(ImageTextDataset):
         """Return the regions of an image, `(regions, dim)`."""
         regions = torch.from_numpy(self.features[image_id][: int(self.lengths[image_id])].astype(np.float32))
         if self.drop_regions and not self.is_evaluation:
-            kept = torch.tensor([random.random() >= self.drop_regions for _ in range(len(regions))])
+            kept = torch.tensor([random.random() >= self.drop_regions for _ in range(len(regions))])  # (regions,)
             kept[random.randrange(len(regions))] = True  # an image without regions has no embedding
             regions = regions[kept]  # (kept regions, dim)
         return Unpadded(regions)
