@@ -136,7 +136,7 @@ class PairLoss(nn.Module, ABC):
                 "Use TripletLoss(negatives='hardest') or 'selective'."
             )
         if memory is None:
-            # Mined pairs are candidates without being anchors. Those with the id −1 are no one's negatives.
+            # Mined pairs are candidates without being anchors. Those with the id −1 are never negatives.
             extended = candidates if mined is None else candidates + mined
             i2t, t2i = (self.direction_cost(scores, selective) for scores in both_directions(pairs, extended))
             return i2t, t2i
@@ -172,6 +172,7 @@ class PairLoss(nn.Module, ABC):
 
 def both_directions(pairs: EmbeddingPairs, candidates: EmbeddingPairs) -> tuple[DirectionScores, DirectionScores]:
     """Compare images with texts, and texts with images: two matrices of scores, each `(pairs, candidates)`."""
+    # Image ids in both directions: they also tell which texts belong together, namely those of one image.
     ids = {"anchor_id": pairs.image_id, "candidate_id": candidates.image_id}
     return (
         direction_scores(pairs.image_embeddings, pairs.text_embeddings, candidates.text_embeddings, **ids),

@@ -81,6 +81,7 @@ class QuintupletLoss(PairLoss):
             raise ValueError(f"Expected `offline_margin` not to be negative, got {offline_margin}.")
         # A module: the model summary shows it, and its own margin and rule hold for the batch.
         self.online = TripletLoss() if online is None else online
+        # Kept under the names of the pure function's arguments, which they are passed to as they are.
         self.options: dict[str, Any] = {
             "offline_margin": offline_margin,
             "alpha": alpha,
@@ -151,6 +152,7 @@ class QuintupletLoss(PairLoss):
     def _quintuplet_cost(self, online: DirectionCost, offline: OfflineScores, positive: Tensor) -> DirectionCost:
         if online.negative is None:
             raise TypeError("Expected the online cost to name its negative. Return it from `direction_cost`.")
+        # Costs are (anchors,), here and in the online loss, so that rows without a mined negative can keep their own.
         cost = quintuplet_cost(online.cost, offline, positive=positive, online_negative=online.negative, **self.options)
         return DirectionCost(cost, {**online.diagnostics, "hard_margin": positive - offline.anchored})
 

@@ -1,4 +1,4 @@
-"""The triplet loss with its rules for the negative."""
+"""The triplet loss with its rules for which negative counts."""
 
 from typing import Literal
 
