@@ -66,7 +66,7 @@ def zero_shot_accuracy(
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
             module.eval()
-            # open_clip averages unit vectors, so `encode_text` must give them; a module of a user's own need not.
+            # open_clip averages unit vectors, and the `encode_text` of a DualEncoder returns any length.
             encoder = SimpleNamespace(encode_text=lambda text, normalize: unit_norm(encode.encode_text(text)))
             names = open_clip.build_zero_shot_classifier(
                 encoder, tokenizer, class_names, templates, device=device
