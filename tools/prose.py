@@ -23,7 +23,7 @@ SHORTEST_ARGUMENT_DOC = 4
 FRAGMENT_STARTS = ("Of ", "See ", "As for ", "As in ", "Likewise", "The same", "A guard")
 # "one text an image": something counted, then "a" or "an", then what it is counted by.
 COUNTED = (
-    r"(?:one|two|three|four|five|ten|several|many|few|once|twice|most|\d[\d,.]*|"
+    r"(?:one|two|three|four|five|ten|several|many|few|once|twice|most|\d[\d,]*|"
     r"(?:anchor|byte|candidate|caption|cost|embedding|file|image|key|layer|length|negative|number|pair|place|processe|row|score|"
     r"similaritie|step|string|text|token|value|vector|weight)s?|similarity)"
 )

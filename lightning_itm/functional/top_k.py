@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_itm.functional._top_k_search import OwnKeys, TopK, search_all
+from lightning_itm.functional._top_k_candidates import OwnKeys, TopK
+from lightning_itm.functional._top_k_search import search_all
 
 __all__ = ["TopK", "score_ceiling", "top_k_negatives"]
 
