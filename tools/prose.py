@@ -57,6 +57,7 @@ class Counts:
         self._read_comments(path)
 
     def _read_docstring(self, where: str, text: str) -> None:
+        text = text.replace(r"\;", " ")  # a space in an equation
         self.words += len(re.findall(r"[^\W\d_]+", text))
         self.semicolons += [
             f"{where}: semicolon: {line.strip()}" for line in text.splitlines() for _ in range(line.count(";"))

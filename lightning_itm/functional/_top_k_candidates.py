@@ -42,16 +42,18 @@ class OwnKeys:
         if total > scores.numel() // 16:  # not so few
             scores.masked_fill_(self.anchor_id[:, None] == self.key_id, -torch.inf)
             return
+        # One entry per pair of an anchor and a key of its own image: (total,).
         row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-        place = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[row]
-        scores[row, self.order[first[row] + place]] = -torch.inf
+        position = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[row]
+        scores[row, self.order[first[row] + position]] = -torch.inf
 
 
 def compare(anchors: Tensor, keys: Tensor, centre: Tensor, candidates: Shortlist, k: int) -> tuple[TopK, Tensor]:
-    """Compare candidates in float32; the second is True for an anchor that these may not be good enough for."""
+    """Compare candidates in float32. The second is True for an anchor that these may not be good enough for."""
     index, rough, left_out = candidates
     nothing = rough == -torch.inf
     exact = candidate_products(anchors, keys, index)
+    # (anchors,): what subtracting the centre from the keys took from each of an anchor's scores.
     shift = anchors @ centre
     error = (exact - shift[:, None] - rough).masked_fill(nothing, 0).abs().amax()
     k = min(k, len(keys))
@@ -70,6 +72,7 @@ def largest(scores: Tensor, k: int) -> Tensor:
     grouped = scores[:, : num_groups * _GROUP].view(
         len(scores), _GROUP, num_groups
     )  # a group: every num_groups-th column
+    # (rows, k): the groups that can hold one of the k largest.
     group = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
     candidates = grouped.gather(2, group[:, None, :].expand(-1, _GROUP, -1)).flatten(1)
     rest = scores[:, num_groups * _GROUP :]

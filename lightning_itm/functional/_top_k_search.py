@@ -33,7 +33,7 @@ class Way(ABC):
 
     @abstractmethod
     def find(self, anchors: Tensor, own: OwnKeys | None, limit: Tensor | None) -> tuple[TopK, Tensor | None]:
-        """Search for a few anchors. The second is True for an anchor that must be searched again; None: for none."""
+    """Search for a few anchors. The second is True for an anchor that must be searched again, or None for none of them."""
 
 
 class Exact(Way):
@@ -52,6 +52,7 @@ class Exact(Way):
         scores = self.buffer[:size].view(len(anchors), len(self.keys))
         with full_precision_products():
             torch.mm(anchors, self.keys.T, out=scores)
+        # (rows, keys): own keys and those above the limit fall out before the choice, so that k remain if there are k.
         if own:
             own.mask(scores)
         if limit is not None:
@@ -79,6 +80,7 @@ class Chunked(Way):
             self.buffer = self.low.keys.new_empty(size)
         scores = self.buffer[:size].view(len(anchors), num_columns)
         torch.mm(anchors.bfloat16(), self.low.keys.T, out=scores)
+        # Columns of padding, which must never be chosen before a key.
         scores[:, num_keys:] = -torch.inf
         if own:
             own.mask(scores[:, :num_keys])
@@ -142,7 +144,7 @@ def search_all(
     memory_budget: int | None,
     method: str,
 ) -> TopK:  # no list: beartype looks at a random item, and a test's random stream would differ
-    """Search for all anchors; see :func:`~lightning_itm.functional.top_k.top_k_negatives`."""
+    """Search for all anchors, as described in :func:`~lightning_itm.functional.top_k.top_k_negatives`."""
     if memory_budget is None:
         memory_budget = 256 << 20 if keys.device.type == "cpu" else 1 << 30
     if method == "auto":
