@@ -33,7 +33,7 @@ class Way(ABC):
 
     @abstractmethod
     def find(self, anchors: Tensor, own: OwnKeys | None, limit: Tensor | None) -> tuple[TopK, Tensor | None]:
-    """Search for a few anchors. The second is True for an anchor that must be searched again, or None for none of them."""
+        """Search for a few anchors. The second is True for an anchor that must be searched again, or None for none of them."""
 
 
 class Exact(Way):
