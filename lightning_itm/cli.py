@@ -1,4 +1,4 @@
-"""The command line: Lightning's own, with mining and shards."""
+"""The command line: Lightning's, with ``mine``, ``shards`` and a ``predict`` into files. ``--help`` shows these docstrings."""
 
 import argparse
 import os
@@ -29,31 +29,31 @@ Fine-tune CLIP and other dual encoders on images and texts.
   lightning-itm predict  --config examples/configs/clip_flickr30k.yaml --ckpt_path best.ckpt --output embeddings
   lightning-itm mine     --config examples/configs/clip_flickr30k.yaml --ckpt_path best.ckpt --output mined
 
-Everything in a configuration can be said on the command line, too: --model.learning_rate 1e-5, --data.batch_size 256,
---trainer.precision bf16-mixed. The options of one class: lightning-itm fit --model.help OpenCLIPDualEncoder."""
+Every value of a configuration can also be given on the command line: --model.learning_rate 1e-5, --data.batch_size 256,
+--trainer.precision bf16-mixed. To see the options of one class: lightning-itm fit --model.help OpenCLIPDualEncoder."""
 OPTIONS = """\
-What is needed most:
+The options that most runs need:
 
-  --config FILE               a YAML with everything; what follows on the command line comes on top of it
-  --model.model_name NAME     a model of open_clip; --model.pretrained TAG: its weights
-  --model.loss CLASS          such as lightning_itm.TripletLoss; --model.loss.negatives selective: its arguments
-  --data.train SOURCE         a Karpathy .json, a .csv, .tsv or .jsonl, a folder or shards; likewise --data.val, --data.test
-  --data.batch_size N         pairs a batch on each process
-  --trainer.max_epochs N      and whatever else Lightning's Trainer takes: accelerator, devices, strategy, precision, callbacks
+  --config FILE               a YAML with all options (those that follow on the command line replace its values)
+  --model.model_name NAME     a model of open_clip (--model.pretrained TAG chooses its weights)
+  --model.loss CLASS          such as lightning_itm.TripletLoss (--model.loss.negatives selective sets an argument of it)
+  --data.train SOURCE         a Karpathy .json, a .csv, .tsv or .jsonl, a folder or shards (also --data.val and --data.test)
+  --data.batch_size N         pairs per batch on each process
+  --trainer.max_epochs N      and all that Lightning's Trainer takes: accelerator, devices, strategy, precision, callbacks
 
-  --model.help OpenCLIPDualEncoder, --data.help ImageTextFilesDataModule    their arguments; likewise of another class
-  --print_config                                                  all of it as YAML, to start from"""
-SHARDS_DESCRIPTION = "Write image-text pairs into tar shards, and look after these."
+  --model.help OpenCLIPDualEncoder, --data.help ImageTextFilesDataModule    show the arguments of a class
+  --print_config                                                  prints all options as YAML, to start from"""
+SHARDS_DESCRIPTION = "Write image-text pairs into tar shards, index shards, and check them."
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Leave the lines of a description as they are."""
+    """Keep the lines of a description as they are. By default they would be wrapped anew."""
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, with a ``predict`` that writes files, and ``mine``."""
+    """Lightning's Trainer with two additions: ``predict`` writes files, and ``mine`` is new."""
 
-    def predict(
+    def predict(  # Lightning's arguments by their own order, and two more by name
         self,
         model: L.LightningModule | None = None,
         dataloaders: Any = None,
@@ -65,21 +65,25 @@ class Trainer(L.Trainer):
         output: str = "embeddings",
         split: Literal["train", "val", "test"] = "test",
     ) -> Any:
-        """Write the embeddings of all images and all texts of a set, each encoded once.
+        """Write the embeddings of all images and all texts of a set. Each image and each text is encoded once.
 
         Args:
-            model: What encodes.
-            dataloaders: None: only a datamodule knows what each row is.
-            datamodule: The sets.
-            return_predictions: Return them, too.
-            ckpt_path: The weights.
-            weights_only: How the checkpoint is loaded.
-            output: A new folder.
-            split: The set.
+            model: The module that encodes, usually a :class:`~lightning_itm.DualEncoder`.
+            dataloaders: Must be None, because only a datamodule knows which image or text each row is.
+            datamodule: An :class:`~lightning_itm.ImageTextDataModule`, which has the set.
+            return_predictions: Also return the embeddings. By default they are only in the files.
+            ckpt_path: The checkpoint whose weights are loaded. By default, the module keeps the weights that it has.
+            weights_only: Load tensors and plain numbers only, for a file that you do not trust. Default: Lightning decides.
+            output: The folder for the files. It is made, and must not hold results already.
+            split: The set that is encoded: "train", "val" or "test".
+
+        Raises:
+            ValueError: if ``dataloaders`` are given.
+            FileExistsError: if ``output`` holds results already.
         """
         if dataloaders is not None:
             raise ValueError(
-                "Expected `datamodule`, which knows what each row is, got `dataloaders`. Use Lightning's Trainer."
+                "Expected `datamodule`, which knows what each row is, got `dataloaders`. Use Lightning's Trainer for these."
             )
         writer = EmbeddingWriter(output)
         options = {"return_predictions": return_predictions, "ckpt_path": ckpt_path, "weights_only": weights_only}
@@ -105,32 +109,30 @@ class Trainer(L.Trainer):
         """Write the hardest texts of every image and the hardest images of every text of a set, with their similarities.
 
         Args:
-            model: What encodes.
-            datamodule: The sets.
-            ckpt_path: The weights.
-            weights_only: How the checkpoint is loaded.
-            output: A new folder.
-            split: The set.
-            format: Of the files.
-            texts_per_image: Texts kept for an image.
-            images_per_text: Images kept for a text.
-            rank_min: Skip so many of the hardest.
-            max_score: Leave out candidates that are more similar than this.
-            absolute_margin: Leave out candidates that are not so much less similar than the positive.
-            relative_margin: The same, as a share of the positive's similarity.
+            model: The module that encodes, usually a :class:`~lightning_itm.DualEncoder`.
+            datamodule: An :class:`~lightning_itm.ImageTextDataModule`, which has the set.
+            ckpt_path: The checkpoint whose weights are loaded. By default, the module keeps the weights that it has.
+            weights_only: Load tensors and plain numbers only, for a file that you do not trust. Default: Lightning decides.
+            output: The folder for the files. It is made, and must not hold results already.
+            split: The set that is mined: "train", "val" or "test".
+            format: "jsonl", which any program reads, or "parquet", which is smaller and needs pyarrow.
+            texts_per_image: How many of the hardest texts are kept per image. Keep fewer to make the files smaller.
+            images_per_text: How many of the hardest images are kept per text. Keep fewer to make the files smaller.
+            rank_min: Skip this many of the hardest, where they are likely false negatives. Typical: 0 to 10.
+            max_score: Drop negatives whose cosine similarity is higher than this, such as 0.9. Default: keep all.
+            absolute_margin: Drop negatives more similar than the positive minus this, such as 0.05. Default: keep all.
+            relative_margin: Drop negatives more similar than (1 - this) times the positive, such as 0.05. Default: keep all.
         """
-        guards = {
-            "rank_min": rank_min,
-            "max_score": max_score,
-            "absolute_margin": absolute_margin,
-            "relative_margin": relative_margin,
-        }
+        # These four drop what is probably a false negative. They are not in the paper.
+        guards = {"rank_min": rank_min, "max_score": max_score}
+        guards |= {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
         writer = NegativeWriter(output, texts_per_image, images_per_text, format=format, **guards)
         options = {"return_predictions": False, "ckpt_path": ckpt_path, "weights_only": weights_only}
         self._predict_with(writer, split, model, datamodule, **options)
 
     def _predict_with(self, writer: EmbeddingWriter, split: Any, model: Any, datamodule: Any, **options: Any) -> Any:
         datamodule.predict_split = split
+        # The writer takes part in this one pass only: a later `fit` of the same Trainer must not write.
         self.callbacks.append(writer)  # type: ignore[attr-defined]
         try:
             return super().predict(model, datamodule=datamodule, **options)
@@ -139,7 +141,7 @@ class Trainer(L.Trainer):
 
 
 class ItmCLI(LightningCLI):
-    """LightningCLI over any :class:`~lightning_itm.DualEncoder`, open_clip's by default, and files."""
+    """Run any :class:`~lightning_itm.DualEncoder` from a YAML. By default, a model of open_clip on files."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -149,38 +151,37 @@ class ItmCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},  # or a second command without a versioned logger would not run
-            auto_configure_optimizers=False,  # the module's own, or the decay of layers would be lost without a word
+            save_config_kwargs={"overwrite": True},  # else a second command without a versioned logger does not run
+            auto_configure_optimizers=False,  # else the module's own is replaced, and its layer decay lost silently
             parser_kwargs={"prog": "lightning-itm", "description": DESCRIPTION, "formatter_class": HelpFormatter}
             | {name: _subcommand_options(name) for name in self.subcommands()},
             **kwargs,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let who names no class have open_clip's models, and files."""
+        """Set the classes that are used where a command names none: a model of open_clip, and files."""
+        defaults = {"model": OpenCLIPDualEncoder, "data": ImageTextFilesDataModule}
         parser.set_defaults(
-            {
-                "model": {"class_path": f"{OpenCLIPDualEncoder.__module__}.{OpenCLIPDualEncoder.__name__}"},
-                "data": {"class_path": f"{ImageTextFilesDataModule.__module__}.{ImageTextFilesDataModule.__name__}"},
-            }
+            {key: {"class_path": f"{default.__module__}.{default.__name__}"} for key, default in defaults.items()}
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Take the model from the configuration alone: Lightning would put the checkpoint's arguments over it."""
+        """Take the model from the configuration alone. Lightning would replace it by the checkpoint's arguments."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's, and ``mine``."""
-        return {**LightningCLI.subcommands(), "mine": {"model", "datamodule"}}
+        """Return the commands of Lightning and ``mine``."""
+        return {**LightningCLI.subcommands(), "mine": {"model", "datamodule"}}  # what Lightning passes, so no options
 
 
 def _subcommand_options(name: str) -> dict[str, Any]:
-    says = (getattr(Trainer, name).__doc__ or "").strip().split("\n\n")[0]
-    description = f"{' '.join(says.split())}\n\n{OPTIONS}"
-    usage = f"lightning-itm {name} [--config FILE] [--model.… …] [--data.… …] [--trainer.… …]"
-    more = {"fit": " [--ckpt_path FILE]", "predict": " [--ckpt_path FILE] [--output FOLDER] [--split SPLIT]"}
-    more["mine"] = more["predict"] + " [--format FORMAT] …"
-    return {"usage": usage + more.get(name, more["fit"]), "description": description, "formatter_class": HelpFormatter}
+    first_paragraph = (getattr(Trainer, name).__doc__ or "").strip().split("\n\n")[0]
+    description = f"{' '.join(first_paragraph.split())}\n\n{OPTIONS}"
+    usage = f"lightning-itm {name} [--config FILE] [--model.… …] [--data.… …] [--trainer.… …] [--ckpt_path FILE]"
+    usage += " [--output FOLDER] [--split SPLIT]" * (name in ("predict", "mine")) + " [--format FORMAT] …" * (
+        name == "mine"
+    )
+    return {"usage": usage, "description": description, "formatter_class": HelpFormatter}
 
 
 def write(
@@ -193,29 +194,29 @@ def write(
     text_column: str = "text",
     images_per_shard: int = 1000,
 ) -> None:
-    """Write image-text pairs into tar shards, with a manifest, and what is where beside them.
+    """Write image-text pairs into tar shards, with a manifest and an index beside them.
 
     Args:
         source: A Karpathy .json, a .csv, .tsv or .jsonl, a folder of images with .txt files, or other shards.
-        output: A new folder.
-        image_root: The folder that image paths start from; default: where the file is.
-        split: Of a Karpathy JSON; "train" takes "restval" in.
-        image_column: Of a table.
-        text_column: Of a table.
-        images_per_shard: Images a shard.
+        output: The folder for the shards. It is made, and must not hold shards already.
+        image_root: The folder that image paths start from. By default, the folder of the file.
+        split: The split of a Karpathy JSON that is written. "train" includes "restval", as published results on COCO do.
+        image_column: The column of a table that holds the paths of the images.
+        text_column: The column of a table that holds the texts.
+        images_per_shard: How many images go into one shard. Make shards of 100 MB to 1 GB.
     """
     pairs = read_pairs(source, image_root, split=split, image_column=image_column, text_column=text_column)
     manifest = write_shards(pairs, output, images_per_shard=images_per_shard)
-    ShardIndex.open(output)
+    ShardIndex.open(output)  # builds the index now, so that the first run need not
     print(f"{manifest['images']} images and {manifest['pairs']} texts in {len(manifest['shards'])} shards: {output}")
 
 
 def index(shards: str, output: str | None = None) -> None:
-    """Find out what is where in shards, such as img2dataset's, and say what can't be used.
+    """Build the index of shards, such as those of img2dataset, and name the samples that can't be used.
 
     Args:
         shards: A folder, or a pattern such as "shards/{00000..00031}.tar" or "https://host/{00000..00031}.tar".
-        output: The file to write; default: beside the first shard. Remote shards need one.
+        output: The file of the index. By default it lies beside the first shard. Remote shards need one.
     """
     found = ShardIndex.open(shards, output)
     warn_of_faults(found)
@@ -223,24 +224,23 @@ def index(shards: str, output: str | None = None) -> None:
 
 
 def verify(folder: str) -> None:
-    """Compare shards with their manifest.
+    """Compare every shard with its SHA-256 in the manifest.
 
     Args:
-        folder: What `write` wrote.
+        folder: A folder that `lightning-itm shards write` wrote.
     """
     verify_shards(folder)
     print(f"{folder}: every shard is as it was written.")
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line."""
-    if os.getcwd() not in sys.path:  # or a class of the user's own, in a file beside the data, would not be found
+    """Run one command, given as a list of strings. By default, what the program was called with."""
+    if os.getcwd() not in sys.path:  # else a class of the user's own, in a file beside the data, is not found
         sys.path.append(os.getcwd())
     given = sys.argv[1:] if args is None else args
-    if given[:1] == ["shards"]:
-        jsonargparse.auto_cli(
-            [write, index, verify], args=given[1:], prog="lightning-itm shards", description=SHARDS_DESCRIPTION
-        )
+    if given[:1] == ["shards"]:  # no model, no Trainer: not a command of Lightning's
+        options: dict[str, Any] = {"prog": "lightning-itm shards", "description": SHARDS_DESCRIPTION}
+        jsonargparse.auto_cli([write, index, verify], args=given[1:], **options)
     else:
         ItmCLI(args=args)
 

@@ -1,4 +1,4 @@
-"""Gather tensors over all ranks, with gradient and without."""
+"""Gather tensors from all ranks, with or without gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Return the number of processes that train together; 1 without a process group."""
+    """Return the number of processes that train together. It is 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -17,36 +17,44 @@ def gather(x: Tensor) -> Tensor:
     """Concatenate the tensors of all ranks, in the order of the ranks, without gradient.
 
     Args:
-        x: `(rows, ...)`, with the same shape on every rank.
+        x: The tensor of this rank, `(rows, ...)`. It must have the same shape on every rank. Pad it if it has not.
 
     Returns:
-        `(ranks * rows, ...)`; ``x`` itself where there is one process.
+        A tensor `(ranks * rows, ...)`, the same on every rank. With one process, ``x`` without its gradient.
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm.distributed import gather
+        >>> gather(torch.ones(2, requires_grad=True))
+        tensor([1., 1.])
     """
     if world_size() == 1:
         return x.detach()
-    x = x.detach().contiguous()
-    gathered = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+    x = x.detach().contiguous()  # the collective takes no view with strides
+    gathered = x.new_empty(world_size() * x.shape[0], *x.shape[1:])  # (ranks * rows, ...)
     _collective("all_gather_single", "all_gather_into_tensor")(gathered, x)
     return gathered
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """Concatenate the tensors of all ranks; each rank gets back the gradients that all ranks have for its rows.
+    """Concatenate the tensors of all ranks, and let gradients flow back to the rank that each row came from.
 
-    The gradients of the ranks are *summed*. Where every rank's loss is the mean over its own anchors, and the parameters'
-    gradients are averaged over the ranks, as DDP does, the result is the gradient of one process on the global batch.
+    A row may get a gradient on every rank. The rank that it came from receives the *sum* of these. If the loss of each rank is
+    the mean over its own anchors, and DDP averages the gradients of the parameters over the ranks, the result is the gradient
+    of one process on the global batch.
 
     Args:
-        x: `(rows, ...)`, with the same shape on every rank.
+        x: The tensor of this rank, `(rows, ...)`. It must have the same shape on every rank. Pad it if it has not.
 
     Returns:
-        `(ranks * rows, ...)`; ``x`` itself where there is one process.
+        A tensor `(ranks * rows, ...)`, with gradient. With one process, ``x`` itself.
     """
+    # Our own Function, because `torch.distributed.nn` is deprecated.
     return x if world_size() == 1 else _Gather.apply(x)
 
 
 def _collective(name: str, old_name: str) -> Callable[..., Any]:
-    # Looked up at each call: a PyTorch without torch.distributed has neither name, and imports this file all the same.
+    # Looked up at each call: a PyTorch without torch.distributed has neither name, and must still import this file.
     function: Callable[..., Any] = getattr(dist, name if hasattr(dist, name) else old_name)  # renamed in torch 2.14
     return function
 
@@ -58,6 +66,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        own = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
-        _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, grad.contiguous())
-        return own
+        # `grad` (ranks * rows, ...) has the rows of all ranks. Sum them over the ranks, and keep only the own ones.
+        own_rows = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(own_rows, grad.contiguous())
+        return own_rows

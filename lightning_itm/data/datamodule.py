@@ -59,9 +59,9 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train_dataset: Dataset[Any] | None = None,
-        val_dataset: Dataset[Any] | None = None,
-        test_dataset: Dataset[Any] | None = None,
+        train_dataset: Dataset[Any] | ShardStream | None = None,
+        val_dataset: Dataset[Any] | ShardStream | None = None,
+        test_dataset: Dataset[Any] | ShardStream | None = None,
         *,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
@@ -180,7 +180,7 @@ class ImageTextDataModule(L.LightningDataModule):
                 "Lower `batch_size`, or set `drop_last=False`."
             )
 
-    def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+    def _evaluation_loader(self, dataset: Dataset[Any] | ShardStream) -> DataLoader[Any]:
         return DataLoader(_evaluation_view(dataset), batch_size=self.eval_batch_size, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class ImageTextDataModule(L.LightningDataModule):
         }
 
 
-def _evaluation_view(dataset: Dataset[Any]) -> Dataset[Any]:
+def _evaluation_view(dataset: Dataset[Any] | ShardStream) -> Dataset[Any]:
     if isinstance(dataset, ShardStream):
         dataset = dataset.pairs  # the shards, which can be read by number
     if isinstance(dataset, ImageTextDataset):

@@ -156,13 +156,8 @@ def _loader(
 
 def _stream(trainer: L.Trainer, pairs: ShardDataset, **options: Any) -> DataLoader[dict[str, Any]]:
     view: Any = pairs.evaluation()
-    images: Any = StreamedImages(view, rank=trainer.global_rank, world_size=trainer.world_size)
-    return DataLoader(images, collate_fn=_collate_streamed, **_options(), **options)
-
-
-def _collate_streamed(items: list[tuple[Any, int, bool]]) -> dict[str, Any]:
-    names = "image", "image_id", "image_is_valid"
-    return collate_pairs([dict(zip(names, item, strict=True)) for item in items])
+    images = StreamedImages(view, rank=trainer.global_rank, world_size=trainer.world_size)
+    return DataLoader(images, collate_fn=collate_pairs, **_options(), **options)
 
 
 def _options() -> dict[str, Any]:

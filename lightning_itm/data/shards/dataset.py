@@ -1,4 +1,4 @@
-"""Image-text pairs in tar shards, as webdataset and img2dataset write them, by number."""
+"""Image-text pairs in tar shards, as webdataset and img2dataset write them, with random access."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,27 +15,39 @@ from lightning_itm.data.shards.tar import TarMember
 
 
 class ShardDataset(ImageTextDataset):
-    """Image-text pairs in uncompressed tar shards, by number. One item is one text with its image.
+    """Read image-text pairs from uncompressed tar shards by id. One item is one text with its image.
 
-    A sample of a shard is an image (``.jpg``, ``.png``, ``.webp``) and a ``.txt``, which is one text, or a ``.json`` with
-    ``"texts"`` or ``"caption"``: what :func:`~lightning_itm.write_shards` and img2dataset write. What is where is read once
-    and kept beside the shards; images are read from local shards at random, texts are mapped from the index. Remote shards are
-    for :class:`~lightning_itm.ShardStream` alone.
+    The shards are those that :func:`~lightning_itm.write_shards` and img2dataset write. Each sample has an image (``.jpg``,
+    ``.png`` or ``.webp``), and a ``.txt`` with one text, or a ``.json`` with ``"texts"`` or ``"caption"``. At the first use,
+    all shards are read once, and an index is written. Later, an image is read from its place in a local shard. Remote shards
+    can only be read from front to back: wrap this dataset in a :class:`~lightning_itm.ShardStream`.
 
-    Samples without image or without text are left out, counted in ``contents.faults``, and named in a warning. A text keeps
-    the id that it had when :func:`~lightning_itm.write_shards` wrote it, as long as all texts are there; else ids count from
-    0 in the order of the shards.
+    Samples without an image or without a text are left out. A warning names the first of each kind, and ``contents.faults``
+    counts them. If no text is missing, each text has the id that it had when :func:`~lightning_itm.write_shards` wrote it.
+    Otherwise ids count from 0 in the order of the shards.
 
     Args:
         shards: A folder, a pattern such as ``"train/{00000..00031}.tar"``, a path or an address, or a list of these.
-        index: The file that says what is where; default: beside the first shard. Remote shards need one.
-        transform: As for :class:`ImageTextDataset`, also the next two.
-        eval_transform: For validation, test and mining.
-        tokenizer: Of the texts.
+        index: The file of the index. By default, it lies beside the first shard. Remote shards need one.
+        transform: Turns a PIL image into what the image tower takes, in training. Default: a float tensor
+            `(3, height, width)` in [0, 1].
+        eval_transform: Replaces ``transform`` in validation, test and mining, usually without augmentation. Default:
+            ``transform``.
+        tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
 
     Raises:
-        FileNotFoundError: A shard is not there.
-        ValueError: No sample can be used.
+        FileNotFoundError: if a local shard does not exist.
+        ValueError: if no sample can be used, or if the shards are remote and ``index`` is not given.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from lightning_itm import ImageTextDataset, ShardDataset, write_shards
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = write_shards(ImageTextDataset([Image.new("RGB", (8, 8))], [["a black square"]]), folder)
+        ...     sample = ShardDataset(folder)[0]
+        >>> sample["text"], tuple(sample["image"].shape), sample["image_id"]
+        ('a black square', (3, 8, 8), 0)
     """
 
     def __init__(
@@ -55,15 +67,15 @@ class ShardDataset(ImageTextDataset):
 
     @property
     def is_local(self) -> bool:
-        """Whether images can be read at random."""
+        """Whether all shards are local, so that any image can be read at any time."""
         return not any(is_remote(shard) for shard in self.contents.shards)
 
     def load_image(self, image_id: int) -> Any:
-        """Return one image, as :class:`ImageTextDataset` does.
+        """Return one image, transformed as for training, or for evaluation in a view of :meth:`evaluation`.
 
         Raises:
-            RuntimeError: The shard is remote.
-            UnreadablePairError: It does not open.
+            RuntimeError: if the shard of the image is remote.
+            UnreadablePairError: if the image does not open.
         """
         source = self.images[image_id]
         if is_remote(source.path):
@@ -73,24 +85,26 @@ class ShardDataset(ImageTextDataset):
             )
         return self._open(image_id, source)
 
-    def load_data(self, image_id: int, data: bytes) -> Any:
-        """Return an image whose bytes were read already.
+    def load_data(self, image_id: int, data: bytes | None) -> Any:
+        """Return one image whose bytes were read from its shard already.
+
+        Args:
+            image_id: The id of the image.
+            data: The bytes of the image file, or ``None`` if it is no longer in its shard.
 
         Raises:
-            UnreadablePairError: It does not open.
+            UnreadablePairError: if the image does not open, or is no longer in its shard.
         """
+        if data is None:
+            raise UnreadablePairError(f"Image {image_id} is no longer in its shard ({self.images[image_id]})")
         try:
             return self._open(image_id, data)
-        except UnreadablePairError as error:
+        except UnreadablePairError as error:  # bytes have no name: say which file they are of
             raise UnreadablePairError(f"{error} ({self.images[image_id]})") from error
-
-    def missing(self, image_id: int) -> str:
-        """Say that an image is no longer where it was."""
-        return f"Image {image_id} is no longer in its shard ({self.images[image_id]})"
 
 
 class TarImages(Sequence[TarMember]):
-    """Where each image is, by number."""
+    """Give the place of each image by its id. No list is kept: a million entries would be copied into every worker."""
 
     def __init__(self, index: ShardIndex) -> None:
         self.contents = index
@@ -103,7 +117,7 @@ class TarImages(Sequence[TarMember]):
 
 
 def warn_of_faults(index: ShardIndex) -> None:
-    """Say once what is left out of a set of shards, and where it starts."""
+    """Warn once if samples are left out of a set of shards, and name the first of each kind."""
     if index.faults:
         number = sum(index.faults.values())
         kinds = "; ".join(
@@ -112,5 +126,5 @@ def warn_of_faults(index: ShardIndex) -> None:
         warnings.warn(
             f"{number} samples of {len(index.shards)} shards can't be used and are left out, beside "
             f"{len(index.key)} that can: {kinds}. A key is a name up to its first dot; the files of a key stand side by side.",
-            stacklevel=3,
+            stacklevel=3,  # at the line that made the dataset
         )

@@ -1,4 +1,4 @@
-"""What is where in a set of tar shards: found once, kept in a file, mapped by every process."""
+"""The index of a set of tar shards: where each image is. Built once, kept in a file, and mapped by every process."""
 
 import os
 import pickle
@@ -23,13 +23,14 @@ INDEX_ENDING = ".index"
 
 
 class PackedStrings(Sequence[str]):
-    """Strings one after the other in a tensor of bytes: a million take a few megabytes, and workers share them.
+    """Hold many strings in one tensor of bytes. A list of a million strings would be copied into every worker.
 
     Args:
-        data: uint8, all strings in UTF-8.
-        end: int64 `(strings,)`; where each ends.
+        data: All strings in UTF-8, one after the other, as uint8 `(bytes,)`.
+        end: Where each string ends, int64 `(strings,)`.
 
     Example:
+        >>> from lightning_itm.data.shards.index import PackedStrings
         >>> strings = PackedStrings.pack(["a dog", "", "über"])
         >>> len(strings), strings[-1], list(strings[:2])
         (3, 'über', ['a dog', ''])
@@ -40,9 +41,9 @@ class PackedStrings(Sequence[str]):
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "PackedStrings":
-        """Put strings one after the other."""
+        """Pack strings into a tensor."""
         encoded = [string.encode("utf-8", "surrogatepass") for string in strings]  # names of files may be no UTF-8
-        data = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)  # not of an empty one
         return cls(data, torch.tensor([len(part) for part in encoded], dtype=torch.int64).cumsum(0))
 
     def __len__(self) -> int:
@@ -50,7 +51,7 @@ class PackedStrings(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[other] for other in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"Expected an index below {len(self)}, got {index}.")
         index %= len(self)
@@ -60,18 +61,18 @@ class PackedStrings(Sequence[str]):
 
 @dataclass
 class ShardIndex:
-    """Which images and texts a set of shards has, and where. Ids count from 0 in the order of the shards.
+    """Know where every image of a set of shards is, and have all of its texts. Ids count from 0 in the order of the shards.
 
     Attributes:
-        shards: Paths or addresses.
-        key: The key of each image.
-        first: int64 `(shards + 1,)`; the first image of each shard, and the number of images.
-        offset: int64 `(images,)`; where the bytes of each image start in its shard.
-        size: int64 `(images,)`; how many there are.
-        text: The texts.
-        text_image_id: int64 `(texts,)`.
-        faults: How many samples are left out, by kind.
-        first_fault: Shard and key of the first of each kind.
+        shards: The paths or addresses of the shards.
+        key: The key of each image, which is its name in the shard without the ending.
+        first: The id of the first image of each shard, and at the end the number of images. int64 `(shards + 1,)`.
+        offset: Where in its shard each image starts, in bytes. int64 `(images,)`.
+        size: How many bytes each image has. int64 `(images,)`.
+        text: All texts of the set, by their ids.
+        text_image_id: The image that each text belongs to. int64 `(texts,)`.
+        faults: How many samples are left out, by what is wrong with them, such as ``{"without an image": 2}``.
+        first_fault: For each kind of fault, the shard and the key of the first sample that has it.
     """
 
     shards: list[str]
@@ -88,36 +89,34 @@ class ShardIndex:
     def open(
         cls, shards: str | PathLike[str] | Sequence[str | PathLike[str]], path: str | PathLike[str] | None = None
     ) -> "ShardIndex":
-        """Map the index of a set of shards; build it first if there is none, or the shards have changed since.
+        """Open the index of a set of shards. It is built first if there is none, or if the shards have changed.
 
         Args:
-            shards: As for :func:`find_shards`.
-            path: The file of the index; default: beside the first shard.
+            shards: A folder, a pattern, a path, an address, or a list of these. :func:`find_shards` has the details.
+            path: The file of the index. By default, it lies beside the first shard. Remote shards need one.
 
         Raises:
-            FileNotFoundError: A shard is not there.
-            ValueError: No sample can be used; or the shards are remote and ``path`` is not given.
-            PermissionError: The file can't be written.
+            FileNotFoundError: if a local shard does not exist.
+            ValueError: if no sample can be used, or if the shards are remote and ``path`` is not given.
+            PermissionError: if the file can't be written.
         """
         found = find_shards(shards)
         seen = [_stamp(shard) for shard in found]
         file = Path(path) if path is not None else _default_path(found)
-        if file.is_file():
-            index = cls._load(file, found, seen)
-            if index is not None:
-                return index
-        contents = read_all(found)
-        index = cls._put_together(found, contents)
-        index._save(file, seen)
-        return cast("ShardIndex", cls._load(file, found, seen))
+        index = cls._load(file, found, seen) if file.is_file() else None
+        if index is None:
+            cls._put_together(found, read_all(found))._save(file, seen)
+            index = cls._load(file, found, seen)  # mapped: what was built is in the memory of this process alone
+        return cast("ShardIndex", index)
 
     def member(self, image_id: int) -> TarMember:
-        """Return where an image is."""
+        """Return the place of an image: its shard, and where in the shard its bytes are."""
         shard = self.shards[self.shard_of(image_id)]
         return TarMember(shard, self.key[image_id], int(self.offset[image_id]), int(self.size[image_id]))
 
     def shard_of(self, image_id: int) -> int:
-        """Return the number of the shard of an image."""
+        """Return which shard an image is in, as an index of ``shards``."""
+        # The last shard whose first image is not after this one: shards without an image are passed over.
         return int(torch.searchsorted(self.first, image_id, right=True)) - 1
 
     @classmethod
@@ -140,9 +139,10 @@ class ShardIndex:
         ids = [ids for part in contents for ids in part.text_ids]
         if all(entry is not None for entry in ids):
             text_id = torch.tensor([number for entry in ids for number in cast("list[int]", entry)])
-            if torch.equal(text_id.sort().values, torch.arange(len(texts))):  # as they were before they were written
-                order = text_id.argsort()
-                texts, text_image_id = [texts[place] for place in order.tolist()], text_image_id[order]
+            # Only where none is missing: ids stay dense, and texts are numbered as before they were written.
+            if torch.equal(text_id.sort().values, torch.arange(len(texts))):
+                order = text_id.argsort()  # (texts,)
+                texts, text_image_id = [texts[index] for index in order.tolist()], text_image_id[order]
         counts = torch.tensor([0, *(len(part.keys) for part in contents)])
         return cls(
             shards,
@@ -171,7 +171,7 @@ class ShardIndex:
         try:
             with open(part, "xb") as file:
                 torch.save(values, file)
-            os.replace(part, path)  # at once: several processes may build it, and nobody may read half of it
+            os.replace(part, path)  # in one step: several processes may build it, and none may read half of it
         except OSError as error:
             part.unlink(missing_ok=True)
             raise PermissionError(
@@ -184,8 +184,9 @@ class ShardIndex:
             raise PermissionError(f"Expected to read {path}, the index of the shards. Name another file with `index`.")
         try:
             values = torch.load(path, mmap=True, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError):  # damaged: it is built anew
+        except (RuntimeError, pickle.UnpicklingError, EOFError):  # damaged, so that it is built anew
             return None
+        # By names and not by paths: a folder that is moved with its index needs no new one.
         is_ours = isinstance(values, dict) and values.get("version") == INDEX_VERSION
         if not is_ours or values["shards"] != [Path(shard).name for shard in shards] or values["seen"] != seen:
             return None
@@ -194,10 +195,12 @@ class ShardIndex:
 
 
 def read_all(shards: list[str]) -> list[ShardContents]:
-    """Read the contents of all shards, several at a time."""
+    """List the samples of all shards. Several processes read at the same time."""
+    # No process for fewer than four shards: it would take longer to start than to read them.
     num_workers = min(len(shards) // 4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 16)
     loader = DataLoader(_Shards(shards), batch_size=None, num_workers=num_workers, generator=torch.Generator())
-    contents: list[ShardContents] = list(loader)  # with a generator of its own: nothing is drawn from the run's streams
+    contents: list[ShardContents] = list(loader)  # the generator is its own: none of the run's random numbers is used
+    # A shard that was cut off between two samples looks whole. Only the manifest knows its size.
     sizes = {
         (folder, entry["name"]): entry["bytes"]
         for folder in {Path(shard).parent for shard in shards if not is_remote(shard)}
@@ -222,7 +225,7 @@ class _Shards(Dataset[ShardContents]):
 
 
 def _stamp(shard: str) -> list[int]:
-    if is_remote(shard):
+    if is_remote(shard):  # its name alone tells it apart, because to ask for its size would take a request
         return []
     status = os.stat(shard)
     return [status.st_size, status.st_mtime_ns]
@@ -231,8 +234,8 @@ def _stamp(shard: str) -> list[int]:
 def _default_path(shards: list[str]) -> Path:
     if is_remote(shards[0]):
         raise ValueError(
-            f"Expected `index`, the file in which to keep what is in the shards, because {shards[0]} is remote. It is "
-            "written at the first use, which reads all of them once."
+            f"Expected `index`, the file in which to keep where each image is, because {shards[0]} is remote. It is "
+            "written at the first use, which reads all shards once."
         )
     name = blake2b("\n".join(Path(shard).name for shard in shards).encode(), digest_size=4).hexdigest()
     return Path(shards[0]).parent / f"{name}{INDEX_ENDING}"

@@ -13,27 +13,34 @@ MANIFEST = "manifest.json"
 
 
 def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
-    """List the shards of a set.
+    """List the shards of a set, and check that every local one exists.
 
     Args:
-        shards: A folder (all of its ``.tar`` files, or those of its ``manifest.json``), a pattern such as
-            ``"train/{00000..00031}.tar"`` or ``"train/*.tar"``, the path or the address of one shard, or a list of these.
+        shards: Where the shards are. A folder means all of its ``.tar`` files, or those of its ``manifest.json``. Also a
+            pattern such as ``"train/{00000..00031}.tar"`` or ``"train/*.tar"``, the path or the address of one shard, or a
+            list of these.
+
+    Returns:
+        The path or the address of each shard, in the order in which images are numbered.
 
     Raises:
-        FileNotFoundError: A shard is not there, or there is none.
+        FileNotFoundError: if a local shard does not exist, or if there is none at all.
 
     Example:
+        >>> from lightning_itm.data.shards import find_shards
         >>> find_shards("https://host/{0..1}.tar")
         ['https://host/0.tar', 'https://host/1.tar']
     """
     if not isinstance(shards, str | PathLike):
         found = [shard for entry in shards for shard in find_shards(entry)]
     elif Path(shards).is_dir():
+        # A manifest knows also of a shard that was lost since it was written.
         manifest = read_manifest(Path(shards))
         names = [entry["name"] for entry in manifest["shards"]] if manifest else _tar_files(Path(shards))
         found = [str(Path(shards, name)) for name in names]
     else:
         found = [path for name in braceexpand(fspath(shards)) for path in _matches(name)]
+    # Remote shards are not asked for here: one request per shard would take minutes.
     missing = [shard for shard in found if not is_remote(shard) and not Path(shard).is_file()]
     if missing or not found:
         raise FileNotFoundError(
@@ -45,12 +52,13 @@ def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> 
 
 
 def is_remote(shard: str) -> bool:
-    """Return whether webdataset has to fetch it: such as ``https:``, ``s3:`` or ``pipe:``."""
+    """Return whether a shard has to be fetched, as one of ``https:``, ``s3:`` or ``pipe:`` has."""
+    # A local file may have a colon in its name.
     return ":" in shard.split("/", 1)[0] and not Path(shard).is_file()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return what :func:`~lightning_itm.write_shards` said about a folder, if it is one of its."""
+    """Read the manifest that :func:`~lightning_itm.write_shards` left in a folder. ``None`` if there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         return None

@@ -1,4 +1,8 @@
-"""Shards read from front to back, in an order and a number of batches that are known beforehand."""
+"""The plan of an epoch over tar shards: their order, which pairs each worker reads, and how these are read.
+
+A tar file is fast only from front to back. So an epoch is a row of shards in a random order, and a *part* of it is what one
+worker reads, from one index in the row of all pairs to another. ``loader.py`` cuts the epoch into such parts.
+"""
 
 import itertools
 import tarfile
@@ -7,11 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from webdataset.tariterators import tar_file_expander
 
 from lightning_itm.data.image import IMAGE_ENDINGS
-from lightning_itm.data.pairs import UnreadablePairError
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
 from lightning_itm.data.shards.tar import check_fetched, group_samples, open_shard
@@ -19,33 +21,47 @@ from lightning_itm.randomness import seeded
 
 
 class AddsNegatives(Protocol):
-    """What adds mined negatives to a pair."""
+    """Whatever adds mined negatives to a pair, such as a :class:`~lightning_itm.HardNegativeDataset`."""
 
     def with_negatives(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Return the pair with its negatives."""
 
 
-class ShardStream(Dataset[Any]):
-    """Read the shards of a set from front to back, for training where reading at random is slow or impossible.
+class ShardStream:
+    """Read the shards of a set from front to back, where reading images at random is slow or impossible.
 
-    Each epoch puts the shards into another order, cuts the row of all their pairs into equal parts, one for each worker of
-    each rank, and shuffles each part in a buffer. So every pair comes once (and as many as make the ranks equal come twice),
-    all ranks have the same number of batches, and it is known beforehand, whatever the number of shards, ranks and workers.
-    Where a part begins or ends within a shard, both of its readers read that shard.
+    Give it to :class:`~lightning_itm.ImageTextDataModule` as ``train_dataset``. It is no Dataset: it has no item by index and
+    can't be iterated. It is the plan by which the workers of the data module read the shards.
 
-    :class:`~lightning_itm.ImageTextDataModule` takes it as ``train_dataset``, and resumes it at any batch, with as many
-    workers as before.
+    Each epoch puts the shards into another order. The row of all their pairs is cut into equal parts, one for each worker of
+    each rank, and each worker shuffles its part in a buffer. So every pair comes once per epoch. All ranks have the same
+    number of batches, and this number is known beforehand. If the pairs can't be divided evenly, a few come twice. Where a
+    part begins or ends within a shard, two workers read that shard. A run resumes at any batch, with as many workers as
+    before.
 
     Args:
-        pairs: The shards.
-        shuffle_buffer: Pairs among which a worker chooses the next one. It holds the bytes of their images. With several texts
-            an image make it large: they enter it one after the other.
-        resampled: Draw shards with replacement, so that an epoch does not cover the set; for sets so large that nobody sees
-            all of it.
-        pairs_per_epoch: Pairs an epoch, on all ranks; default: as many as there are. Only with ``resampled``.
+        pairs: The shards that are read, local or remote.
+        shuffle_buffer: Number of pairs among which a worker chooses the next one. It holds the bytes of their images. The
+            texts of an image enter it one after the other, so make it larger where there are many texts per image.
+        resampled: Draw shards with replacement, so that an epoch does not cover the set. For sets that are too large to be
+            read to their end.
+        pairs_per_epoch: Number of pairs per epoch on all ranks together, such as 1,000,000. Only with ``resampled``. Default:
+            as many as the set has.
 
     Raises:
-        ValueError: A number that is not positive, or ``pairs_per_epoch`` without ``resampled``.
+        TypeError: if ``pairs`` is no :class:`~lightning_itm.ShardDataset`.
+        ValueError: if a number is not positive, or if ``pairs_per_epoch`` is given without ``resampled``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from lightning_itm import ImageTextDataModule, ImageTextDataset, ShardDataset, ShardStream, write_shards
+        >>> images, texts = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")], ["red", "blue"]
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = write_shards(ImageTextDataset(images, texts), folder)
+        ...     data = ImageTextDataModule(ShardStream(ShardDataset(folder)), batch_size=2, num_workers=0)
+        ...     sorted(text for batch in data.train_dataloader() for text in batch["text"])
+        ['blue', 'red']
     """
 
     def __init__(
@@ -67,18 +83,19 @@ class ShardStream(Dataset[Any]):
             raise ValueError(f"Expected `resampled=True` with `pairs_per_epoch`, got {pairs_per_epoch} without it.")
         self.pairs, self.shuffle_buffer, self.resampled = pairs, shuffle_buffer, resampled
         self.num_pairs = pairs_per_epoch or len(pairs)
-        self.negatives: AddsNegatives | None = None  # where mined negatives come with the pairs
-        self.order = pairs.text_image_id.argsort(stable=True)
-        per_image = torch.bincount(pairs.text_image_id, minlength=len(pairs.images))
-        before_image = torch.cat([per_image.new_zeros(1), per_image.cumsum(0)])
+        self.negatives: AddsNegatives | None = None  # set by the mining callback
+        # Images are numbered in the order of the shards: sorted by image, the texts of one shard stand side by side.
+        self.order = pairs.text_image_id.argsort(stable=True)  # (texts,)
+        per_image = torch.bincount(pairs.text_image_id, minlength=len(pairs.images))  # (images,)
+        before_image = torch.cat([per_image.new_zeros(1), per_image.cumsum(0)])  # (images + 1,)
         self.bounds = before_image[pairs.contents.first].tolist()  # pairs before each shard, and all of them
 
     def __len__(self) -> int:
         return self.num_pairs
 
     def settings(self) -> dict[str, Any]:
-        """Return what the order of an epoch depends on, beside seed, ranks and workers."""
-        return {
+        """Return the settings that change the order of an epoch. Seed, ranks and workers change it, too."""
+        return {  # stored in checkpoints, under these names
             "shuffle_buffer": self.shuffle_buffer,
             "resampled": self.resampled,
             "pairs_per_epoch": self.num_pairs,
@@ -86,47 +103,60 @@ class ShardStream(Dataset[Any]):
         }
 
     def shard_order(self, seed: int, epoch: int) -> list[int]:
-        """Return the shards in the order of an epoch, as many as fill it."""
+        """Return the shards in the order in which an epoch reads them. Every rank and worker computes the same.
+
+        Args:
+            seed: The seed of the data module.
+            epoch: The epoch, from 0.
+        """
         sizes = [end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)]
         with seeded(seed, epoch):
             if not self.resampled:
                 return torch.randperm(len(sizes)).tolist()
             drawn: list[int] = []
             missing = self.num_pairs
-            while missing > 0:
+            while missing > 0:  # it ends, because at least one shard has a pair
                 drawn.append(int(torch.randint(len(sizes), ())))
                 missing -= sizes[drawn[-1]]
             return drawn
 
     def parts(self, order: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the shards, and the texts of each, that lie between two places in the row of all pairs of an epoch.
+        """Yield the shards that have pairs from index ``start`` to ``stop`` of an epoch, each with the ids of these texts.
 
-        The row starts anew at its end, where ranks would be unequal.
+        Args:
+            order: The shards of the epoch, from :meth:`shard_order`.
+            start: The first index in the row of all pairs of the epoch.
+            stop: The index after the last one. It may be more than there are pairs. Then the row starts anew.
         """
-        place = 0
+        index = 0  # of the first pair of the shard, in the row of all pairs
         for shard in itertools.cycle(order):
-            if place >= stop:
+            if index >= stop:
                 return
             low, high = self.bounds[shard], self.bounds[shard + 1]
-            first, last = max(start - place, 0), min(stop - place, high - low)
+            first, last = max(start - index, 0), min(stop - index, high - low)
             if first < last:
                 yield shard, self.order[low + first : low + last]
-            place += high - low
+            index += high - low
 
     def read(self, order: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
-        """Yield the texts of a part by number, each with the bytes of its image; None where they are no longer there."""
+        """Yield the ids of the texts of :meth:`parts`, each with the bytes of its image.
+
+        The bytes are ``None`` if the image is no longer in its shard.
+        """
         for shard, text_ids in self.parts(order, start, stop):
             yield from self._read_shard(shard, text_ids)
 
     def load(self, text_id: int, data: bytes | None) -> dict[str, Any]:
-        """Return a pair as training takes it, with its negatives where some were mined.
+        """Return a pair as training takes it, with its negatives if there are some.
+
+        Args:
+            text_id: The id of the text.
+            data: The bytes of its image, as :meth:`read` yields them.
 
         Raises:
-            UnreadablePairError: Its image does not open, or is no longer there.
+            UnreadablePairError: if the text is empty, or if the image does not open or is no longer in its shard.
         """
         image_id, text = int(self.pairs.text_image_id[text_id]), self.pairs.load_text(text_id)
-        if data is None:
-            raise UnreadablePairError(self.pairs.missing(image_id))
         image = self.pairs.load_data(image_id, data)
         sample = {"image": image, "text": text, "image_id": image_id, "text_id": text_id}
         return sample if self.negatives is None else self.negatives.with_negatives(sample)
@@ -135,17 +165,25 @@ class ShardStream(Dataset[Any]):
         texts_of: dict[int, list[int]] = {}
         for image_id, text_id in zip(self.pairs.text_image_id[text_ids].tolist(), text_ids.tolist(), strict=True):
             texts_of.setdefault(image_id, []).append(text_id)
-        for image_id, data in read_images(self.pairs.contents, shard, texts_of):
+        for image_id, data in read_images(self.pairs.contents, shard, texts_of):  # each image is read once
             for text_id in texts_of[image_id]:
                 yield text_id, data
 
 
 def read_images(contents: ShardIndex, shard: int, image_ids: Iterable[int]) -> Iterator[tuple[int, bytes | None]]:
-    """Yield images of one shard, by number, with their bytes; None where they are no longer there.
+    """Read images of one shard from front to back.
+
+    Args:
+        contents: The index of the shards.
+        shard: Which shard is read, as an index of ``contents.shards``.
+        image_ids: The images that are wanted. All must be of this shard.
+
+    Yields:
+        The id of each image, and its bytes. The bytes are ``None`` if the image is no longer in the shard.
 
     Raises:
-        FileNotFoundError: The shard is gone.
-        OSError: It can't be fetched.
+        FileNotFoundError: if the shard no longer exists.
+        OSError: if the shard can't be fetched.
     """
     image_of, url = {contents.key[image_id]: image_id for image_id in image_ids}, contents.shards[shard]
     with open_shard(url) as file:
@@ -155,13 +193,13 @@ def read_images(contents: ShardIndex, shard: int, image_ids: Iterable[int]) -> I
             if image_id is not None:
                 yield image_id, next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
             if not image_of:
-                return  # the rest of the shard is another reader's
+                return  # the rest of the shard belongs to other workers
         check_fetched(file)
-    for image_id in image_of.values():  # the shard is not what it was when it was indexed
+    for image_id in image_of.values():  # the shard has changed since it was indexed
         yield image_id, None
 
 
 def _is_broken_off(error: Exception) -> bool:
     if not isinstance(error, tarfile.ReadError):
         raise error
-    return True  # what is lost is seen by what does not come
+    return True  # go on without it: what is lost shows, because its image never comes

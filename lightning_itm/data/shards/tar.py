@@ -1,4 +1,4 @@
-"""Which image-text samples a tar file has, and one file of it by itself."""
+"""Read a tar file: which image-text samples it has, and the bytes of one image."""
 
 import json
 import os
@@ -18,7 +18,14 @@ from lightning_itm.data.shards.paths import is_remote
 
 @dataclass(frozen=True)
 class TarMember:
-    """A file within an uncompressed tar file on a local disk."""
+    """One file within an uncompressed tar file on a local disk.
+
+    Attributes:
+        path: The tar file.
+        key: The name of the sample, which is that of the file without its ending.
+        offset: Where the content of the file starts, in bytes from the start of the tar file.
+        size: How many bytes the file has.
+    """
 
     path: str
     key: str
@@ -26,7 +33,7 @@ class TarMember:
     size: int
 
     def read_bytes(self) -> bytes:
-        """Read it, and nothing else of the archive."""
+        """Read the content of this file, and nothing else of the tar file."""
         with open(self.path, "rb") as file:
             return os.pread(file.fileno(), self.size, self.offset)
 
@@ -36,7 +43,7 @@ class TarMember:
 
 @dataclass
 class ShardContents:
-    """The image-text samples of one shard, in the order of the archive."""
+    """The image-text samples of one shard, in the order of the tar file. Each list has one entry per sample."""
 
     keys: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -44,13 +51,14 @@ class ShardContents:
     texts: list[list[str]] = field(default_factory=list)
     text_ids: list[list[int] | None] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
-    """What is left out: the kind, and the key of the sample."""
+    """One entry per sample that is left out: what is wrong with it, and its key."""
 
 
 def read_shard(shard: str) -> ShardContents:
-    """Read which samples a shard has; of a local one, only headers and texts."""
+    """List the samples of a shard. Of a local shard, only headers and texts are read, not the images."""
     contents = ShardContents()
     for key, members in group_samples(_members(shard, contents), contents.faults):
+        # Looked for in the order of the endings: a sample may have a .jpg and a .png of the same picture.
         images = [members[ending] for ending in IMAGE_ENDINGS if ending in members]
         texts, text_ids = _texts(members)
         if not images:
@@ -68,7 +76,7 @@ def read_shard(shard: str) -> ShardContents:
 
 
 Member = tuple[int, int, bytes | None]
-"""Offset, size, and the content of what is no image."""
+"""Offset, size and content of a file. The content is ``None`` unless it is a text or a JSON."""
 
 Content = TypeVar("Content")
 
@@ -76,26 +84,34 @@ Content = TypeVar("Content")
 def group_samples(
     members: Iterable[tuple[str, Content]], faults: list[tuple[str, str]] | None = None
 ) -> Iterator[tuple[str, dict[str, Content]]]:
-    """Yield each key with its files by their ending, in lower case; the first of two alike counts.
+    """Group the files of a tar file into samples. Files whose names are equal up to the first dot are one sample.
 
-    A key is a name up to the first dot after the last slash, and the files of a sample stand one after the other.
+    The files of a sample must stand one after the other. Of two files with the same ending, the first counts.
 
     Args:
-        members: Name and content of each file.
-        faults: Where to note files that belong to no sample.
+        members: Name and content of each file, in the order of the tar file.
+        faults: A list to which files that belong to no sample are added. By default, they are ignored silently.
+
+    Yields:
+        The key of each sample, and its contents by their endings in lower case.
+
+    Example:
+        >>> from lightning_itm.data.shards.tar import group_samples
+        >>> list(group_samples([("a.jpg", 1), ("a.TXT", 2), ("b.jpg", 3)]))
+        [('a', {'jpg': 1, 'txt': 2}), ('b', {'jpg': 3})]
     """
     key, found, done = "", dict[str, Content](), set[str]()
     for name, content in members:
-        prefix, ending = base_plus_ext(name)
+        prefix, ending = base_plus_ext(name)  # at the first dot after the last slash: folders may have dots
         if prefix is None:
             continue
-        if prefix != key:
+        if prefix != key:  # the last sample is complete
             if found:
                 yield key, found
             done.add(key)
             key, found = prefix, {}
         ending = ending.lower()
-        if prefix in done or ending in found:
+        if prefix in done or ending in found:  # its sample has ended already, or has such a file already
             if faults is not None:
                 faults.append(("with a key that came before", prefix))
         else:
@@ -120,7 +136,7 @@ def _members(shard: str, contents: ShardContents) -> Iterator[tuple[str, Member]
                 is_text = name.lower().endswith((".json", ".txt"))
                 content = cast("Any", archive.extractfile(info)).read() if is_text else None
                 yield name, (info.offset_data, info.size, content)
-                archive.members = []  # type: ignore[attr-defined]
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
             # What tarfile takes for the end may be a damaged header, or the end of the first of two archives.
             if end is None:
                 while counted.read(1 << 20):
@@ -144,7 +160,7 @@ def _open_tar(file: Any, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
 
 
 class _Counted:
-    """A file that is read from front to back, and how many bytes of it were."""
+    """Count how many bytes of a stream were read, because a stream has no ``tell``."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.num_bytes = file, 0
@@ -159,7 +175,7 @@ class _Counted:
 
 @contextmanager
 def open_shard(shard: str) -> Iterator[BinaryIO]:
-    """Open a shard, a remote one by webdataset's means; it is closed also if nobody reads it to its end."""
+    """Open a shard for reading. A remote one is fetched by webdataset. It is closed even if it is not read to its end."""
     if not is_remote(shard):
         with open(shard, "rb") as file:
             yield file
@@ -168,24 +184,25 @@ def open_shard(shard: str) -> Iterator[BinaryIO]:
     try:
         yield remote
     finally:
-        with suppress(OSError):  # the process that fetches it was not done; we were
+        with suppress(OSError):  # we stopped early, and the process that fetches it complains about that
             remote.close()
 
 
 def check_fetched(file: Any) -> None:
-    """Wait until the process that fetches a remote shard is done.
+    """Wait until the process that fetches a remote shard has ended. Does nothing for a local shard.
 
     Raises:
-        OSError: It failed.
+        OSError: if the process failed.
     """
     if hasattr(file, "wait_for_child"):
-        while file.read(1 << 20):
+        while file.read(1 << 20):  # it ends only when all that it sends was read
             pass
         file.wait_for_child()
 
 
 def _texts(members: dict[str, Member]) -> tuple[list[str], list[int] | None]:
-    """Return the texts of a sample: those of its .json, or else its .txt, or else the caption of its .json."""
+    # The "texts" of the .json come first, then the .txt, then the "caption" of the .json. The ids are those that
+    # `write_shards` wrote, or None.
     try:
         facts = json.loads(members["json"][2] or b"{}") if "json" in members else {}
     except (UnicodeDecodeError, json.JSONDecodeError):
@@ -201,5 +218,5 @@ def _texts(members: dict[str, Member]) -> tuple[list[str], list[int] | None]:
 
 
 def _clean(text: str) -> str:
-    """Replace what is no character; half of a pair of UTF-16 comes with texts from the web."""
+    # Texts from the web hold halves of UTF-16 pairs, which no tokenizer can encode.
     return text.encode("utf-8", errors="replace").decode()

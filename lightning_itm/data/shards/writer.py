@@ -1,4 +1,4 @@
-"""Write pairs into tar shards, and look after them."""
+"""Write pairs into tar shards, and check later that the shards are unchanged."""
 
 import io
 import json
@@ -26,21 +26,32 @@ def write_shards(
 ) -> dict[str, Any]:
     """Write pairs into tar shards, each image once with all of its texts.
 
-    JPEG, PNG and WebP files are copied as they are; other images become PNG. Beside the shards goes a ``manifest.json`` with
-    the number of images, pairs and bytes of each shard, and its SHA-256.
+    JPEG, PNG and WebP files are copied byte for byte. Other images become PNG. A ``manifest.json`` beside the shards has the
+    number of images, pairs and bytes of each shard, and its SHA-256. An image that does not open is left out, with its texts
+    and with a warning.
 
     Args:
-        pairs: What is written; not its transforms.
-        folder: Where to.
-        images_per_shard: Images a shard.
-        prefix: What the names of the shards start with, before a number of five digits.
+        pairs: The set that is written. Its images are stored as they are, without transforms.
+        folder: The folder for the shards. It is made, and must not hold shards already.
+        images_per_shard: How many images go into one shard. Shards of 100 MB to 1 GB are read best.
+        prefix: The first part of the names of the shards, before a number of five digits, such as ``"train-"``.
 
     Returns:
-        The manifest.
+        The manifest: ``{"images": ..., "pairs": ..., "shards": [{"name": ..., "sha256": ..., ...}, ...]}``.
 
     Raises:
-        FileExistsError: There are shards in the folder.
-        ValueError: ``images_per_shard`` is not positive.
+        FileExistsError: if the folder holds shards already.
+        ValueError: if ``images_per_shard`` is not positive.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from lightning_itm import ImageTextDataset, write_shards
+        >>> pairs = ImageTextDataset([Image.new("RGB", (8, 8), "red")], [["red", "a red square"]])
+        >>> with TemporaryDirectory() as folder:
+        ...     manifest = write_shards(pairs, folder)
+        >>> manifest["images"], manifest["pairs"], manifest["shards"][0]["name"]
+        (1, 2, '00000.tar')
     """
     if images_per_shard < 1:
         raise ValueError(f"Expected `images_per_shard` to be at least 1, got {images_per_shard}.")
@@ -50,13 +61,14 @@ def write_shards(
         raise FileExistsError(
             f"Expected a folder without shards, got {folder}. Nothing is overwritten: name another one."
         )
-    order = pairs.text_image_id.argsort(stable=True)
-    text_ids = [ids.tolist() for ids in order.split(torch.bincount(pairs.text_image_id).tolist())]
+    order = pairs.text_image_id.argsort(stable=True)  # (texts,), stable: the texts of an image keep their order
+    text_ids = [ids.tolist() for ids in order.split(torch.bincount(pairs.text_image_id).tolist())]  # one list per image
     shards: list[dict[str, Any]] = []
     left_out: list[str] = []
     for number, start in enumerate(range(0, len(pairs.images), images_per_shard)):
         name, counts = f"{prefix}{number:05d}.tar", {"images": 0, "pairs": 0}
-        part = folder / f"{name}.part"
+        part = folder / f"{name}.part"  # not yet a shard: what breaks off in the middle is never read as one
+        # No times, so that the same pairs give the same bytes, and the same SHA-256.
         with open(part, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
             for image_id in range(len(pairs.images))[start : start + images_per_shard]:
                 try:
@@ -75,7 +87,7 @@ def write_shards(
             f"{left_out[0]}. Where texts are missing, ids count anew from 0.",
             stacklevel=2,
         )
-    for entry in shards:  # all at the end: what broke off in between is no set
+    for entry in shards:  # all at the end: only a whole set gets its names
         os.replace(folder / f"{entry['name']}.part", folder / entry["name"])
     totals = {name: sum(entry[name] for entry in shards) for name in ("images", "pairs")}
     manifest = {**totals, "shards": shards}
@@ -84,11 +96,14 @@ def write_shards(
 
 
 def verify_shards(folder: str | PathLike[str]) -> None:
-    """Compare shards with their manifest.
+    """Compare every shard of a folder with its SHA-256 in the manifest.
+
+    Args:
+        folder: A folder that :func:`~lightning_itm.write_shards` wrote.
 
     Raises:
-        ValueError: A shard is not what was written, or there is no manifest.
-        FileNotFoundError: A shard is not there.
+        ValueError: if the content of a shard has changed, or if the folder has no manifest.
+        FileNotFoundError: if a shard of the manifest is missing.
     """
     manifest = read_manifest(Path(folder))
     if manifest is None:
@@ -102,10 +117,10 @@ def verify_shards(folder: str | PathLike[str]) -> None:
 
 
 def encoded_image(source: Any) -> tuple[bytes, str]:
-    """Return the bytes of an image file, and its ending.
+    """Return an image as the bytes of a file, and the ending of that file.
 
     Raises:
-        UnreadableImageError: It does not open.
+        UnreadableImageError: if the image does not open.
     """
     if isinstance(source, bytes):
         data = source
@@ -119,7 +134,8 @@ def encoded_image(source: Any) -> tuple[bytes, str]:
     else:
         data = b""
     if data:
-        open_rgb(data if not isinstance(source, str | PathLike) else source)  # or nobody could, later
+        # Decoded once, because what does not open here would not open in training. The error names a path, if there is one.
+        open_rgb(data if not isinstance(source, str | PathLike) else source)
         with Image.open(io.BytesIO(data)) as image:
             if image.format in FORMATS:
                 return data, FORMATS[image.format]
@@ -129,9 +145,9 @@ def encoded_image(source: Any) -> tuple[bytes, str]:
 
 
 def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Compute the SHA-256 of a file."""
     digest = sha256()
     with open(path, "rb") as file:
-        while part := file.read(1 << 20):
+        while part := file.read(1 << 20):  # 1 MB at a time: a shard may be larger than the memory
             digest.update(part)
     return digest.hexdigest()

@@ -23,7 +23,7 @@ from lightning_itm import (
     ShardStream,
     write_shards,
 )
-from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader, batch_sizes, share_of
+from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader, batch_sizes, epoch_part
 from tests.data.shards.test_dataset import img2dataset_sample, png, write_tar
 from tests.helpers.tiny import AUGMENTED, PLAIN, SILENT, Tiny, tiny_pairs, tokenize
 
@@ -66,7 +66,7 @@ def test_shares_are_equal_and_cover_an_epoch(num_pairs, batch_size, world_size, 
     counts = Counter()
     for rank in range(world_size):
         shares = [
-            share_of(
+            epoch_part(
                 num_pairs,
                 batch_size,
                 drop_last=drop_last,
