@@ -149,19 +149,9 @@ class ImageTextFilesDataModule(ImageTextDataModule):
             seed=seed,
         )
         self.sources: dict[str, Any] = {"train": train, "val": val, "test": test}
-        for one, other in itertools.combinations(self.sources, 2):
-            source = self.sources[one]
-            # Most likely a slip, after which the result on `val` would be that of the training set.
-            if source is not None and source == self.sources[other] and not str(source).endswith(".json"):
-                rank_zero_warn(
-                    f"`{one}` and `{other}` are the same, {source}, which has no splits as a Karpathy .json has: both will be "
-                    "all of it."
-                )
-        self.options: dict[str, Any] = {
-            "image_root": image_root,
-            "image_column": image_column,
-            "text_column": text_column,
-        }
+        self._warn_of_one_source_twice()
+        columns = {"image_column": image_column, "text_column": text_column}
+        self.options: dict[str, Any] = {"image_root": image_root, **columns}
         self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
         self.stream_options: dict[str, Any] = {
             "shuffle_buffer": shuffle_buffer,
@@ -171,6 +161,16 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         self.model_name, self.pretrained, self.augmentation = model_name, pretrained, augmentation
         self._own_transforms: dict[str, Any] | None = None  # made at the first use, since that takes a second
         self._read_with: dict[str, Any] = {}
+
+    def _warn_of_one_source_twice(self) -> None:
+        for one, other in itertools.combinations(self.sources, 2):
+            source = self.sources[one]
+            # Most likely a slip, after which the result on `val` would be that of the training set.
+            if source is not None and source == self.sources[other] and not str(source).endswith(".json"):
+                rank_zero_warn(
+                    f"`{one}` and `{other}` are the same, {source}, which has no splits as a Karpathy .json has: both will be "
+                    "all of it."
+                )
 
     def prepare_data(self) -> None:
         """Index the shards."""
