@@ -1,4 +1,8 @@
-"""Random numbers that a stopped run draws again: functions of a key, seeded streams, and streams that are restored."""
+"""Random numbers that a stopped run draws again.
+
+Three kinds: numbers that are functions of a key (:func:`uniform`), streams that start from a key (:func:`seeded`), and the
+process's own streams, saved and restored (:func:`random_streams`).
+"""
 
 import hashlib
 import random
@@ -13,31 +17,40 @@ from torch import Tensor
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # its integers are beyond what the compiler takes
 def uniform(ids: Tensor, *key: int) -> Tensor:
-    """Draw a number in [0, 1) for each id: the same on any device, in any batch and after a resume.
+    """Draw a number in [0, 1) for each id. It is the same on any device, in any batch and after a resume.
 
     Args:
-        ids: What the numbers are for, integers `(rows,)`.
-        key: What else they depend on, such as seed and epoch.
+        ids: The ids that get a number, such as those of texts, integers `(rows,)`.
+        key: Integers that the numbers also depend on, such as seed and epoch. Other integers give other numbers.
+
+    Returns:
+        Numbers, float32 `(rows,)`.
 
     Example:
         >>> import torch
+        >>> from lightning_itm.randomness import uniform
         >>> bool((uniform(torch.tensor([5, 7]), 0, 1)[1:] == uniform(torch.tensor([7]), 0, 1)).all())
         True
 
     References:
         Steele et al., *Fast Splittable Pseudorandom Number Generators*, OOPSLA 2014 (the mixing function of SplitMix64).
     """
-    x = ids.long()
+    x = ids.long()  # (rows,)
     for value in key:
         x = _mix(x + _signed(_GAMMA * (value + 1)))
-    return (_shifted(_mix(x), 40)).float() / (1 << 24)
+    return (_shifted(_mix(x), 40)).float() / (1 << 24)  # 24 bits: as many as float32 holds, so 1 is never reached
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Draw from streams that depend on the key alone, and leave the process's own streams (torch, numpy, random) as they are.
 
+    Args:
+        key: Integers, such as seed, epoch and id. Other integers give other streams.
+
     Example:
+        >>> import torch
+        >>> from lightning_itm.randomness import seeded
         >>> with seeded(0, 3, 17):
         ...     first = torch.rand(())
         >>> with seeded(0, 3, 17):
@@ -45,11 +58,12 @@ def seeded(*key: int) -> Iterator[None]:
         True
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    # A hash, since seeds that are close to each other start streams that are alike. `hash()` differs between processes.
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the CPU's alone: a worker must not touch CUDA
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)  # NumPy takes 32 bits
         try:
             yield
         finally:
@@ -58,7 +72,8 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def random_streams() -> dict[str, Any]:
-    """Return the state of PyTorch's streams (CPU and current CUDA device), Python's and NumPy's: tensors and plain numbers."""
+    """Return the state of PyTorch's streams (CPU and current CUDA device), Python's and NumPy's, for a checkpoint."""
+    # Tensors and plain numbers only: a checkpoint is loaded with `weights_only=True`.
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
@@ -70,7 +85,7 @@ def random_streams() -> dict[str, Any]:
 
 
 def restore_random_streams(state: dict[str, Any]) -> None:
-    """Go on as the state says."""
+    """Set the streams to a state that :func:`random_streams` returned."""
     version, words, gauss = state["python"]
     name, keys, *rest = state["numpy"]
     torch.set_rng_state(state["torch"].cpu())
@@ -81,7 +96,11 @@ def restore_random_streams(state: dict[str, Any]) -> None:
 
 
 def part_random_streams(rank: int) -> None:
-    """Let the other ranks draw other numbers than rank 0, whose streams a checkpoint has."""
+    """Let each rank draw other numbers than rank 0, whose streams a checkpoint has.
+
+    Args:
+        rank: The number of this rank. The streams of rank 0 stay as they are.
+    """
     if rank > 0:
         seed = int(torch.randint(2**31, ())) + rank
         torch.manual_seed(seed)
@@ -90,6 +109,7 @@ def part_random_streams(rank: int) -> None:
 
 
 def _mix(x: Tensor) -> Tensor:
+    # int64 stands for uint64, in which not all devices multiply: both wrap around to the same bits.
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shifted(x, 31)

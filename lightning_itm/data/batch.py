@@ -15,9 +15,9 @@ Loaded = TypeVar("Loaded")
 
 
 class ImageTextBatch(TypedDict):
-    """The keys that every batch has. A plain dict with these keys will do.
+    """Name the keys that every batch has. A plain dict with these keys will do.
 
-    Ids are dense, from 0. Pairs that share an ``image_id`` are never each other's negatives.
+    Ids are dense and start at 0. Pairs that share an ``image_id`` are never each other's negatives.
     """
 
     image: Any
@@ -34,11 +34,11 @@ BATCH_KEYS = tuple(ImageTextBatch.__annotations__)
 
 
 def check_batch(batch: Any) -> None:
-    """Say what is missing in a batch.
+    """Raise if a batch lacks a key that the training step needs.
 
     Raises:
-        TypeError: The batch is no mapping.
-        ValueError: A key of :class:`ImageTextBatch` is missing.
+        TypeError: if the batch is no mapping.
+        ValueError: if a key of :class:`ImageTextBatch` is missing.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(
@@ -57,14 +57,15 @@ def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch.
 
     Args:
-        samples: One dict a pair, as :class:`~lightning_itm.ImageTextDataset` returns them.
+        samples: One dict for each pair, as :class:`~lightning_itm.ImageTextDataset` returns them.
 
     Returns:
-        A batch: numbers and tensors stacked, strings in a list, sequences of several lengths padded.
+        A batch. Numbers and tensors are stacked, strings are in a list, and sequences of several lengths are padded.
 
     Raises:
-        ValueError: Images or texts of several shapes, which no batch can hold.
+        ValueError: if images or texts have several shapes, which no batch can hold.
     """
+    # PyTorch's own message names two sizes, and not what they are sizes of.
     for key in ("image", "text"):
         shapes = {tuple(value.shape) for sample in samples if isinstance(value := sample.get(key), Tensor)}
         if len(shapes) > 1:
@@ -77,10 +78,11 @@ def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 )
                 + ("Give `ImageTextDataset` a `tokenizer` that pads to a fixed length." if key == "text" else "")
             )
+    # Mined negatives and ragged sequences first, since `default_collate` does not know them. The rest is left to it.
     stacked = {key: _stack([sample[key] for sample in samples]) for key in samples[0]}
     stacked = {key: values for key, values in stacked.items() if values is not None}
     rest = [{key: value for key, value in sample.items() if key not in stacked} for sample in samples]
-    return {**default_collate(rest), **stacked}
+    return {**default_collate(rest), **stacked}  # ids are int64 (pairs,) now
 
 
 def _stack(values: list[Any]) -> Any:
@@ -90,16 +92,19 @@ def _stack(values: list[Any]) -> Any:
 
 @dataclass
 class PaddedSequence:
-    """Sequences of several lengths, filled up with zeros to that of the longest.
+    """Hold sequences of several lengths in one tensor, filled up with zeros to the length of the longest.
 
     Args:
-        values: `(sequences, longest, ...)`.
-        lengths: int64 `(sequences,)`, from 1.
+        values: The sequences `(sequences, longest, ...)`, such as the regions of images or the words of captions.
+        lengths: The length of each sequence, int64 `(sequences,)`, at least 1.
 
     Raises:
-        ValueError: The two do not match in number, or, where they are on the CPU, a length is 0 or more than there are values.
+        ValueError: if the two do not match in number, or if a length is 0 or more than there are values. The lengths are only
+            checked on the CPU.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.data import PaddedSequence
         >>> PaddedSequence.pad([torch.ones(2), torch.ones(1)]).values
         tensor([[1., 1.],
                 [1., 0.]])
@@ -125,32 +130,32 @@ class PaddedSequence:
         return len(self.lengths)
 
     def pin_memory(self) -> "PaddedSequence":
-        """Copy both to pinned memory, from where a device reads without the host waiting; PyTorch's loaders call this."""
+        """Copy both to pinned memory, from where a device reads without the host waiting. PyTorch's loaders call this."""
         return PaddedSequence(self.values.pin_memory(), self.lengths.pin_memory())
 
     @classmethod
     def pad(cls, sequences: Sequence[Tensor]) -> "PaddedSequence":
-        """Put tensors `(length, ...)` together."""
+        """Put tensors `(length, ...)` into one, with zeros after the end of each."""
         lengths = torch.tensor([len(sequence) for sequence in sequences])
-        return cls(pad_sequence(list(sequences), batch_first=True), lengths)
+        return cls(pad_sequence(list(sequences), batch_first=True), lengths)  # (sequences, longest, ...)
 
 
 @dataclass
 class Unpadded:
-    """One sequence of a sample, which :func:`~lightning_itm.data.collate_pairs` pads."""
+    """Mark a tensor of a sample as a sequence, which :func:`~lightning_itm.data.collate_pairs` pads."""
 
     values: Tensor
 
 
 def pad_if_ragged(values: Sequence[Any]) -> Any:
-    """Return a PaddedSequence of what is Unpadded, and None for anything else."""
+    """Return sequences as a :class:`PaddedSequence`, and None for anything else."""
     if values and all(isinstance(value, Unpadded) for value in values):
         return PaddedSequence.pad([value.values for value in values])
     return None
 
 
 class UnreadablePairError(RuntimeError):
-    """A pair that can't be used: its image does not open, or its text is empty."""
+    """Tell that a pair can't be used: its image does not open, or its text is empty."""
 
 
 def with_stand_ins(
@@ -219,7 +224,7 @@ def load_or_next(
     Args:
         load: The function that loads the thing at an index.
         index: The index that is wanted. A negative one counts from the end.
-        num: How many things there are.
+        num: The number of things there are, such as the length of a dataset.
         what: What is loaded, in the plural, for the message of the error. Such as ``"images"``.
         report: Called with each error, to count or to warn. By default, errors are only replaced.
 
@@ -229,6 +234,7 @@ def load_or_next(
     Raises:
         UnreadablePairError: if nothing at all can be read.
     """
+    # From the last index the search goes on at the first, so it meets each index once.
     attempts = ((other % num, partial(load, other % num)) for other in range(index, index + num))
     loaded, found, _ = next(with_stand_ins(attempts, what=what, report=report))
     return loaded, found == index % num

@@ -19,31 +19,39 @@ from lightning_itm.data.shards.stream import ShardStream
 
 
 class ImageTextDataModule(L.LightningDataModule):
-    """Batches of image-text pairs for training and evaluation, resumable at any batch.
+    """Make batches of image-text pairs for training and evaluation, in a run that can be resumed at any batch.
 
-    Order and augmentation are functions of (seed, epoch, pair), and the position is part of the checkpoint: a run that is
-    stopped at the end of an epoch, in its middle or by ``kill -9``, and resumed with ``ckpt_path``, sees the batches that
-    the uninterrupted run would have seen.
+    A run may stop at the end of an epoch, in its middle or by ``kill -9``. Resumed with ``ckpt_path``, it sees the batches
+    that the uninterrupted run would have seen. For that, order and augmentation are functions of (seed, epoch, pair), and the
+    checkpoint says where the run was.
 
     Args:
-        train_dataset: What is trained on, by number, or a :class:`~lightning_itm.ShardStream`; may be wrapped later (by a
-            callback, in ``setup``).
-        val_dataset: What is validated on; an :class:`~lightning_itm.ImageTextDataset`, or a ``Subset`` of one, is read through
-            its ``evaluation()``.
-        test_dataset: What is tested on, likewise.
-        batch_size: Pairs a batch on each rank.
-        eval_batch_size: The same in evaluation; default ``batch_size``.
-        num_workers: Worker processes a loader; default: the usable cores, at most 8.
-        persistent_workers: Keep the workers from one epoch to the next.
-        drop_last: Leave out the pairs that do not fill a batch. They are others in each epoch.
-        seed: Order and augmentation of an epoch are functions of it.
+        train_dataset: The training set, a dataset with random access or a :class:`~lightning_itm.ShardStream`. A callback may
+            wrap it in its ``setup``.
+        val_dataset: The validation set. Without it, nothing is validated. An :class:`~lightning_itm.ImageTextDataset`, or a
+            ``Subset`` of one, is read through its ``evaluation()``.
+        test_dataset: The test set. It is read like the validation set.
+        batch_size: Number of pairs per batch on each rank. More pairs are more negatives.
+        eval_batch_size: Number of pairs per batch in evaluation, which needs less memory. Default: ``batch_size``.
+        num_workers: Number of processes per loader. Default: the usable cores, at most 8.
+        persistent_workers: Keep the workers from one epoch to the next. Turn it off to save memory.
+        drop_last: Leave out the training pairs that do not fill a batch. In each epoch it is other pairs.
+        seed: The seed of order and augmentation. Another one gives another run.
 
     Attributes:
-        predict_split: Which of the three ``Trainer.predict`` reads: ``"train"``, ``"val"`` or ``"test"``.
+        predict_split: The set that ``Trainer.predict`` reads: ``"train"``, ``"val"`` or ``"test"``.
 
     Raises:
-        ValueError: ``batch_size`` is not positive.
-        MisconfigurationException: A dataset that the Trainer asks for is missing, or too small for one batch.
+        ValueError: if ``batch_size`` or ``eval_batch_size`` is not positive.
+        MisconfigurationException: if a set that the Trainer asks for was not given, or if it is too small for one batch.
+
+    Example:
+        >>> from PIL import Image
+        >>> from lightning_itm import ImageTextDataModule, ImageTextDataset
+        >>> pairs = ImageTextDataset([Image.new("RGB", (8, 8), name) for name in ("red", "blue")], ["red", "blue"])
+        >>> data = ImageTextDataModule(pairs, pairs, batch_size=2, num_workers=0)
+        >>> next(iter(data.val_dataloader()))["text"]
+        ['red', 'blue']
     """
 
     earlier_names: tuple[str, ...] = ()
@@ -77,10 +85,11 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Forget where an earlier run was resumed."""
+        # In this hook, which runs before `load_state_dict`: a checkpoint of this run is not forgotten.
         self._position.forget()
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
-        """Return the loader of this rank's share of each epoch; without a Trainer, a plain one."""
+        """Return the loader of this rank's part of each epoch. Without a Trainer, it is a plain one."""
         dataset, trainer = _given(self.train_dataset, "train_dataset"), self.trainer
         if isinstance(dataset, ShardStream):
             return self._stream_loader(dataset, trainer)
@@ -89,6 +98,7 @@ class ImageTextDataModule(L.LightningDataModule):
                 dataset, self.batch_size, shuffle=True, drop_last=self.drop_last, **self._loader_options()
             )
         seeded = SeededDataset(dataset, self.seed)
+        # A DistributedSampler of our own: Lightning would wrap another sampler into one that begins each epoch at its start.
         sampler = EpochSampler(
             seeded,
             self.batch_size,
@@ -103,7 +113,7 @@ class ImageTextDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Return the loader of ``val_dataset``, in order, with evaluation transforms; without one, nothing is validated."""
+        """Return the loader of ``val_dataset``, in order, with evaluation transforms. It may be missing."""
         return [] if self.val_dataset is None else self._evaluation_loader(self.val_dataset)
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -135,8 +145,9 @@ class ImageTextDataModule(L.LightningDataModule):
         """Start where the checkpoint was written, if it is training that is resumed.
 
         Raises:
-            MisconfigurationException: The checkpoint is of the middle of an epoch, and batches have another size now.
+            MisconfigurationException: if the checkpoint was written in the middle of an epoch, and batches are others now.
         """
+        # Lightning calls this hook in `validate`, `test` and `predict` as well, whose checkpoint says nothing of the next fit.
         trainer = _given(self.trainer, "trainer")
         if trainer.state.fn == TrainerFn.FITTING:
             self._position.load_state_dict(state_dict, trainer, self._order_settings())
@@ -150,22 +161,17 @@ class ImageTextDataModule(L.LightningDataModule):
         }
 
     def _next_batch(self) -> tuple[int, int]:
-        return self._position.next_batch(_given(self.trainer, "trainer"))
+        return self._position.next_batch(self.trainer)
 
     def _stream_loader(self, stream: ShardStream, trainer: L.Trainer | None) -> StreamLoader:
         world_size, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
-        self._check_one_batch(-(-len(stream) // world_size))
+        self._check_one_batch(-(-len(stream) // world_size))  # rounded up: some pairs come twice, to make ranks equal
         batches = StreamedBatches(
             stream, self.batch_size, drop_last=self.drop_last, rank=rank, world_size=world_size, seed=self.seed
         )
+        # The workers yield whole batches, so the DataLoader has nothing to collate.
         options = {name: value for name, value in self._loader_options().items() if name != "collate_fn"}
-        return StreamLoader(batches, self._next_batch_of_stream, **options)
-
-    def _next_batch_of_stream(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 0
-        epoch, batch = self._next_batch()
-        return (0 if self.trainer.overfit_batches > 0 else epoch), batch  # type: ignore[attr-defined]
+        return StreamLoader(batches, self._next_batch, **options)
 
     def _check_one_batch(self, num_pairs: int) -> None:
         if self.drop_last and num_pairs < self.batch_size:
@@ -190,7 +196,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
 def _evaluation_view(dataset: Dataset[Any] | ShardStream) -> Dataset[Any]:
     if isinstance(dataset, ShardStream):
-        dataset = dataset.pairs
+        dataset = dataset.pairs  # the shards, which can be read by number
     if isinstance(dataset, ImageTextDataset):
         return dataset.evaluation()
     if isinstance(dataset, Subset):
@@ -199,6 +205,7 @@ def _evaluation_view(dataset: Dataset[Any] | ShardStream) -> Dataset[Any]:
 
 
 def _default_num_workers() -> int:
+    # The cores of this process, which in a container are fewer than those of the machine.
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, usable)
 

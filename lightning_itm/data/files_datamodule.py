@@ -1,4 +1,4 @@
-"""Image-text data in the form that people have it: one function to read it, and a datamodule that needs only paths."""
+"""Read image-text data in the form that people have it: one function, and a datamodule that needs only paths."""
 
 import itertools
 from collections.abc import Sequence
@@ -30,22 +30,24 @@ def read_pairs(
     index: str | PathLike[str] | None = None,
     **kwargs: Any,
 ) -> ImageTextDataset:
-    """Read image-text pairs, whatever their form.
+    """Read image-text pairs from files. The form is told by the name.
 
     Args:
-        source: A Karpathy ``.json``; a ``.csv``, ``.tsv`` or ``.jsonl``; a folder of images with ``.txt`` files beside them; a
-            folder of ``.tar`` shards, a pattern of them or a list.
-        image_root: The folder that image paths start from; default: where the file is.
-        split: Of a Karpathy JSON.
-        image_column: Of a table.
-        text_column: Of a table.
-        index: See :class:`~lightning_itm.ShardDataset`.
-        **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``.
+        source: A Karpathy ``.json``, a table (``.csv``, ``.tsv``, ``.jsonl``), a folder of images with ``.txt`` files beside
+            them, or tar shards: a folder of ``.tar`` files, a pattern such as ``"train/{00000..00031}.tar"``, or a list.
+        image_root: The folder that image paths in a JSON file or a table start from. Default: the folder of that file.
+        split: The split of a Karpathy JSON to read, ``"train"``, ``"val"`` or ``"test"``. Other forms have no splits.
+        image_column: The column of a table that holds the image paths. Change it if yours has another name.
+        text_column: The column of a table that holds the texts. Change it if yours has another name.
+        index: The file that says what is in the shards. Default: beside the first shard. Only shards have one, and remote
+            shards need it.
+        **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``, as :class:`~lightning_itm.ImageTextDataset` takes them.
 
     Raises:
-        ValueError: A source of none of these forms.
-        FileNotFoundError: It is not there.
+        ValueError: if ``source`` has none of these forms, or what it holds does not fit together.
+        FileNotFoundError: if ``source`` or its first image does not exist.
     """
+    # A list can only be shards. Other forms are one file or one folder.
     if is_shards(source) or not isinstance(source, str | PathLike):
         return ShardDataset(source, index=index, **kwargs)
     path, ending = Path(source), Path(source).suffix.lower()
@@ -77,35 +79,39 @@ def is_shards(source: Source) -> bool:
 
 
 class ImageTextFilesDataModule(ImageTextDataModule):
-    """Batches of image-text pairs from files: what :func:`read_pairs` reads, for Python and for the command line.
+    """Make batches of image-text pairs from files, in Python or on the command line.
 
     Args:
-        train: What is trained on: a file, a folder or shards; see :func:`read_pairs`. The splits of a Karpathy JSON are taken
-            by the name of the argument: ``train`` (with ``restval``), ``val``, ``test``.
-        val: What is validated on, likewise.
-        test: What is tested on, likewise.
-        image_root: The folder that image paths start from; default: where the file is.
-        image_column: The column of images in a table.
-        text_column: The column of texts in a table.
-        stream: Read ``train``, which must be shards, from front to back (:class:`~lightning_itm.ShardStream`).
-        shuffle_buffer: Of the stream.
-        resampled: Of the stream.
-        pairs_per_epoch: Of the stream, if it is resampled.
-        index: The file that says what is in the shards of ``train``, or ``{"train": ..., "val": ...}``; remote shards, and
-            those in a folder that can't be written, need one.
-        model_name: The open_clip model whose transforms and tokenizer are used; default: those of the module that is trained
-            (``module.transforms``).
-        pretrained: The tag of its weights, if ``model_name`` is given.
-        augmentation: Of the training images, if ``model_name`` is given: arguments of ``open_clip.AugmentationCfg``.
-        batch_size: As for :class:`ImageTextDataModule`, also the rest.
-        eval_batch_size: See there.
-        num_workers: See there.
-        persistent_workers: See there.
-        drop_last: See there.
-        seed: See there.
+        train: The training set: a file, a folder or shards, in a form that :func:`read_pairs` knows. From a Karpathy JSON each
+            of the three arguments reads the split of its name, and ``train`` reads ``restval``, too.
+        val: The validation set, in any of the same forms. Without it, nothing is validated.
+        test: The test set, in any of the same forms.
+        image_root: The folder that image paths in a JSON file or a table start from. Default: the folder of that file.
+        image_column: The column of a table that holds the image paths. Change it if yours has another name.
+        text_column: The column of a table that holds the texts. Change it if yours has another name.
+        stream: Read ``train`` from front to back, as :class:`~lightning_itm.ShardStream` does. For shards that are remote or
+            on a slow disk.
+        shuffle_buffer: The number of pairs among which a worker of the stream draws the next one. More shuffles better and
+            takes more memory.
+        resampled: Let the stream draw shards with replacement. For sets too large to be read in whole.
+        pairs_per_epoch: The number of pairs in an epoch of a stream that is resampled. Default: as many as there are.
+        index: The file that says what is in the shards of ``train``, or a dict such as ``{"train": ..., "val": ...}``. Shards
+            that are remote, or in a folder that can't be written, need one.
+        model_name: The open_clip model whose transforms and tokenizer are used, such as ``"ViT-B-32"``. Default: those of the
+            module that is trained (``module.transforms``).
+        pretrained: The tag of its weights, if ``model_name`` is given. Some weights need other transforms.
+        augmentation: Arguments of ``open_clip.AugmentationCfg`` for the training images, if ``model_name`` is given. Such as
+            ``{"scale": (0.5, 1)}``.
+        batch_size: Number of pairs per batch on each rank. More pairs are more negatives.
+        eval_batch_size: Number of pairs per batch in evaluation, which needs less memory. Default: ``batch_size``.
+        num_workers: Number of processes per loader. Default: the usable cores, at most 8.
+        persistent_workers: Keep the workers from one epoch to the next. Turn it off to save memory.
+        drop_last: Leave out the training pairs that do not fill a batch. In each epoch it is other pairs.
+        seed: The seed of order and augmentation. Another one gives another run.
 
     Raises:
-        MisconfigurationException: No source for what the Trainer asks for, no transforms, or a stream of what are no shards.
+        MisconfigurationException: if the Trainer asks for a set that was not given, if there are no transforms, or if
+            ``stream`` is set and ``train`` is no shards.
     """
 
     earlier_names = ("ImageTextFiles",)
@@ -143,18 +149,9 @@ class ImageTextFilesDataModule(ImageTextDataModule):
             seed=seed,
         )
         self.sources: dict[str, Any] = {"train": train, "val": val, "test": test}
-        for one, other in itertools.combinations(self.sources, 2):
-            source = self.sources[one]
-            if source is not None and source == self.sources[other] and not str(source).endswith(".json"):
-                rank_zero_warn(
-                    f"`{one}` and `{other}` are the same, {source}, which has no splits as a Karpathy .json has: both will be "
-                    "all of it."
-                )
-        self.options: dict[str, Any] = {
-            "image_root": image_root,
-            "image_column": image_column,
-            "text_column": text_column,
-        }
+        self._warn_of_one_source_twice()
+        columns = {"image_column": image_column, "text_column": text_column}
+        self.options: dict[str, Any] = {"image_root": image_root, **columns}
         self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
         self.stream_options: dict[str, Any] = {
             "shuffle_buffer": shuffle_buffer,
@@ -162,36 +159,49 @@ class ImageTextFilesDataModule(ImageTextDataModule):
             "pairs_per_epoch": pairs_per_epoch,
         }
         self.model_name, self.pretrained, self.augmentation = model_name, pretrained, augmentation
-        self._own_transforms: dict[str, Any] | None = None
+        self._own_transforms: dict[str, Any] | None = None  # made at the first use, since that takes a second
         self._read_with: dict[str, Any] = {}
 
+    def _warn_of_one_source_twice(self) -> None:
+        for one, other in itertools.combinations(self.sources, 2):
+            source = self.sources[one]
+            # Most likely a slip, after which the result on `val` would be that of the training set.
+            if source is not None and source == self.sources[other] and not str(source).endswith(".json"):
+                rank_zero_warn(
+                    f"`{one}` and `{other}` are the same, {source}, which has no splits as a Karpathy .json has: both will be "
+                    "all of it."
+                )
+
     def prepare_data(self) -> None:
-        """Find out what is in the shards, in one process."""
+        """Index the shards."""
+        # In this hook, which one process per machine runs while the others wait: all of them then map the same file.
         for split, source in self.sources.items():
             if source is not None and is_shards(source):
                 ShardIndex.open(source, self.index.get(split))
 
     def setup(self, stage: str) -> None:
         """Read the sets that a stage needs, unless they were read before, with these transforms."""
+        # In this hook and not in the constructor: only here the module is known, whose transforms may be the ones to use.
         super().setup(stage)
         needed: list[str] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}.get(
             stage, [self.predict_split]
         )
-        if self.sources[needed[0]] is None:
+        if self.sources[needed[0]] is None:  # a fit needs `train`, and can do without `val`
             raise MisconfigurationException(
                 f"Expected `{needed[0]}`, a file, a folder or shards to read, for the stage {stage!r}, got None."
             )
         for split in needed:
+            # `fit` and then `test` share what was read. Another module has other transforms, and reads anew.
             if self.sources[split] is not None and self._read_with.get(split) is not self.transforms:
                 setattr(self, f"{split}_dataset", self._read(split))
                 self._read_with[split] = self.transforms
 
     @property
     def transforms(self) -> dict[str, Any]:
-        """Transforms and tokenizer: those of ``model_name``, or else of the module that is trained.
+        """Return transforms and tokenizer: those of ``model_name``, or else of the module that is trained.
 
         Raises:
-            MisconfigurationException: There are none.
+            MisconfigurationException: if ``model_name`` was not given, and the module has no dict ``transforms``.
         """
         if self.model_name is not None:
             if self._own_transforms is None:
@@ -210,7 +220,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         index = self.index.get(split)
         pairs = read_pairs(self.sources[split], split=split, index=index, **self.options, **self.transforms)
         if not self.stream or split != "train":
-            return pairs
+            return pairs  # in evaluation each id is wanted once, in order, which a stream can't promise
         if not isinstance(pairs, ShardDataset):
             raise MisconfigurationException(
                 f"Expected `train` to be .tar shards with `stream=True`, got {self.sources[split]}. Write it into shards "

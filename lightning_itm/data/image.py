@@ -17,10 +17,10 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 
 @runtime_checkable
 class ImageFile(Protocol):
-    """Where the bytes of an image file are, such as within a tar."""
+    """Read the bytes of an image file, wherever it is, such as within a tar."""
 
     def read_bytes(self) -> bytes:
-        """Read them."""
+        """Return the bytes of the file."""
 
 
 ImageSource = str | PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | ImageFile
@@ -28,16 +28,18 @@ ImageSource = str | PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] |
 
 
 class UnreadableImageError(RuntimeError):
-    """An image that does not open."""
+    """Tell that an image does not open."""
 
 
 def open_rgb(source: ImageSource) -> Image.Image:
-    """Open an image; transparent pixels become white, as a browser shows them.
+    """Open an image as RGB. Transparent pixels become white, as a browser shows them.
 
     Raises:
-        UnreadableImageError: The file is missing, is no image or breaks off.
+        UnreadableImageError: if the file is missing, is no image, or breaks off.
 
     Example:
+        >>> import numpy as np
+        >>> from lightning_itm.data import open_rgb
         >>> open_rgb(np.zeros((2, 3, 4), dtype=np.uint8)).getpixel((0, 0))
         (255, 255, 255)
     """
@@ -45,6 +47,7 @@ def open_rgb(source: ImageSource) -> Image.Image:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
         if isinstance(source, np.ndarray):
+            # PIL knows grey arrays as (height, width) only.
             return _to_rgb(Image.fromarray(source.squeeze(2) if source.ndim == 3 and source.shape[2] == 1 else source))
         data = source if isinstance(source, str | PathLike | bytes) else source.read_bytes()
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
@@ -65,16 +68,19 @@ def open_clip_transforms(
     """Return the transforms and the tokenizer of an open_clip model, without its weights.
 
     Args:
-        model_name: A name of ``open_clip.list_models()``, ``hf-hub:...`` or ``local-dir:...``.
-        pretrained: The tag of its weights: some were trained with another mean, or another way to resize.
-        augmentation: Arguments of ``open_clip.AugmentationCfg``, such as ``{"scale": (0.5, 1)}``.
+        model_name: A name of ``open_clip.list_models()``, such as ``"ViT-B-32"``, or ``"hf-hub:..."`` or ``"local-dir:..."``.
+        pretrained: The tag of the weights, such as ``"openai"``. Give the one that you train from: some weights need another
+            mean, or another way to resize.
+        augmentation: Arguments of ``open_clip.AugmentationCfg``, such as ``{"scale": (0.5, 1)}``. Default: open_clip's own.
 
     Returns:
         ``transform``, ``eval_transform`` and ``tokenizer``, as :class:`~lightning_itm.ImageTextDataset` takes them.
     """
     known = open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained and ":" not in model_name else {}
     preprocessing = {f"image_{name}": known.get(name) for name in ("mean", "std", "interpolation", "resize_mode")}
-    logging.disable(logging.WARNING)  # that the model has random weights: nobody will see them
+    # open_clip makes transforms only with a model. On the device "meta" it takes no memory, and its warning that the weights
+    # are random is of no use here.
+    logging.disable(logging.WARNING)
     try:
         _, transform, eval_transform = open_clip.create_model_and_transforms(
             model_name, device="meta", load_weights=False, aug_cfg=augmentation, **preprocessing
@@ -85,22 +91,22 @@ def open_clip_transforms(
 
 
 def check_sources(images: Iterable[Any]) -> None:
-    """Say which entry can't be an image, before training starts.
+    """Raise if an entry can't be an image, before training starts. Files are not opened.
 
     Raises:
-        TypeError: An entry is none of the kinds in ``ImageSource``, or an array of another dtype or shape.
-        ValueError: The same path twice.
+        TypeError: if an entry is of another kind than ``ImageSource``, or an array of another dtype or shape.
+        ValueError: if a path comes twice.
     """
-    first_place: dict[str, int] = {}
+    first_index: dict[str, int] = {}
     for image_id, image in enumerate(images):
         if not isinstance(image, str | PathLike | bytes | Image.Image | np.ndarray | ImageFile):
             raise TypeError(
                 f"Expected images to be paths, bytes, PIL images or arrays, got {type(image).__name__} for image {image_id}."
             )
-        if isinstance(image, str | PathLike) and first_place.setdefault(str(image), image_id) != image_id:
+        if isinstance(image, str | PathLike) and first_index.setdefault(str(image), image_id) != image_id:
             raise ValueError(
-                f"Expected every image once, got {image} as image {first_place[str(image)]} and image {image_id}: its texts "
-                "would be negatives of each other. Give a list of texts an image, or `text_image_id`; `from_csv` groups rows."
+                f"Expected every image once, got {image} as image {first_index[str(image)]} and image {image_id}: its texts "
+                "would be negatives of each other. Give a list of texts per image, or `text_image_id`; `from_csv` groups rows."
             )
         if isinstance(image, np.ndarray) and not _is_picture(image):
             raise TypeError(
@@ -114,7 +120,7 @@ def _is_picture(array: np.ndarray[Any, Any]) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
+    if image.has_transparency_data:  # also a palette's, which has no alpha channel
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Image-text pairs by number: many texts an image, images in whatever form they come."""
+"""Image-text pairs with random access: one or more texts per image, and images in whatever form they come."""
 
 import copy
 import warnings
@@ -18,24 +18,30 @@ from lightning_itm.data.readers import flatten_texts, read_folder, read_jsonl, r
 
 
 class ImageTextDataset(Dataset[dict[str, Any]]):
-    """Image-text pairs with random access. One item is one *text* with its image.
+    """Read image-text pairs with random access. One item is one *text* with its image.
+
+    In training, another pair stands in for one that can't be read, because its image does not open or its text is empty. Such
+    pairs are counted in ``num_replaced``.
 
     Args:
-        images: One entry an image: a path, the bytes of an image file, a PIL image, or a uint8 array `(height, width)`
+        images: One entry for each image: a path, the bytes of an image file, a PIL image, or a uint8 array `(height, width)`
             or `(height, width, channels)`. Transparent pixels become white, as a browser shows them.
-        texts: One text an image, or one list of texts an image, or, with ``text_image_id``, one text an entry.
-        text_image_id: The image that each text belongs to, where ``texts`` is flat.
+        texts: One text per image, or one list of texts per image. With ``text_image_id``, a flat list of all texts.
+        text_image_id: The image that each text belongs to, such as ``[0, 0, 1]``. Give it where ``texts`` is a flat list.
         transform: Turns a PIL image into what the image tower takes, in training. Default: a float tensor
             `(3, height, width)` in [0, 1].
-        eval_transform: The same without augmentation, for validation, test and mining. Default: ``transform``.
+        eval_transform: Turns a PIL image into what the image tower takes, in validation, test and mining. Give it where
+            ``transform`` augments. Default: ``transform``.
         tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
 
     Raises:
-        ValueError: No images; an image without text; texts and images that do not match in number; ids that are not
-            dense; the same path twice.
-        TypeError: An image of a kind that can't be read; a text that is no string.
+        ValueError: if there are no images, if an image has no text, if texts and images do not match in number, if the ids
+            are not dense, or if a path comes twice.
+        TypeError: if an image is of a kind that can't be read, or if a text is no string.
 
     Example:
+        >>> from PIL import Image
+        >>> from lightning_itm import ImageTextDataset
         >>> red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
         >>> pairs = ImageTextDataset([red, blue], [["red", "a red square"], ["blue"]])
         >>> len(pairs), pairs[1]["text"], pairs[1]["image_id"], pairs[2]["image_id"]
@@ -58,6 +64,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self._set_up(transform, eval_transform, tokenizer)
         check_sources(self.images)
 
+    # Apart from the constructor, for subclasses whose images and texts come from elsewhere.
     def _set_up(
         self,
         transform: Callable[[Image.Image], Any] | None,
@@ -68,7 +75,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self.eval_transform = eval_transform or self.transform
         self.tokenizer = tokenizer
         self.is_evaluation = False
-        # Shared: workers count, the main process sees it.
+        # In shared memory: workers count, and the main process sees it.
         self.num_replaced = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @classmethod
@@ -82,14 +89,15 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """Read a Karpathy split (``dataset_flickr8k.json``, ``dataset_flickr30k.json``, ``dataset_coco.json``).
 
         Args:
-            path: The JSON file.
-            image_root: The folder of the images; COCO's ``filepath`` is looked up below it.
-            split: ``"train"`` takes ``restval`` in, as published results on COCO do; ``["train"]`` does not.
-            **kwargs: As for the class: ``transform``, ``eval_transform``, ``tokenizer``.
+            path: The path of the JSON file.
+            image_root: The folder of the images. COCO's ``filepath`` is looked up below it.
+            split: The split to read, such as ``"val"``, or a list of splits. ``"train"`` takes ``restval`` in, as published
+                results on COCO do. ``["train"]`` does not.
+            **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``, as the class takes them.
 
         Raises:
-            ValueError: No image has that split.
-            FileNotFoundError: The first image is not there.
+            ValueError: if no image has that split.
+            FileNotFoundError: if the first image does not exist.
 
         References:
             Karpathy and Fei-Fei, *Deep Visual-Semantic Alignments for Generating Image Descriptions*, CVPR 2015.
@@ -107,19 +115,20 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         delimiter: str = ",",
         **kwargs: Any,
     ) -> "ImageTextDataset":
-        r"""Read a table with a header, one pair a row; rows with the same image share it.
+        r"""Read a table with a header and one pair per row. Rows with the same image share it.
 
         Args:
-            path: The file.
-            image_root: The folder that image paths start from.
-            image_column: The column of image paths.
-            text_column: The column of texts.
-            delimiter: ``"\t"`` for the TSV files that open_clip trains on (with its columns ``filepath`` and ``title``).
-            **kwargs: As for the class.
+            path: The path of the CSV file.
+            image_root: The folder that image paths start from. Default: the current folder.
+            image_column: The column that holds the image paths.
+            text_column: The column that holds the texts.
+            delimiter: The sign between two columns. Use ``"\t"`` for the TSV files that open_clip trains on. Their columns are
+                ``filepath`` and ``title``.
+            **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``, as the class takes them.
 
         Raises:
-            ValueError: A column is missing, or the table is empty.
-            FileNotFoundError: The first image is not there.
+            ValueError: if a column is missing, or if the table is empty.
+            FileNotFoundError: if the first image does not exist.
         """
         return cls(*read_table(path, image_root, image_column, text_column, delimiter), **kwargs)
 
@@ -133,25 +142,25 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         text_column: str = "text",
         **kwargs: Any,
     ) -> "ImageTextDataset":
-        """Read one JSON object a line; its text is a string or a list of strings. Else as :meth:`from_csv`."""
+        """Read one JSON object per line. Its text is a string or a list of strings. The rest is as in :meth:`from_csv`."""
         return cls(*read_jsonl(path, image_root, image_column, text_column), **kwargs)
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str], **kwargs: Any) -> "ImageTextDataset":
-        """Read a folder of images, each with a ``.txt`` of the same name beside it, one text a line; subfolders too.
+        """Read a folder of images, each with a ``.txt`` of the same name beside it. Each line is a text.
 
         Args:
-            folder: Where they are; in the order of their names.
-            **kwargs: As for the class.
+            folder: The folder. Its subfolders are read, too, all in the order of their names.
+            **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``, as the class takes them.
 
         Raises:
-            FileNotFoundError: An image without a ``.txt``, or no image.
+            FileNotFoundError: if there is no image, or if an image has no ``.txt``.
         """
         return cls(*read_folder(folder), **kwargs)
 
     def evaluation(self) -> "ImageTextDataset":
-        """Return a view of the same pairs with ``eval_transform``; what can't be read is an error there."""
-        view = copy.copy(self)
+        """Return a view of the same pairs with ``eval_transform``. What can't be read is an error there."""
+        view = copy.copy(self)  # shallow: images and texts are shared
         view.is_evaluation = True
         return view
 
@@ -162,7 +171,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"Expected an index below {len(self)}, the number of pairs, got {index}.")
         if self.is_evaluation:
-            return self._load_or_raise(index % len(self))
+            return self._load_or_raise(index % len(self))  # nothing stands in: it would be the result of another set
         sample, _ = load_or_next(self._load, index, len(self), what="pairs", report=self.report)
         return sample
 
@@ -170,7 +179,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """Return one image, transformed as for training, or for evaluation in a view of :meth:`evaluation`.
 
         Raises:
-            UnreadablePairError: It does not open.
+            UnreadablePairError: if it does not open.
         """
         return self._open(image_id, self.images[image_id])
 
@@ -185,7 +194,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """Return one text, tokenised.
 
         Raises:
-            UnreadablePairError: It is empty.
+            UnreadablePairError: if it is empty.
         """
         text = self.texts[text_id]
         if not text.strip():
@@ -193,9 +202,10 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         return self._encode_text(text)
 
     def _encode_text(self, text: str) -> Any:
-        return self.tokenizer([text])[0] if self.tokenizer else text
+        return self.tokenizer([text])[0] if self.tokenizer else text  # (length,)
 
     def _load(self, text_id: int) -> dict[str, Any]:
+        # The text first: where it is empty, its image need not be read.
         image_id, text = int(self.text_image_id[text_id]), self.load_text(text_id)
         return {"image": self.load_image(image_id), "text": text, "image_id": image_id, "text_id": text_id}
 
@@ -209,11 +219,12 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             ) from error
 
     def report(self, error: Exception) -> None:
-        """Count a pair that can't be used; warn at the first."""
+        """Count a pair that can't be used, and warn at the first."""
         self.num_replaced += 1
+        # The count is shared, so all workers together warn once. A thousand broken files would fill the log.
         if int(self.num_replaced) == 1:
             warnings.warn(
-                f"{error}. Another pair takes its place; further ones are counted in "
+                f"{error}. Another pair takes its place. Further ones are counted in "
                 "`ImageTextDataset.num_replaced` and not reported.",
                 stacklevel=5,  # past `with_stand_ins`, `load_or_next` and `__getitem__`: at the line that asked for the pair
             )

@@ -1,13 +1,48 @@
-"""Where a run is: which epoch is read next, and how many of its batches are done.
+"""Where a run is: which epoch is read next, and how many of its batches are done. This page explains the epoch.
 
-Lightning saves neither the position in the data nor the state of a loader's random numbers. So the order of an epoch is a
-function of (seed, epoch), the datamodule's state says where the run stopped, and both loaders, ``ResumableLoader`` and
-``StreamLoader``, ask for the position whenever an iterator is made. Three numbers are involved:
+**Why draws are functions.** Lightning saves neither the position in the data nor the random state of a loader. So nothing
+here depends on a stream of random numbers that a stopped run would lose. The order of an epoch is a function of
+(seed, epoch), and the augmentation of a pair is one of (seed, epoch, id). The same numbers come with any number of workers,
+in whichever process, and after a resume. What is left to know is the position: the epoch, and how many batches are done.
 
-* ``epoch``: the epoch that the next batch belongs to;
-* ``batch``: how many batches of this epoch are done, on each rank;
-* ``total``: how many batches were ever trained on. It tells whether training has moved on since the checkpoint was loaded:
-  until then the position is the checkpoint's, afterwards Lightning's own counts say it.
+**Which hooks run when.** With two batches per epoch, a fit that starts anew runs::
+
+    setup                      the datamodule forgets where an earlier run was resumed
+    load_state_dict            only with `ckpt_path`
+    on_fit_start
+    on_sanity_check_start, on_validation_*, on_sanity_check_end
+    (an iterator is made)      for epoch 0
+    on_train_start
+    on_train_epoch_start
+    on_train_batch_start, on_train_batch_end     twice
+    on_validation_*
+    on_train_epoch_end
+    on_train_epoch_start       of epoch 1
+    (an iterator is made)      for epoch 1, and so on
+
+Two surprises. Workers fetch the first batches as soon as the iterator is made, which for the first epoch is before
+`on_train_epoch_start`. If `configure_optimizers` asks for `trainer.estimated_stepping_batches`, it is even made before
+`on_fit_start`, when Lightning has not restored its own counts. So no hook is early enough to tell a loader its epoch. Both
+loaders, ``ResumableLoader`` and ``StreamLoader``, ask :meth:`Position.next_batch` when their iterator is made.
+
+**What a resume skips.** A checkpoint of
+
+- the end of an epoch skips nothing. `on_train_epoch_start` of the next epoch comes first.
+- the middle of an epoch skips `on_train_epoch_start` of that epoch. The rest of the epoch follows.
+- the last batch of an epoch (saved in `on_train_batch_end`) skips the validation and `on_train_epoch_end` of that epoch, and
+  `on_train_epoch_start` of the next one.
+
+So what happens once per epoch must ask for `trainer.current_epoch`, and not wait for a hook.
+
+**What the state holds.** Three numbers, on each rank the same:
+
+- ``epoch``: the epoch that the next batch belongs to.
+- ``batch``: how many batches of this epoch are done.
+- ``total``: how many batches were ever trained on. It tells whether training has moved on since the checkpoint was loaded.
+  Until then the position is the checkpoint's. Afterwards Lightning's own counts tell it.
+
+Beside them stand the settings that the batches of an epoch depend on: ``batch_size``, ``world_size``, ``num_workers`` and
+those of a stream. In the middle of an epoch they must be what they were.
 """
 
 from typing import Any
@@ -16,7 +51,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class Position:
-    """Where a run is; it is saved with the datamodule's state, and restored from it."""
+    """Answer where a run is, for both loaders. It is saved with the datamodule's state, and restored from it."""
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
@@ -26,23 +61,34 @@ class Position:
         self._restored = None
 
     def next_batch(self, trainer: Any) -> tuple[int, int]:
-        """Return the epoch of the iterator that is about to be made, and how many of its batches are done."""
+        """Return the epoch of the iterator that is about to be made, and how many of its batches are done.
+
+        Args:
+            trainer: The Trainer that runs, or None where someone looks at the batches without one. Then it is the start of
+                epoch 0. With its ``overfit_batches``, each epoch has the batches of epoch 0.
+        """
+        if trainer is None:
+            return 0, 0
         fit_loop, restored = trainer.fit_loop, self._restored
-        # Until a batch is trained on; at first, Lightning makes an iterator before it has restored its own counts.
+        epoch, num_done = fit_loop.epoch_progress.current.processed, 0
+        # Until a batch is trained on, the checkpoint knows best: at first, Lightning has not restored its own counts.
         if restored is not None and fit_loop.epoch_loop.batch_progress.total.processed <= restored["total"]:
-            return restored["epoch"], restored["batch"]
-        return fit_loop.epoch_progress.current.processed, 0
+            epoch, num_done = restored["epoch"], restored["batch"]
+        return (0 if trainer.overfit_batches > 0 else epoch), num_done
 
     def state_dict(self, trainer: Any, settings: dict[str, Any]) -> dict[str, Any]:
         """Return where training is, and what the order of its batches depends on.
 
         Args:
-            trainer: Whose progress is asked.
-            settings: ``batch_size``, ``num_workers`` and ``stream``, the settings of a stream or None.
+            trainer: The Trainer whose progress is saved.
+            settings: What the order depends on beside seed and ranks: ``batch_size``, ``num_workers`` and ``stream``, which is
+                None where the training set is no stream.
         """
         epoch, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
         num_done, num_batches = batches.current.processed, trainer.num_training_batches
         is_between_epochs = epoch.started == epoch.processed
+        # A checkpoint is written in `on_train_batch_end`, after validation, or in `on_train_epoch_end`, where Lightning has
+        # already counted the epoch as processed.
         if 0 < num_done < num_batches:
             # An epoch that `max_steps` broke off counts as processed, and goes on all the same.
             position = epoch.processed - is_between_epochs, num_done
@@ -61,14 +107,16 @@ class Position:
 
         Args:
             state: What :meth:`state_dict` returned.
-            trainer: Who resumes.
-            settings: As for :meth:`state_dict`, of now.
+            trainer: The Trainer that resumes.
+            settings: The settings of this run, with the same names as in :meth:`state_dict`.
 
         Raises:
-            MisconfigurationException: The checkpoint is of the middle of an epoch, and batches are others now.
+            MisconfigurationException: if the checkpoint was written in the middle of an epoch, and the rest of that epoch
+                would have other batches now.
         """
         then = state["batch_size"], state["world_size"]
         now = settings["batch_size"], trainer.world_size
+        # At the end of an epoch all may change: no pair is left out, and none comes twice.
         if state["batch"] > 0 and then != now:
             raise MisconfigurationException(
                 f"Expected `batch_size` {then[0]} on {then[1]} process(es), as when the run stopped after batch "
@@ -82,6 +130,7 @@ class Position:
 
 def _check_stream(state: dict[str, Any], settings: dict[str, Any]) -> None:
     """Compare what the order of a stream depends on with the checkpoint of the middle of an epoch."""
+    # Each worker reads a part of its own. The main process reads as one worker would, so 0 counts as 1.
     then = {**state["stream"], "num_workers": max(1, state["num_workers"])}
     now = {**(settings["stream"] or {}), "num_workers": max(1, settings["num_workers"])}
     other = [name for name, value in then.items() if now.get(name) != value]

@@ -1,4 +1,4 @@
-"""The forms in which people have images and texts, each read into two lists: paths, and the texts of each."""
+"""Read the forms in which people have images and texts into two lists: the paths, and the texts of each."""
 
 import csv
 import json
@@ -18,13 +18,14 @@ ImagesAndTexts = tuple[list[Path], list[list[str]]]
 def read_karpathy(
     path: str | PathLike[str], image_root: str | PathLike[str], split: str | Sequence[str]
 ) -> ImagesAndTexts:
-    """Read a split of a Karpathy JSON; see :meth:`ImageTextDataset.from_karpathy <lightning_itm.ImageTextDataset>`."""
+    """Read a split of a Karpathy JSON. ``"train"`` takes ``restval`` in, and a list of splits takes those alone."""
     entries = json.loads(Path(path).read_text(encoding="utf-8"))["images"]
     wanted = {"train", "restval"} if split == "train" else {split} if isinstance(split, str) else set(split)
     chosen = [entry for entry in entries if entry["split"] in wanted]
     if not chosen:
         there = sorted({entry["split"] for entry in entries})
         raise ValueError(f"Expected `split` to be one of {there}, the splits of {path}, got {split!r}.")
+    # Only COCO's files have `filepath`, such as "val2014".
     images = [Path(image_root, entry.get("filepath", ""), entry["filename"]) for entry in chosen]
     _check_first(images, image_root)
     return images, [[sentence["raw"] for sentence in entry["sentences"]] for entry in chosen]
@@ -33,7 +34,7 @@ def read_karpathy(
 def read_table(
     path: str | PathLike[str], image_root: str | PathLike[str], image_column: str, text_column: str, delimiter: str
 ) -> ImagesAndTexts:
-    """Read a CSV or TSV file with a header, one pair per row; rows with the same image share it."""
+    """Read a CSV or TSV file with a header, one pair per row. Rows with the same image share it."""
     with open(path, newline="", encoding="utf-8-sig") as file:  # Excel begins with a byte-order mark
         rows = list(csv.DictReader(file, delimiter=delimiter))
     return _group_rows(rows, path, image_root, image_column, text_column)
@@ -60,6 +61,7 @@ def read_folder(folder: str | PathLike[str]) -> ImagesAndTexts:
             f"Expected {lacking[0].with_suffix('.txt')} beside {lacking[0].name}, found none ({len(lacking)} of "
             f"{len(images)} images have no text). Write it, or move the image elsewhere."
         )
+    # "utf-8-sig" leaves out the byte-order mark that Windows editors put first.
     lines = [path.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines() for path in images]
     return images, [[line for line in of_image if line.strip()] for of_image in lines]
 
@@ -70,8 +72,8 @@ def flatten_texts(
     """Return the texts one after the other, and the image of each.
 
     Raises:
-        ValueError: They do not match the images in number; ids that are not dense.
-        TypeError: A text that is no string.
+        ValueError: if texts or ids do not match the images in number, or if the ids are not dense.
+        TypeError: if a text is no string.
     """
     if num_images == 0:
         raise ValueError("Expected at least one image, got none.")
@@ -90,7 +92,7 @@ def flatten_texts(
                 f"({len(empty)} of {num_images}). Leave out images without a text."
             )
         flat = _check_strings([text for entry in lists for text in entry])
-        return flat, torch.repeat_interleave(torch.tensor([len(entry) for entry in lists]))
+        return flat, torch.repeat_interleave(torch.tensor([len(entry) for entry in lists]))  # ids (texts,)
     ids = torch.as_tensor(list(text_image_id), dtype=torch.int64)
     if len(ids) != len(texts):
         raise ValueError(f"Expected one `text_image_id` for each of the {len(texts)} texts, got {len(ids)}.")
@@ -110,7 +112,7 @@ def _group_rows(
     image_column: str,
     text_column: str,
 ) -> ImagesAndTexts:
-    texts_of_image: dict[str, list[str]] = {}
+    texts_of_image: dict[str, list[str]] = {}  # in the order in which each image comes first
     for number, row in enumerate(rows, 1):
         if row.get(image_column) is None or row.get(text_column) is None:
             raise ValueError(
@@ -125,6 +127,7 @@ def _group_rows(
 
 
 def _check_first(images: list[Path], image_root: str | PathLike[str]) -> None:
+    # Only the first: a wrong `image_root` is seen at once, and looking for a million files takes minutes.
     if images and not images[0].is_file():
         raise FileNotFoundError(
             f"Expected the first image at {images[0]}, found none. Is `image_root` {image_root} right?"

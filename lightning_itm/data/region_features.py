@@ -1,4 +1,4 @@
-"""Precomputed region features with captions, mapped from a file, for ResidualVSE."""
+"""Region features that were computed before, mapped from a file, with captions. ResidualVSE trains on them."""
 
 import json
 import random
@@ -20,12 +20,16 @@ SPECIAL = ("<pad>", "<start>", "<end>", "<unk>", "<mask>")
 
 
 class Vocabulary:
-    """Number the words of captions, from those that are frequent enough.
+    """Number the words of captions.
 
     Args:
-        words: All words, the special ones first.
+        words: All words, the special ones first. :meth:`build` collects them from captions.
+
+    Raises:
+        ValueError: if the special words are not the first.
 
     Example:
+        >>> from lightning_itm.data import Vocabulary
         >>> vocabulary = Vocabulary.build(["A dog runs.", "A dog."], min_count=2)
         >>> vocabulary.encode("a dog sleeps."), len(vocabulary)
         ([1, 5, 6, 3, 7, 2], 8)
@@ -59,9 +63,9 @@ class Vocabulary:
         """Return word ids between start and end.
 
         Args:
-            text: A caption.
-            changed: Share of the words to choose at random; half of these are masked, a tenth replaced by any word, the others
-                dropped.
+            text: The caption, with any signs and capitals.
+            changed: The fraction of words that are changed at random. Half of these are masked, a tenth is replaced by any
+                word, and the others are dropped. Use 0.2 in training as published, and 0 in evaluation.
         """
         ids = [self.id_of.get(word, SPECIAL.index("<unk>")) for word in split_words(text)]
         if changed:
@@ -78,25 +82,25 @@ class Vocabulary:
 
 
 class RegionFeatureDataset(ImageTextDataset):
-    """Sets of region features with captions, for :class:`~lightning_itm.ResidualVSE`. One item is one caption with its image.
+    """Read region features with captions, for :class:`~lightning_itm.ResidualVSE`. One item is one caption with its image.
 
-    The features are mapped, not loaded: a file of any size takes no more memory than the batches read from it. They come as
-    float32 whatever the file holds. In training, regions are dropped and words changed at random, as published. A loader of
-    your own needs ``collate_fn=lightning_itm.data.collate_pairs``, which pads.
+    The features are mapped, not loaded. So a file of any size takes no more memory than the batches read from it. They come as
+    float32, even if the file holds float16. In training, regions are dropped and words changed at random, as published. A
+    loader of your own needs ``collate_fn=lightning_itm.data.collate_pairs``, which pads.
 
     Args:
-        features: A ``.npy`` file `(images, regions, dim)`, or such an array.
-        texts: One caption an image, or a list of captions an image, or, with ``text_image_id``, one caption an entry.
-        lengths: Regions of each image, where some rows are padding; default: all.
-        text_image_id: The image that each caption belongs to, where ``texts`` is flat.
-        vocabulary: The words; default: those that occur at least four times in ``texts``. Give the validation set that of the
-            training set.
-        drop_regions: Share of the regions dropped in training; one always stays.
-        change_words: Share of the words changed in training: see :meth:`Vocabulary.encode`.
+        features: The path of a ``.npy`` file `(images, regions, dim)`, or such an array.
+        texts: One caption per image, or one list of captions per image. With ``text_image_id``, a flat list of all captions.
+        lengths: The number of regions of each image. Give it where some rows are padding. Default: all are regions.
+        text_image_id: The image that each caption belongs to, such as ``[0, 0, 1]``. Give it where ``texts`` is a flat list.
+        vocabulary: The words that have a number. Default: those that occur at least four times in ``texts``. Give a validation
+            set the vocabulary of the training set.
+        drop_regions: The fraction of regions that are dropped in training, 0.2 as published. One region always stays.
+        change_words: The fraction of words that are changed in training, 0.2 as published. :meth:`Vocabulary.encode` says how.
 
     Raises:
-        ValueError: Features and captions that do not match in number, lengths of 0 or beyond the regions, features of another
-            shape.
+        ValueError: if features and captions do not match in number or the features have no three dimensions, or if a length is
+            0 or more than there are regions.
 
     References:
         arXiv 2303.00181 (2023) and the code of arXiv 2011.04305, which draw alike.
@@ -140,18 +144,17 @@ class RegionFeatureDataset(ImageTextDataset):
     ) -> "RegionFeatureDataset":
         """Read the layout in which the field's features are published: ``train_ims.npy`` and ``train_caps.txt``.
 
-        The file has one row an image, or, as the published validation and test files, each row as often as the image has
-        captions.
+        There is one row per image or, as in the published validation and test files, one row per caption.
 
         Args:
-            folder: Where the two files are.
-            split: ``"train"``, ``"dev"``, ``"test"``, …
-            captions_per_image: Consecutive lines that belong to one image.
-            **kwargs: As for the class: ``vocabulary``, …
+            folder: The folder that holds both files.
+            split: The first part of the file names, such as ``"train"``, ``"dev"`` or ``"test"``.
+            captions_per_image: The number of lines in a row that belong to one image. Published sets have 5.
+            **kwargs: The other arguments of the class, such as ``vocabulary``.
 
         Raises:
-            FileNotFoundError: One of the files is not there.
-            ValueError: Rows and captions do not match in number.
+            FileNotFoundError: if one of the two files does not exist.
+            ValueError: if rows and captions do not match in number.
         """
         images, captions = Path(folder, f"{split}_ims.npy"), Path(folder, f"{split}_caps.txt")
         for path in (images, captions):
@@ -177,9 +180,9 @@ class RegionFeatureDataset(ImageTextDataset):
         """Return the regions of an image, `(regions, dim)`."""
         regions = torch.from_numpy(self.features[image_id][: int(self.lengths[image_id])].astype(np.float32))
         if self.drop_regions and not self.is_evaluation:
-            kept = torch.tensor([random.random() >= self.drop_regions for _ in range(len(regions))])
-            kept[random.randrange(len(regions))] = True
-            regions = regions[kept]
+            kept = torch.tensor([random.random() >= self.drop_regions for _ in range(len(regions))])  # (regions,)
+            kept[random.randrange(len(regions))] = True  # an image without regions has no embedding
+            regions = regions[kept]  # (kept regions, dim)
         return Unpadded(regions)
 
     def _encode_text(self, text: str) -> Unpadded:
@@ -187,11 +190,11 @@ class RegionFeatureDataset(ImageTextDataset):
 
 
 class FeatureRows:
-    """The rows of an array; that of a file is mapped, and a worker maps it for itself.
+    """Read rows of an array. One in a file is mapped, and each worker maps it anew.
 
     Args:
         source: The path of a ``.npy`` file, or an array.
-        step: Take every so manieth row.
+        step: The distance between two rows that are taken. Default: all rows.
     """
 
     def __init__(self, source: "str | PathLike[str] | np.ndarray[Any, Any]", step: int = 1) -> None:
@@ -204,7 +207,7 @@ class FeatureRows:
         self._map()
 
     def every(self, step: int) -> "FeatureRows":
-        """Take every so manieth row of these."""
+        """Return these rows with a larger step, such as every fifth of them."""
         return FeatureRows(self.source, self.step * step)
 
     @property
@@ -223,6 +226,7 @@ class FeatureRows:
         array = self.source if isinstance(self.source, np.ndarray) else np.load(self.source, mmap_mode="r")
         self.rows: np.ndarray[Any, Any] = array[:: self.step]
 
+    # A spawned worker gets the path and not the rows, which pickle would copy.
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "step": self.step}
 
@@ -237,7 +241,9 @@ def split_words(text: str) -> list[str]:
 
 
 def _is_repeated(rows: FeatureRows, number: int) -> bool:
-    groups = range(0, min(len(rows), 20 * number), number)
+    groups = range(
+        0, min(len(rows), 20 * number), number
+    )  # twenty images tell: features of two never agree in all bits
     return len(rows) % number == 0 and all(
-        np.array_equal(rows[start], rows[start + place]) for start in groups for place in range(1, number)
+        np.array_equal(rows[start], rows[start + offset]) for start in groups for offset in range(1, number)
     )

@@ -1,4 +1,7 @@
-"""Order and draws as functions of (seed, epoch, id), so that a run that stopped anywhere can go on as if it had not."""
+"""Order and draws as functions of (seed, epoch, id), so that a run that stopped anywhere can go on as if it had not.
+
+:mod:`~lightning_itm.data.position` explains when Lightning asks for what.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,12 +17,13 @@ class SeededDataset(Dataset[Any]):
 
     Args:
         dataset: Any dataset with random access.
-        seed: Of the draws.
+        seed: The seed of augmentation and other draws. Another one gives another run.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int = 0) -> None:
         self.dataset, self.seed = dataset, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: running workers see a new epoch
+        # In shared memory: persistent workers hold a copy of this object, and see a new epoch only there.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -33,13 +37,13 @@ class EpochSampler(DistributedSampler[Any]):
     """Yield the indices of one rank for one epoch, from a given batch on.
 
     Args:
-        dataset: What is sampled. It is told the epoch, so that workers that are already running know for which they draw.
-        batch_size: Pairs a batch on one rank: how many indices each batch that is already done stands for.
-        position: Called when an iterator is made; returns the epoch, and how many of its batches are done.
-        shuffle: Draw a new order each epoch, or keep that of the dataset.
-        num_replicas: Number of ranks.
-        rank: This rank.
-        seed: The order is a function of it and the epoch.
+        dataset: The dataset that is sampled. It is told the epoch, so that workers that are already running know it, too.
+        batch_size: Number of pairs per batch on one rank. So many indices are skipped for each batch that is done.
+        position: Returns the epoch, and how many of its batches are done. It is called whenever an iterator is made.
+        shuffle: Draw a new order for each epoch. Turn it off to keep the order of the dataset.
+        num_replicas: The number of ranks. Each of them gets equally many indices.
+        rank: The number of this rank, from 0.
+        seed: The seed of the order. It must be the same on all ranks.
     """
 
     def __init__(
@@ -59,18 +63,23 @@ class EpochSampler(DistributedSampler[Any]):
         self.position = position
 
     def __iter__(self) -> Iterator[Any]:
+        # Asked here and not in `set_epoch`, which Lightning calls with its own count, when workers already fetch.
         epoch, num_done = self.position()
         self.set_epoch(epoch)
         self.shared_epoch.fill_(epoch)
+        # All indices are drawn first, so that the rest of an epoch is the rest of the same order.
         return iter(list(super().__iter__())[num_done * self.batch_size :])
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader whose position is kept by the datamodule; it says so, or Lightning warns at every mid-epoch resume."""
+    """Load batches, from the position that the datamodule keeps.
+
+    The two methods are there for Lightning, which else warns at every resume in the middle of an epoch.
+    """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the position is in the datamodule's state."""
+        """Return nothing, because the position is in the datamodule's state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing: the sampler asks the datamodule for the position."""
+        """Do nothing, because the sampler asks the datamodule for the position."""

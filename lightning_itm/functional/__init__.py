@@ -1,6 +1,6 @@
-"""The mathematics: tensors in, tensors out; PyTorch only."""
+"""The mathematics: tensors in, tensors out, with PyTorch alone."""
 
-from lightning_itm.functional._top_k_search import TopK
+from lightning_itm.functional._top_k_candidates import TopK
 from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
 from lightning_itm.functional.false_negatives import (
     DrawnNegative,

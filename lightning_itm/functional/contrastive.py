@@ -13,23 +13,25 @@ def info_nce_cost(scores: DirectionScores, *, logit_scale: Float[Tensor, ""]) ->
 
     .. math:: -\log \frac{e^{\gamma s^+_i}}{e^{\gamma s^+_i} + \sum_{j \in N_i} w_{ij} e^{\gamma s_{ij}}}
 
-    where w is 1, or what ``scores.log_weight`` is the logarithm of (ours).
+    where w is 1, or the exponential of ``scores.log_weight`` if that is given. Such weights are not in the paper.
 
     Args:
         scores: The scores of one direction.
-        logit_scale: γ, the factor itself and not its logarithm.
+        logit_scale: γ multiplies the cosines, typically by 10 to 100. Pass the factor itself and not its logarithm.
 
     Returns:
-        One cost an anchor; 0 for an anchor without any negative.
+        One cost per anchor. It is 0 for an anchor without any negative.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.functional import DirectionScores, info_nce_cost
         >>> orthogonal = DirectionScores(torch.eye(2), torch.ones(2), ~torch.eye(2).bool())
         >>> info_nce_cost(orthogonal, logit_scale=torch.tensor(1.0))
         tensor([0.3133, 0.3133])
 
     References:
         Radford et al., *Learning Transferable Visual Models From Natural Language Supervision*, 2021, fig. 3. There
-        every other pair of the batch is a negative; here ``negative_mask`` leaves out pairs of the same image.
+        every other pair of the batch is a negative. Here ``negative_mask`` leaves out pairs of the same image.
     """
     positive = logit_scale * scores.positive
     negative = _negative_logits(scores, logit_scale).masked_fill(~scores.negative_mask, -torch.inf)
@@ -43,19 +45,19 @@ def sigmoid_cost(
 
     .. math:: -\log \sigma(\gamma s^+_i + b) - \sum_{j \in N_i} \log \sigma(-\gamma s_{ij} - b - \log w_{ij})
 
-    where w is 1, or what ``scores.log_weight`` is the logarithm of (ours).
+    where w is 1, or the exponential of ``scores.log_weight`` if that is given. Such weights are not in the paper.
 
     Args:
         scores: The scores of one direction.
-        logit_scale: γ, the factor itself and not its logarithm.
-        logit_bias: b.
+        logit_scale: γ multiplies the cosines, typically by 10 to 100. Pass the factor itself and not its logarithm.
+        logit_bias: b is added to every logit, typically −10, because most pairs do not match.
 
     Returns:
-        One cost an anchor, summed over its candidates as published.
+        One cost per anchor, summed over its candidates as in the paper.
 
     References:
         Zhai et al., *Sigmoid Loss for Language Image Pre-Training*, ICCV 2023, algorithm 1. Pairs of the same image
-        count there as negatives; here they count not at all.
+        count there as negatives. Here they are left out.
     """
     positive = softplus(-(logit_scale * scores.positive + logit_bias))
     negative = softplus(_negative_logits(scores, logit_scale) + logit_bias)

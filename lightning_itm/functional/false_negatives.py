@@ -1,4 +1,4 @@
-r"""False negative elimination: how likely a candidate is a match in truth, and a draw of negatives that avoids those."""
+r"""False negative elimination: how likely a candidate matches, and a draw of negatives that avoids likely matches."""
 
 import math
 from typing import Literal, NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_itm.functional.similarity import DirectionScores
 
 MIN_VARIANCE = 1e-8
-"""The floor of the variances; a standard deviation of 1e-4 in units of cosine similarity."""
+"""The floor of the variances, which is a standard deviation of 1e-4 in units of cosine similarity."""
 
 Weighting = Literal["exp", "complement", "drop"]
 
@@ -28,7 +28,7 @@ class DrawnNegative(NamedTuple):
     """One negative for each anchor."""
 
     candidate_index: Int[Tensor, " anchors"]
-    """The place of each among the candidates."""
+    """The index of each among the candidates."""
     is_negative: Bool[Tensor, " anchors"]
     """False for an anchor without any negative, whose index means nothing."""
     is_fallback: Bool[Tensor, " anchors"]
@@ -51,25 +51,29 @@ def false_negative_posterior(
               p^\pm = \mathcal{N}(\mu^\pm, v^\pm)
 
     The log-odds :math:`\ell` are a parabola. It is evaluated around its root, where P = 1/2, so that float32 is as exact as
-    the similarities themselves; the ratio of the densities would be 0/0 for ordinary values.
+    the similarities themselves. The ratio of the densities would be 0/0 for ordinary values.
 
     Args:
-        similarity: Cosines, of any shape; half precision is computed in float32.
+        similarity: Cosines, of any shape. Half precision is computed in float32.
         positive_mean: Mean similarity of matching pairs.
-        positive_var: Its variance. Variances below 1e-8 are taken for 1e-8.
+        positive_var: Variance of the similarity of matching pairs. Below 1e-8 it counts as 1e-8.
         negative_mean: Mean similarity of the hardest negatives.
-        negative_var: Its variance.
-        prior: π, the share of candidates that match.
-        monotone: Let P be 0 below ``negative_mean`` and never fall above it (ours). As published, P falls again towards
-            s = 1 where the positives vary less than the negatives: a near-duplicate counts as a true negative.
+        negative_var: Variance of the similarity of the hardest negatives, with the same floor.
+        prior: π, the fraction of candidates that match, typically 1e-4. Raise it where captions are short and alike.
+        monotone: Let P be 0 below ``negative_mean`` and never fall above it. Without it, as in the paper, P falls
+            again towards
+            s = 1 where the positives vary less than the negatives: a near-duplicate counts as a true negative. Not in
+            the paper.
 
     Returns:
-        P, between 0 and 1, finite for every similarity in [−1, 1] and finite statistics; without gradient.
+        P, between 0 and 1, finite for every similarity in [−1, 1] and finite statistics. It has no gradient.
 
     Raises:
         ValueError: ``prior`` is not between 0 and 1.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.functional import false_negative_posterior
         >>> fit = dict(positive_mean=0.65, positive_var=0.05**2, negative_mean=0.4, negative_var=0.08**2)
         >>> false_negative_posterior(torch.tensor([0.6, 0.8, 1.0]), **fit)
         tensor([0.0022, 0.3230, 0.0060])
@@ -97,7 +101,7 @@ class MatchOdds(NamedTuple):
     """Where P does not fall, with ``monotone``: from the mean of the negatives to the top of the parabola, or +inf."""
 
     def posterior(self, similarity: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Compute P; see :func:`false_negative_posterior`."""
+        """Compute P, as :func:`false_negative_posterior` does."""
         similarity = similarity.detach()
         if similarity.dtype in (torch.float16, torch.bfloat16):
             similarity = similarity.float()
@@ -117,9 +121,9 @@ def match_odds(fit: SimilarityFit, prior: float, *, monotone: bool = False) -> M
     """Find the coefficients of the log-odds of a match, in double precision.
 
     Args:
-        fit: Means and variances.
-        prior: See :func:`false_negative_posterior`.
-        monotone: See there.
+        fit: Mean and variance of both distributions.
+        prior: The fraction of candidates that match, between 0 and 1, typically 1e-4.
+        monotone: Let the odds never fall with similarity. Not in the paper.
 
     Raises:
         ValueError: ``prior`` is not between 0 and 1.
@@ -166,18 +170,20 @@ def sampling_weights(
 
     Args:
         scores: The scores of one direction.
-        posterior: P, of :func:`false_negative_posterior`.
+        posterior: P, as :func:`false_negative_posterior` returns it.
         sharpness: τ. (The paper calls it a temperature, but it multiplies.)
         threshold: θ, above which a candidate is taken for a likely match.
-        weighting: f. ``"exp"`` as published, which never falls below e^−τ = 0.61; ``"complement"`` and ``"drop"`` are ours.
+        weighting: f. ``"exp"`` as published, which never falls below e^−τ = 0.61. ``"complement"`` and ``"drop"``
+            avoid likely matches more strongly. Not in the paper.
         cut: Candidates with a similarity up to this weigh nothing. ``None``: no such limit.
 
     Returns:
-        Weights, 0 for everything that is no negative; not normalised, without gradient.
+        Weights, 0 for everything that is no negative. They are not normalised and have no gradient.
 
     References:
         arXiv 2308.04380 (2023).
     """
+    # (anchors, candidates), without gradient: weights choose a negative and are not trained.
     similarity = scores.similarity.detach()
     is_likely = posterior > threshold
     weights = (similarity - scores.positive.detach()[:, None]).square_()
@@ -200,12 +206,13 @@ def draw_negative(
 
     Args:
         scores: The scores of one direction.
-        weights: Of :func:`sampling_weights`.
-        uniform: A number in [0, 1) for each anchor; the draw is a function of it.
+        weights: What :func:`sampling_weights` returns, at least 0.
+        uniform: A number in [0, 1) for each anchor, which decides the draw.
 
     Returns:
         The draw. Where no candidate has any weight, it is the negative with the highest similarity.
     """
+    # The draw by inversion: torch.multinomial would make the host wait and limits the number of candidates.
     cumulative = weights.cumsum(dim=1)
     total = cumulative[:, -1:]
     # Never the total itself, beyond which there is nothing.
@@ -214,5 +221,6 @@ def draw_negative(
     hardest = scores.similarity.masked_fill(~scores.negative_mask, -torch.inf).max(dim=1)
     is_drawn = weights.gather(1, drawn).squeeze(1) > 0
     is_negative = hardest.values > -torch.inf
+    # (anchors,): an anchor whose weights are all zero falls back on its hardest negative.
     index = torch.where(is_drawn, drawn.squeeze(1), hardest.indices)
     return DrawnNegative(index, is_negative, is_negative & ~is_drawn)

@@ -13,7 +13,7 @@ class GroupedKeys(NamedTuple):
     """Keys in groups: what :func:`group_maxima` searches. Made once by :func:`group_keys`, for all anchors."""
 
     keys: Float[Tensor, "rows dim"]
-    """Row ``g * group_size + j`` is the key ``j * groups + g``; zeros where there is none."""
+    """Row ``g * group_size + j`` is the key ``j * groups + g``, or zeros where there is none."""
     key_id: Int[Tensor, " rows"] | None
     """The image each row belongs to."""
     num_keys: int
@@ -63,8 +63,8 @@ def group_maxima(
 ) -> Int[Tensor, "depth anchors groups"]:
     """Find the ``depth`` best keys of each group, for each anchor.
 
-    Products are of the embeddings' own type, summed in float32. On CUDA, a kernel writes these scores and no others;
-    elsewhere, and without Triton, it is done in chunks.
+    Products are of the embeddings' own type, summed in float32. On CUDA, a kernel writes these scores and no others.
+    Elsewhere, and without Triton, it is done in chunks.
 
     Args:
         anchors: Embeddings, of the type of the keys.
@@ -78,6 +78,7 @@ def group_maxima(
 
     Example:
         >>> import torch
+        >>> from lightning_itm.functional.grouped_top_k import group_keys, group_maxima, unpack
         >>> keys = group_keys(torch.tensor([[0.5, 0], [0.25, 0], [1, 0]]), group_size=2)
         >>> unpack(group_maxima(torch.tensor([[1.0, 0.0]]), keys), group_size=2)
         (tensor([[[1.0000, 0.2500]]]), tensor([[[1, 0]]]))
@@ -93,6 +94,7 @@ def group_maxima(
     member = torch.arange(group_size, dtype=torch.int32, device=keys.device).repeat(num_groups)
     is_missing = member * num_groups + torch.arange(len(keys), device=keys.device) // group_size >= num_keys
     wide = keys.float().T
+    # (depth, anchors, groups), filled chunk by chunk: the scores of all anchors at once would not fit.
     best = torch.empty(depth, len(anchors), num_groups, dtype=torch.int32, device=keys.device)
     num_rows = max(1, memory_budget // (12 * len(keys)))  # the scores, and two copies
     for rows in torch.arange(len(anchors), device=anchors.device).split(num_rows):
@@ -118,9 +120,9 @@ class Shortlist(NamedTuple):
 
     index: Int[Tensor, "anchors candidates"]  # type: ignore[assignment]  # a tuple has a method of this name
     scores: Float[Tensor, "anchors candidates"]
-    """As they were found; −inf for a place without a candidate."""
+    """As they were found, −inf for a place without a candidate."""
     left_out: Float[Tensor, " anchors"]
-    """No key that is left out has a higher score; −inf where none is left out."""
+    """No key that is left out has a higher score. It is −inf where none is left out."""
 
 
 def grouped_shortlist(best: Int[Tensor, "depth anchors groups"], num: int, group_size: int) -> Shortlist:
@@ -133,6 +135,7 @@ def grouped_shortlist(best: Int[Tensor, "depth anchors groups"], num: int, group
     num_chosen = min(num, num_groups)
     chosen = best[0].topk(num_chosen, dim=1, sorted=False)
     group = chosen.indices.expand(depth, -1, -1)
+    # Only the groups that are chosen are read in full.
     members = best.gather(2, group)  # (depth, anchors, chosen)
     hidden = members[-1].amax(dim=1)
     if num_chosen < num_groups:
@@ -143,7 +146,7 @@ def grouped_shortlist(best: Int[Tensor, "depth anchors groups"], num: int, group
         members, group = kept.values, group.gather(1, kept.indices)
         hidden = torch.maximum(hidden, members.amin(dim=1))
     scores, place = unpack(members, group_size)
-    # What was rounded may have been more: by the low bits of a positive number; those of a negative one are turned round.
+    # What was rounded may have been more: by the low bits of a positive number. Those of a negative one are turned round.
     left_out = unpack(torch.where(hidden == NOTHING, NOTHING, hidden | (group_size - 1)), 1)[0]
     index = torch.where(scores == -torch.inf, 0, place * num_groups + group)
     index, order = index.sort(dim=1)

@@ -51,20 +51,21 @@ def quintuplet_cost(
         offline: The anchors and their mined negatives.
         positive: s⁺, the cosine of every anchor and its own positive.
         online_negative: s⁻, that of the negative the online cost is about: the hardest of the batch, or one drawn from a
-            memory bank (ours). −inf where there is none.
+            memory bank, which is not in the paper. −inf where there is none.
         offline_margin: m', in units of cosine similarity.
-        alpha: How much harder the mined negative must be for the weight to fall by one.
+        alpha: How much harder the mined negative must be for the weight to fall by one, in units of cosine similarity.
         beta: The weight where both are equally hard.
-        detach_weights: Let no gradient flow through w. The published code lets it (ours if True).
-        clamp_weights: Keep w from falling below 0, where it would reward a violation (ours if True).
-        mask_matched: Skip the unanchored term where it is a true pair (ours; the published code has no such case).
+        detach_weights: Let no gradient flow through w, as it does in the published code. Not in the paper.
+        clamp_weights: Keep w from falling below 0, where it would reward a violation. Not in the paper.
+        mask_matched: Skip the unanchored term where it is a true pair. Not in the paper.
 
     Returns:
-        One cost an anchor.
+        One cost per anchor.
 
     References:
         *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669.
     """
+    # −inf would make the weight infinite, so without an online negative the weight is `beta`.
     comparable = offline.mined & online_negative.isfinite()
     weight = beta - torch.where(comparable, offline.anchored - online_negative, 0) / alpha
     if clamp_weights:

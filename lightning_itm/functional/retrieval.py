@@ -15,7 +15,7 @@ def retrieval_rank(
 ) -> Int[Tensor, " queries"]:
     """Count the wrong keys that score at least as high as each query's best right key.
 
-    Two images and four texts, the texts of image 0 first. Image 0 finds a text of its own on top (rank 0; its other text
+    Two images and four texts, the texts of image 0 first. Image 0 finds a text of its own on top (rank 0, as its other text
     is no error), image 1 has one wrong text that ties with its best, and a tie counts against the model (rank 1)::
 
         similarity   0.9  0.2 | 0.5  0.1        rank 0
@@ -25,16 +25,18 @@ def retrieval_rank(
     matrix, and a collapsed model would win by rounding. A score that is not a number counts against the model.
 
     Args:
-        query: Embeddings of the queries, unit-norm for cosine similarity.
-        key: Embeddings of what is searched.
+        query: Embeddings of the queries. Scale them to unit norm if cosine similarity is meant.
+        key: Embeddings of what is searched, with the same norm.
         query_id: The image each query belongs to.
         key_id: The image each key belongs to. A key is right if it belongs to the query's image.
-        chunk_elements: How many scores may exist at once.
+        chunk_elements: How many scores may exist at once. Lower it where memory is short.
 
     Returns:
-        Ranks from 0; a query without any right key has as many as there are keys.
+        Ranks from 0. A query without any right key has the number of keys as its rank.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.functional import retrieval_rank
         >>> eye, ids = torch.eye(3), torch.arange(3)
         >>> retrieval_rank(eye, eye, query_id=ids, key_id=ids)
         tensor([0, 0, 0])
@@ -49,9 +51,11 @@ def retrieval_rank(
 
 
 def recall_at_k(rank: Int[Tensor, " queries"], k: int) -> Float[Tensor, ""]:
-    """Compute the share of queries whose best right key is among the first ``k``, in percent.
+    """Compute the fraction of queries whose best right key is among the first ``k``, in percent.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.functional import recall_at_k
         >>> recall_at_k(torch.tensor([0, 0, 3, 12]), 5)
         tensor(75.)
     """
@@ -59,6 +63,7 @@ def recall_at_k(rank: Int[Tensor, " queries"], k: int) -> Float[Tensor, ""]:
 
 
 def _rank_of_rows(similarity: Tensor, right: Tensor) -> Tensor:
+    # (queries, keys) -> (queries, 1), −inf where no key is right.
     best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     # Products of float32 values are exact in float64, their sums are not: equal rows can still differ by 1e-16.
     beaten = similarity < best - _ROUNDING

@@ -15,21 +15,23 @@ class DirectionScores(NamedTuple):
     positive: Float[Tensor, " anchors"]
     """Cosine of every anchor and its own positive."""
     negative_mask: Bool[Tensor, "anchors candidates"]
-    """True where the candidate belongs to another image than the anchor, and to one at all."""
+    """True where the candidate belongs to an image, and to another one than the anchor."""
     log_weight: Float[Tensor, "anchors candidates"] | None = None
-    """What the contrastive losses add to the logits of the candidates; ``None``: nothing."""
+    """What the contrastive losses add to the logits of the candidates. ``None`` adds nothing."""
 
 
 def unit_norm(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
     """Scale every row to length one, in float32 whatever the autocast dtype (float64 stays float64).
 
     Args:
-        embeddings: One embedding a row, any length, any floating dtype.
+        embeddings: One embedding per row, of any norm and any floating dtype.
 
     Returns:
-        The same directions with L2 norm 1. A row of zeros stays zero.
+        The same directions with an L2 norm of one. Zeros stay zeros.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.functional import unit_norm
         >>> unit_norm(torch.tensor([[3.0, 4.0]]))
         tensor([[0.6000, 0.8000]])
     """
@@ -60,16 +62,19 @@ def direction_scores(
         The scores, in float32 with autocast off (float64 inputs stay float64).
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.functional import direction_scores
         >>> eye, ids = torch.eye(2), torch.tensor([7, 8])
         >>> direction_scores(eye, eye, eye, anchor_id=ids, candidate_id=ids).negative_mask
         tensor([[False,  True],
                 [ True, False]])
     """
+    # A half-precision product would round differences of 0.001, which decide what is hardest.
     with torch.autocast(anchor.device.type, enabled=False):
         anchor, positive, candidate = map(full_precision, (anchor, positive, candidate))
         return DirectionScores(
-            similarity=anchor @ candidate.T,
-            positive=(anchor * positive).sum(dim=-1),
+            similarity=anchor @ candidate.T,  # (anchors, candidates)
+            positive=(anchor * positive).sum(dim=-1),  # (anchors,)
             negative_mask=negative_mask(anchor_id, candidate_id),
         )
 
@@ -77,12 +82,15 @@ def direction_scores(
 def negative_mask(
     anchor_id: Int[Tensor, " anchors"], candidate_id: Int[Tensor, " candidates"]
 ) -> Bool[Tensor, "anchors candidates"]:
-    """Tell which candidates belong to another image than the anchor; one with the id −1 stands for nothing.
+    """Tell which candidates belong to another image than the anchor. The id −1 stands for no image.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.functional import negative_mask
         >>> negative_mask(torch.tensor([7]), torch.tensor([7, 8, -1]))
         tensor([[False,  True, False]])
     """
+    # (anchors, 1) against (1, candidates): every anchor with every candidate.
     return (anchor_id[:, None] != candidate_id[None, :]) & (candidate_id >= 0)
 
 
@@ -93,11 +101,11 @@ def hardest_negative(scores: DirectionScores) -> Float[Tensor, " anchors"]:
         scores: The scores of one direction.
 
     Returns:
-        One similarity an anchor; −inf for an anchor without any negative.
+        One similarity per anchor. It is −inf for an anchor without any negative.
     """
     return scores.similarity.masked_fill(~scores.negative_mask, -torch.inf).max(dim=1).values
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Return float32; float64 stays float64."""
+    """Convert to float32, but keep float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_itm.functional._top_k_search import OwnKeys, TopK, search_all
+from lightning_itm.functional._top_k_candidates import OwnKeys, TopK
+from lightning_itm.functional._top_k_search import search_all
 
 __all__ = ["TopK", "score_ceiling", "top_k_negatives"]
 
@@ -35,9 +36,9 @@ def top_k_negatives(
     decides which keys there are.
 
     Args:
-        anchors: Unit-norm embeddings.
+        anchors: Unit-norm embeddings of the queries.
         keys: Unit-norm embeddings of what is searched.
-        k: How many negatives an anchor gets at most.
+        k: How many negatives to return per anchor, typically 60 to 300.
         anchor_id: The image each anchor belongs to.
         key_id: The image each key belongs to. A key of the anchor's own image is no negative. Both ids, or neither.
         positive: Similarity of each anchor and its positive, for the two margins.
@@ -49,7 +50,8 @@ def top_k_negatives(
             and 1 GB elsewhere.
         method: Without a guard, how candidates are chosen. ``"chunked"``: from the scores of a chunk. ``"grouped"``: from the
             best of each group of keys (:func:`~lightning_itm.functional.grouped_top_k.group_maxima`), so that on CUDA most
-            scores never leave a kernel; in bfloat16 on every device. ``"auto"``: grouped on CUDA with Triton, else chunked.
+            scores never leave a kernel. It multiplies in bfloat16 on every device. ``"auto"``: grouped on CUDA with
+            Triton, else chunked.
 
     Returns:
         Scores and rows of the keys, the hardest first.
@@ -59,12 +61,14 @@ def top_k_negatives(
             such ``method``, or embeddings that are not finite.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.functional import top_k_negatives
         >>> keys, ids = torch.eye(3), torch.arange(3)
         >>> top_k_negatives(torch.tensor([[0.8, 0.6, 0.0]]), keys, 2, anchor_id=ids[:1], key_id=ids).index
         tensor([[1, 2]])
 
     References:
-        The guards have the names of sentence-transformers' ``mine_hard_negatives``; see NV-Retriever, arXiv 2407.15831 (2024).
+        The guards have the names of sentence-transformers' ``mine_hard_negatives``. See NV-Retriever, arXiv 2407.15831 (2024).
     """
     _check(anchors, keys, k, rank_min, anchor_id, key_id)
     if method not in ("auto", "chunked", "grouped"):
@@ -79,6 +83,7 @@ def top_k_negatives(
     found = search_all(anchors, keys, own, k + rank_min, ceiling, memory_budget, method)
     scores, index = (part[:, rank_min:] for part in found)
     index = index.masked_fill(scores == -torch.inf, -1)
+    # (anchors, up to k) -> (anchors, k): there may be fewer keys than k.
     missing = (0, k - scores.shape[1])
     return TopK(pad(scores, missing, value=-torch.inf), pad(index, missing, value=-1))
 
@@ -89,14 +94,17 @@ def score_ceiling(
     absolute_margin: float | None = None,
     relative_margin: float | None = None,
 ) -> Float[Tensor, "*anchors"] | None:
-    """Compute the highest score that the guards of :func:`top_k_negatives` let pass; ``None`` without a guard.
+    """Compute the highest score that the guards of :func:`top_k_negatives` let pass. It is ``None`` without a guard.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.functional.top_k import score_ceiling
         >>> score_ceiling(torch.tensor([0.8, 0.4]), max_score=0.7, relative_margin=0.05)
         tensor([0.7000, 0.3800])
     """
     if positive is None and not (absolute_margin is None and relative_margin is None):
         raise ValueError("Expected `positive`, the similarity of each anchor and its positive, for a margin; got None.")
+    # Every guard is an upper limit, so the lowest of them decides.
     limits = []
     if max_score is not None:
         limits.append(torch.as_tensor(max_score, device=None if positive is None else positive.device))

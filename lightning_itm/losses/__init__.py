@@ -1,4 +1,4 @@
-"""What is punished: losses over pairs of embeddings, one subclass of ``PairLoss`` a formula."""
+"""What is punished: losses over pairs of embeddings, one subclass of ``PairLoss`` per formula."""
 
 from lightning_itm.losses.base import DirectionCost, PairLoss
 from lightning_itm.losses.contrastive import InfoNCELoss, ScaledLoss, SigmoidLoss

@@ -1,4 +1,4 @@
-"""The base of the losses over pairs of embeddings: it prepares the scores, a subclass is the formula."""
+"""The base of the losses over pairs of embeddings. It prepares the scores, and a subclass is the formula."""
 
 from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
@@ -13,38 +13,45 @@ from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirecti
 
 
 class DirectionCost(NamedTuple):
-    """The costs of one direction, and what is worth watching of them."""
+    """Hold the costs of one direction, and the values to log about them."""
 
     cost: Tensor
-    """`(anchors,)`."""
+    """The cost of each anchor, `(anchors,)`."""
     diagnostics: dict[str, Tensor]
-    """`(anchors,)` each; the mean over anchors and directions is logged."""
+    """Values to log by name, each `(anchors,)`. What is logged is their mean over anchors and directions."""
     negative: Tensor | None = None
-    """`(anchors,)`; similarity of the negative that is punished, where it is one."""
+    """The similarity of the negative that is punished, `(anchors,)`, if there is one per anchor."""
 
 
 class PairLoss(nn.Module, ABC):
-    """Base of the losses. A subclass implements :meth:`direction_cost`.
+    """Prepare what every loss over pairs needs. A new loss subclasses it and implements :meth:`direction_cost`.
 
-    Anchors are the pairs of this rank, candidates those of all ranks. A candidate of the anchor's own image is never a
-    negative. Scores are float32 whatever the autocast dtype.
+    In plain terms:
+
+    1. Each image is an anchor, and so is each text. Its *positive* is the other half of its pair.
+    2. Its *candidates* are the texts (or images) of all ranks, and what a callback has put into the batch.
+    3. Candidates of other images are its *negatives*. A candidate of the anchor's own image is never one.
+    4. The loss is the mean of the costs of all anchors, over both directions.
+
+    Anchors are the pairs of this rank only. Scores are float32 whatever the autocast dtype.
 
     Args:
-        reduction: ``"mean"`` over the anchors and the two directions, or ``"sum"``, which is the mean times twice the
-            number of anchors of the global batch, as VSE++ and its successors publish it.
+        reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which is the mean times twice the number of
+            pairs on all ranks. VSE++ and its successors publish the sum. Use it only with a learning rate that was published
+            for it.
 
     Raises:
-        ValueError: An unknown reduction.
+        ValueError: if ``reduction`` is neither of the two.
     """
 
     def __init__(self, *, reduction: Literal["mean", "sum"] = "mean") -> None:
         super().__init__()
         check_choice("reduction", reduction, ("mean", "sum"))
-        self.reduction = reduction
+        self.reduction = reduction  # read at each step, so that it may be changed in the middle of a run
 
     @property
     def has_selective_rule(self) -> bool:
-        """Whether ``selective`` in :meth:`forward` means anything."""
+        """Whether the loss has a selective rule that ``selective`` in :meth:`forward` can switch."""
         return False
 
     @abstractmethod
@@ -52,10 +59,10 @@ class PairLoss(nn.Module, ABC):
         """Compute the cost of each anchor of one direction.
 
         Args:
-            scores: The anchors against the candidates. With a memory bank its candidates are among them, and
-                ``scores.log_weight`` is what to add to their logits: a loss that ignores it weighs likely false negatives like
-                the others.
-            selective: bool `(anchors,)`, or None; see :meth:`forward`.
+            scores: The similarities of the anchors to their positives and to all candidates. With a memory bank its candidates
+                are among them, and ``scores.log_weight`` is to be added to their logits. A loss that ignores it treats likely
+                false negatives like the others.
+            selective: Where the selective rule applies, bool `(anchors,)`, or None, as in :meth:`forward`.
         """
 
     def memory_cost(
@@ -63,16 +70,17 @@ class PairLoss(nn.Module, ABC):
     ) -> DirectionCost:
         """Compute the cost of each anchor of one direction, where there is a memory bank.
 
-        By default, its candidates are further negatives, weighed by its sampler (``scores.log_weight``).
+        By default, its candidates are further negatives, weighted by its sampler (``scores.log_weight``).
 
         Args:
-            scores: The anchors against the pairs of the batch.
-            direction: The anchors and the candidates of the memory bank.
-            memory: The memory bank.
-            selective: bool `(anchors,)`, or None; see :meth:`forward`.
+            scores: The similarities of the anchors to the pairs of the batch.
+            direction: The anchors of this direction and the candidates of the memory bank.
+            memory: The memory bank, whose ``sampler`` chooses or weights the candidates.
+            selective: Where the selective rule applies, bool `(anchors,)`, or None, as in :meth:`forward`.
         """
         further = direction.scores()
         weights, diagnostics = memory.sampler.weights(further, margin=None)
+        # The batch's candidates come first, then the bank's: (anchors, batch + bank). Those of the batch have the weight 1.
         everything = DirectionScores(
             torch.cat([scores.similarity, further.similarity], dim=1),
             scores.positive,
@@ -94,20 +102,21 @@ class PairLoss(nn.Module, ABC):
         """Compute the loss of a batch.
 
         Args:
-            pairs: The anchors, each with its positive.
-            candidates: The pairs of all ranks, ``pairs`` among them (:meth:`EmbeddingPairs.gather`). ``None``: the pairs.
-            memory: Candidates of a memory bank. :class:`TripletLoss` draws from them in place of the batch's; in the other
-                losses they are further candidates (ours).
-            hard: Negatives mined for ``pairs``. Those of all ranks become candidates too (ours).
-            selective: bool `(pairs,)`: where the selective rule applies, in place of what the constructor says.
+            pairs: The embeddings of this rank's pairs. Each row is an anchor with its positive.
+            candidates: The pairs of all ranks, ``pairs`` among them, as ``pairs.gather()`` returns them. Default: ``pairs``.
+            memory: The candidates of a memory bank. :class:`TripletLoss` draws from them instead of from the batch. In the
+                other losses they are further candidates. Not in the paper.
+            hard: The negatives that were mined for ``pairs``. Those of all ranks become further candidates. Not in the paper.
+            selective: Where the selective rule applies, bool `(pairs,)`. It overrides the constructor's choice of rule.
 
         Returns:
-            ``"loss"``, the scalar to minimise, and detached diagnostics.
+            A dict with ``"loss"``, the scalar to minimise, and detached values to log.
 
         Raises:
-            ValueError: ``selective`` is given to a loss that has no such rule.
+            ValueError: if ``selective`` is given to a loss that has no such rule.
         """
         candidates = pairs if candidates is None else candidates
+        # Gathered, because candidates are those of all ranks: a run on more ranks must have the same loss.
         mined = None if hard is None else hard.as_pairs().gather()
         return self.reduce(*self.costs(pairs, candidates, memory, mined, selective), num_anchors=len(candidates))
 
@@ -127,9 +136,11 @@ class PairLoss(nn.Module, ABC):
                 "Use TripletLoss(negatives='hardest') or 'selective'."
             )
         if memory is None:
+            # Mined pairs are candidates without being anchors. Those with the id −1 are never negatives.
             extended = candidates if mined is None else candidates + mined
             i2t, t2i = (self.direction_cost(scores, selective) for scores in both_directions(pairs, extended))
             return i2t, t2i
+        # Before the first draw, and with the pairs of all ranks, so that every rank draws with the same statistics.
         memory.sampler.observe(candidates)
         i2t, t2i = (
             self.memory_cost(scores, direction, memory, selective)
@@ -143,13 +154,15 @@ class PairLoss(nn.Module, ABC):
         """Average, or sum, the costs of both directions.
 
         Args:
-            i2t: The costs of the images of this rank.
-            t2i: The costs of its texts.
-            num_anchors: The number of pairs on all ranks.
+            i2t: The costs of the images of this rank, and what to log of them.
+            t2i: The costs of its texts, with the same names to log.
+            num_anchors: The number of pairs on all ranks, which ``reduction="sum"`` multiplies with.
         """
+        # A mean over this rank alone: DDP averages gradients over ranks, which have equally many anchors.
         loss = (i2t.cost.mean() + t2i.cost.mean()) / 2
         if self.reduction == "sum":
             loss = loss * (2 * num_anchors)
+        # Detached and on the device: a host read here would stop the queue of kernels at every step.
         diagnostics = {
             name: torch.cat([values, t2i.diagnostics[name]]).detach().float().mean()
             for name, values in i2t.diagnostics.items()
@@ -158,7 +171,8 @@ class PairLoss(nn.Module, ABC):
 
 
 def both_directions(pairs: EmbeddingPairs, candidates: EmbeddingPairs) -> tuple[DirectionScores, DirectionScores]:
-    """Compare images with texts, and texts with images."""
+    """Compare images with texts, and texts with images: two matrices of scores, each `(pairs, candidates)`."""
+    # Image ids in both directions: they also tell which texts belong together, namely those of one image.
     ids = {"anchor_id": pairs.image_id, "candidate_id": candidates.image_id}
     return (
         direction_scores(pairs.image_embeddings, pairs.text_embeddings, candidates.text_embeddings, **ids),

@@ -14,14 +14,19 @@ from lightning_itm.memory_bank.candidates import MemoryCandidates
 
 
 class ScaledLoss(PairLoss):
-    """Base of the losses that own a learned ``logit_scale`` (a logarithm, kept in [0, ln 100], as open_clip keeps it).
+    """Own a learned scale that multiplies all similarities. Base of the contrastive losses.
+
+    ``logit_scale`` is the logarithm of the scale, the negative logarithm of the temperature. It is a parameter of the loss and
+    is kept in [0, ln 100], as open_clip keeps it.
 
     Args:
-        init_logit_scale: The start, a logarithm. ``None``: ``default_logit_scale``, or what pretrained weights bring.
-        reduction: See :class:`PairLoss`.
+        init_logit_scale: The logarithm to start from, such as 2.66 for a temperature of 0.07. Default: the scale of the
+            pretrained model if there is one, else ``default_logit_scale`` of the class.
+        reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
+            pairs on all ranks. Use ``"sum"`` only with a learning rate that was published for it.
 
     Raises:
-        ValueError: ``init_logit_scale`` is outside [0, ln 100].
+        ValueError: if ``init_logit_scale`` is outside [0, ln 100].
     """
 
     default_logit_scale: float
@@ -35,11 +40,12 @@ class ScaledLoss(PairLoss):
                 f"Expected `init_logit_scale` to be in [0, ln 100 = {self.max_logit_scale:.3f}], got {start}. "
                 "It is the logarithm of the factor: -ln(temperature)."
             )
-        self.takes_pretrained_scale = init_logit_scale is None
+        self.takes_pretrained_scale = init_logit_scale is None  # a start that was asked for is not overwritten
         self.logit_scale = nn.Parameter(torch.tensor(start))
 
     def scale(self) -> Tensor:
-        """Return the factor itself, its logarithm brought back into [0, ln 100] if a step led out of it."""
+        """Return the factor itself, after its logarithm is brought back into [0, ln 100] if a step led out of it."""
+        # In place on the parameter: a clamp in the graph would have no gradient outside, and the scale could not return.
         with torch.no_grad():
             self.logit_scale.clamp_(0, self.max_logit_scale)
         return self.logit_scale.exp()
@@ -53,19 +59,42 @@ class ScaledLoss(PairLoss):
         hard: HardNegatives | None = None,
         selective: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the loss of a batch; see :meth:`PairLoss.forward`. Adds ``logit_scale``, the factor, to what is logged."""
+        """Compute the loss of a batch as :meth:`PairLoss.forward` does, and add the factor to what is logged."""
         outputs = super().forward(pairs, candidates, memory=memory, hard=hard, selective=selective)
+        # Logged after the step's costs, which have brought the logarithm back into its range.
         return {**outputs, "logit_scale": self.logit_scale.detach().exp()}
 
 
 class InfoNCELoss(ScaledLoss):
-    r"""Cross-entropy of each anchor's positive among its negatives, both ways (CLIP).
+    r"""Classify each anchor's positive among all its negatives, in both directions (the loss of CLIP).
+
+    In plain terms: each image is a question with all texts of the batch as answers, and each text one with all images. All
+    negatives count, the most similar ones most.
+
+    When to use it: for fine-tuning CLIP, as the default. It works best with large batches. If they do not fit into
+    memory, set ``chunk_size`` of :class:`~lightning_itm.DualEncoder`.
 
     .. math:: -\log \frac{e^{\gamma s^+}}{e^{\gamma s^+} + \sum_j e^{\gamma s_j}}
 
     Args:
-        init_logit_scale: ln γ at the start. ``None``: ln(1/0.07), or what pretrained weights bring.
-        reduction: See :class:`PairLoss`.
+        init_logit_scale: ln γ at the start, learned from there. Default: the scale of the pretrained model if there is one,
+            which is mostly near ln 100, else ln(1/0.07). Set it to begin with a softer or sharper comparison.
+        reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
+            pairs on all ranks. Use ``"sum"`` only with a learning rate that was published for it.
+
+    Logs ``batch_accuracy``, the fraction of anchors whose positive is more similar than every negative, and γ as
+    ``logit_scale``.
+
+    Raises:
+        ValueError: if ``init_logit_scale`` is outside [0, ln 100].
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm import InfoNCELoss
+        >>> from lightning_itm.embeddings import EmbeddingPairs
+        >>> pairs = EmbeddingPairs(torch.ones(2, 1), torch.ones(2, 1), torch.arange(2), torch.arange(2))
+        >>> InfoNCELoss()(pairs)["loss"]  # two answers that are alike: ln 2
+        tensor(0.6931, grad_fn=<DivBackward0>)
 
     References:
         Radford et al., *Learning Transferable Visual Models From Natural Language Supervision*, 2021. There, pairs of the
@@ -75,20 +104,34 @@ class InfoNCELoss(ScaledLoss):
     default_logit_scale = math.log(1 / 0.07)
 
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
-        """Compute the cross-entropy of each anchor; see :func:`lightning_itm.functional.info_nce_cost`."""
+        """Compute the cross-entropy of each anchor with :func:`lightning_itm.functional.info_nce_cost`."""
         hit = hardest_negative(scores) < scores.positive
         return DirectionCost(info_nce_cost(scores, logit_scale=self.scale()), {"batch_accuracy": hit})
 
 
 class SigmoidLoss(ScaledLoss):
-    r"""Binary cross-entropy of every pair by itself (SigLIP).
+    r"""Classify every pair by itself as matching or not (the loss of SigLIP).
+
+    In plain terms: for each image and each text of the batch, the question is "do these two match?". No pair competes with
+    another one.
+
+    When to use it: for fine-tuning SigLIP and other models that were trained with it, and for small batches.
 
     .. math:: -\log \sigma(\gamma s^+ + b) - \sum_j \log \sigma(-\gamma s_j - b)
 
     Args:
-        init_logit_scale: ln γ at the start. ``None``: ln 10, or what pretrained weights bring.
-        init_logit_bias: b at the start. ``None``: −10, or what pretrained weights bring.
-        reduction: See :class:`PairLoss`.
+        init_logit_scale: ln γ at the start, learned from there. Default: the scale of the pretrained model if there is one,
+            else ln 10.
+        init_logit_bias: b at the start, learned from there. It says how rare a match is. Default: the bias of the pretrained
+            model if there is one, else −10, because nearly all pairs of a batch do not match.
+        reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
+            pairs on all ranks. Use ``"sum"`` only with a learning rate that was published for it.
+
+    Logs ``batch_accuracy``, the fraction of anchors whose positive is more similar than every negative, and γ as
+    ``logit_scale``.
+
+    Raises:
+        ValueError: if ``init_logit_scale`` is outside [0, ln 100].
 
     References:
         Zhai et al., *Sigmoid Loss for Language Image Pre-Training*, ICCV 2023. There, pairs of the same image are negatives
@@ -105,11 +148,12 @@ class SigmoidLoss(ScaledLoss):
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__(init_logit_scale, reduction=reduction)
+        # Both or neither: a scale and a bias are learned together, and one of them alone would not fit the other.
         self.takes_pretrained_scale = init_logit_scale is None and init_logit_bias is None
         self.logit_bias = nn.Parameter(torch.tensor(-10.0 if init_logit_bias is None else float(init_logit_bias)))
 
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
-        """Compute the cost of each anchor; see :func:`lightning_itm.functional.sigmoid_cost`."""
+        """Compute the cost of each anchor with :func:`lightning_itm.functional.sigmoid_cost`."""
         hit = hardest_negative(scores) < scores.positive
         cost = sigmoid_cost(scores, logit_scale=self.scale(), logit_bias=self.logit_bias)
         return DirectionCost(cost, {"batch_accuracy": hit})

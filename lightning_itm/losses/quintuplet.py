@@ -13,7 +13,17 @@ from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirecti
 
 
 class QuintupletLoss(PairLoss):
-    r"""Hinges on negatives mined over the whole training set, and a hinge on those of the batch with adaptive weights (AOQ).
+    r"""Add negatives that were mined over the whole training set to the triplet loss (AOQ).
+
+    In plain terms: a batch seldom holds the negatives that are truly hard for its pairs.
+    :class:`~lightning_itm.OfflineHardNegativeMining` finds them in the whole set and puts them into the batch. For each pair
+    this loss then adds three hinges:
+
+    1. the triplet loss of the batch, with a weight w. The harder the mined negative is in comparison, the smaller w is.
+    2. the anchor and its mined negative.
+    3. the mined image and the mined text. They do not match either, and the positive must be more similar than they are.
+
+    When to use it: with that callback, to get the most out of a model that already ranks well.
 
     For a pair :math:`(I_1, T_1)` with the mined text :math:`T_3` of the image :math:`I_4` and the mined image :math:`I_3` with
     its text :math:`T_4`, image to text:
@@ -24,21 +34,26 @@ class QuintupletLoss(PairLoss):
     ``hard``, or a row with the id −1) it is the online loss alone.
 
     Args:
-        online: The loss of the in-batch negatives, with its own margin and rule. Default: ``TripletLoss()``.
-        offline_margin: m', in units of cosine similarity.
-        alpha: How much harder the mined negative must be than the hardest of the batch for w to fall by one.
-        beta: w where both are equally hard.
-        detach_weights: Let no gradient flow through w (ours if True).
-        clamp_weights: Keep w from falling below 0 (ours if True). It does where the mined negative is harder by more than
-            alpha · beta = 0.45, and then rewards a violation.
-        mask_matched: Skip pairs of mined negatives that are a true pair (ours).
-        reduction: See :class:`PairLoss`. The paper's code sums; that of ``online`` is not used.
+        online: The loss of the negatives in the batch, with its own margin and rule. Its ``reduction`` is not used. Default:
+            ``TripletLoss()``.
+        offline_margin: m', the margin of the mined negatives, in units of cosine similarity. The default, 0, only asks that
+            the positive is more similar than they are. Raise it to push mined negatives further away.
+        alpha: How much harder the mined negative must be than the hardest of the batch for w to fall by one, in units of
+            cosine similarity. The default, 0.3, is the paper's.
+        beta: The weight w where both are equally hard. The default, 1.5, is the paper's.
+        detach_weights: Whether to stop the gradient through w, so that w only weights. Not in the paper.
+        clamp_weights: Whether to keep w from falling below 0. It falls below where the mined negative is harder by more than
+            alpha · beta = 0.45, and the loss then rewards a violation. Not in the paper.
+        mask_matched: Whether to skip hinge 3 where the mined image and the mined text are a true pair. Turn it off to
+            reproduce the published code. Not in the paper.
+        reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
+            pairs on all ranks. The paper's code sums.
 
     Logs what ``online`` logs, and ``hard_margin``, the mean of s⁺ minus the similarity of the mined negative.
 
     Raises:
-        ValueError: ``alpha`` is not positive or ``offline_margin`` negative.
-        TypeError: ``online`` is no TripletLoss.
+        ValueError: if ``alpha`` is not positive, or if ``offline_margin`` is negative.
+        TypeError: if ``online`` is not a :class:`TripletLoss`.
 
     References:
         *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669. Its negatives are mined once;
@@ -64,7 +79,9 @@ class QuintupletLoss(PairLoss):
             raise ValueError(f"Expected `alpha` to be positive, got {alpha}.")
         if offline_margin < 0:
             raise ValueError(f"Expected `offline_margin` not to be negative, got {offline_margin}.")
+        # A module: the model summary shows it, and its own margin and rule hold for the batch.
         self.online = TripletLoss() if online is None else online
+        # Kept under the names of the pure function's arguments, which they are passed to as they are.
         self.options: dict[str, Any] = {
             "offline_margin": offline_margin,
             "alpha": alpha,
@@ -76,11 +93,11 @@ class QuintupletLoss(PairLoss):
 
     @property
     def has_selective_rule(self) -> bool:
-        """Whether the online loss has one."""
+        """Whether the online loss has a selective rule to switch."""
         return self.online.has_selective_rule
 
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
-        """Compute the online cost; what there is without mined negatives."""
+        """Compute the online cost, which is all there is without mined negatives."""
         return self.online.direction_cost(scores, selective)
 
     def memory_cost(
@@ -98,10 +115,11 @@ class QuintupletLoss(PairLoss):
         hard: HardNegatives | None = None,
         selective: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the loss of a batch; see :meth:`PairLoss.forward`. Mined negatives are those of their own row alone."""
-        if hard is None:
+        """Compute the loss of a batch as :meth:`PairLoss.forward` does, but with mined negatives for their own row only."""
+        if hard is None:  # before the first mining, and in a run without the callback
             return super().forward(pairs, candidates, memory=memory, selective=selective)
         candidates = pairs if candidates is None else candidates
+        # (pairs,) each. The id −1 stands for "none was mined", and such a row is left to the online loss.
         text_there, image_there = hard.image_id_of_text >= 0, hard.image_id >= 0
         pair = text_there & image_there, hard.image_id == hard.image_id_of_text
         offline = (
@@ -118,11 +136,15 @@ class QuintupletLoss(PairLoss):
                 *pair,
             ),
         )
+        # The positive is the same in both directions, and its gradient flows into both.
         positive = row_similarity(pairs.image_embeddings, pairs.text_embeddings)
         i2t, t2i = (
             self._quintuplet_cost(online, of_direction, positive)
             for online, of_direction in zip(
-                self.costs(pairs, candidates, memory, None, selective), offline, strict=True
+                # Not passed on as candidates: the online loss must not see them, or w would compare them with themselves.
+                self.costs(pairs, candidates, memory, None, selective),
+                offline,
+                strict=True,
             )
         )
         return self.reduce(i2t, t2i, num_anchors=len(candidates))
@@ -130,6 +152,7 @@ class QuintupletLoss(PairLoss):
     def _quintuplet_cost(self, online: DirectionCost, offline: OfflineScores, positive: Tensor) -> DirectionCost:
         if online.negative is None:
             raise TypeError("Expected the online cost to name its negative. Return it from `direction_cost`.")
+        # Costs are (anchors,), here and in the online loss, so that rows without a mined negative can keep their own.
         cost = quintuplet_cost(online.cost, offline, positive=positive, online_negative=online.negative, **self.options)
         return DirectionCost(cost, {**online.diagnostics, "hard_margin": positive - offline.anchored})
 

@@ -1,4 +1,4 @@
-"""The triplet loss with its rules for the negative."""
+"""The triplet loss with its rules for which negative counts."""
 
 from typing import Literal
 
@@ -13,25 +13,37 @@ from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirecti
 
 
 class TripletLoss(PairLoss):
-    r"""Hinge on the similarity of a positive and a negative: VSE++, SelHN, or the mean over negatives.
+    r"""Ask that each positive is more similar than a negative by a margin (VSE++, SelHN).
 
     .. math:: [m - s^+ + s^-]_+
 
-    Args:
-        margin: m, in units of cosine similarity.
-        negatives: ``"hardest"`` (VSE++); ``"selective"`` (SelHN: the mean over negatives for anchors whose hardest negative
-            is as similar as the positive, the hardest for the others); ``"mean"``.
-        epsilon: How close the two similarities must be for SelHN to take the mean.
-        reduction: See :class:`PairLoss`. The papers' code sums.
+    In plain terms: if the negative is less similar than the positive by at least the margin, the anchor costs nothing. The
+    option ``negatives`` says which negative that is:
 
-    Logs ``active_fraction``, the share of anchors that cost anything, and, where the selective rule is on,
-    ``averaged_fraction``, the share of anchors that took the mean.
+    - ``"hardest"`` (VSE++) takes the most similar negative. It is the strongest signal, for a model that already ranks well,
+      such as a pretrained CLIP.
+    - ``"mean"`` takes the mean of the costs of all negatives. It is weak later on, but safe from the first step.
+    - ``"selective"`` (SelHN) takes the hardest. Where it is as similar as the positive, the gradient of the hardest vanishes,
+      and the mean is used instead. Use it to train from scratch, where ``"hardest"`` may collapse to a single point. Or start
+      with ``"hardest"`` and let :class:`~lightning_itm.GradientNormMonitor` switch the rule on when a collapse begins.
+
+    Args:
+        margin: m, in units of cosine similarity, often 0.1 to 0.3. A larger margin keeps more anchors active.
+        negatives: Which negative counts, ``"hardest"``, ``"selective"`` or ``"mean"``, as above.
+        epsilon: How close the similarities of the positive and the hardest negative must be for ``"selective"`` to take the
+            mean. The default, 0.01, is the paper's.
+        reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
+            pairs on all ranks. Use ``"sum"`` only with a learning rate that was published for it.
+
+    Logs ``active_fraction``, the fraction of anchors that cost anything. Where the selective rule is on, it also logs
+    ``averaged_fraction``, the fraction of anchors that took the mean.
 
     Raises:
-        ValueError: ``margin`` or ``epsilon`` is not positive, or ``negatives`` is none of the three.
+        ValueError: if ``margin`` or ``epsilon`` is not positive, or if ``negatives`` is none of the three.
 
     Example:
         >>> import torch
+        >>> from lightning_itm import TripletLoss
         >>> from lightning_itm.embeddings import EmbeddingPairs
         >>> ids = torch.arange(2)
         >>> orthogonal = EmbeddingPairs(torch.eye(2), torch.eye(2), ids, ids)
@@ -60,12 +72,13 @@ class TripletLoss(PairLoss):
 
     @property
     def has_selective_rule(self) -> bool:
-        """Whether there is a rule to switch: not with the mean over all negatives."""
+        """Whether there is a rule to switch. With the mean over all negatives there is none."""
         return self.negatives != "mean"
 
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
-        """Compute the hinge cost of each anchor; see :mod:`lightning_itm.functional.triplet`."""
+        """Compute the hinge cost of each anchor with the functions of :mod:`lightning_itm.functional.triplet`."""
         rule = {}
+        # A tensor in `selective` overrules the constructor, also with False everywhere: the rule then stays off.
         if self._is_selective(selective):
             cost, averaged = selective_cost(scores, margin=self.margin, epsilon=self.epsilon, enabled=selective)
             rule = {"averaged_fraction": averaged}
@@ -81,13 +94,16 @@ class TripletLoss(PairLoss):
         """Compute the hinge cost of each anchor's draw from the memory bank.
 
         Where the selective rule is on, an anchor whose hardest negative *in the batch* is as similar as its positive takes the
-        mean over the batch instead (ours).
+        mean over the batch instead. Not in the paper.
         """
+        # One candidate per anchor, (anchors, dim). Where none could be drawn, -inf makes the hinge zero.
         drawn, rule = memory.sampler.draw(direction, margin=self.margin)
         negative = row_similarity(direction.anchor, direction.take(drawn.candidate_index))
+        # Filled before the hinge, so that its gradient is zero there, too.
         negative = negative.masked_fill(~drawn.is_negative, -torch.inf)
         cost = (self.margin - direction.positive_similarity() + negative).clamp_min(0)
         if self._is_selective(selective):
+            # Judged on the batch: the gradient vanishes between the live embeddings, and those of the bank have none.
             of_batch, averaged = selective_cost(scores, margin=self.margin, epsilon=self.epsilon, enabled=selective)
             cost = torch.where(averaged, of_batch, cost)
             negative = torch.where(averaged, hardest_negative(scores), negative)

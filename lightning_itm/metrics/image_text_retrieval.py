@@ -33,7 +33,7 @@ class ImageTextRetrieval(Metric):
         recall_at: The values of K, positive integers. The default, 1, 5 and 10, is what papers report.
         folds: Split the images, in the order of their ids, into this many parts, and report the mean over the parts. Use 5 for
             the "COCO 1K" protocol. If there are fewer images than folds, each image is one part. Default: no parts.
-        **kwargs: Options that every torchmetrics metric has, such as ``sync_on_compute``; they are passed on to
+        **kwargs: Options that every torchmetrics metric has, such as ``sync_on_compute``. They are passed on to
             :class:`torchmetrics.Metric`.
 
     Raises:

@@ -1,6 +1,7 @@
 """Zero-shot classification, which shows what fine-tuning costs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,23 +62,14 @@ def zero_shot_accuracy(
         )
     encode: Any = module
     device = getattr(module, "device", None) or next(module.parameters()).device
-    # Part by part: a locked tower may be in eval mode while the rest trains.
-    modes = {part: part.training for part in module.modules()}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
-            module.eval()
-            # open_clip averages unit vectors, so `encode_text` must give them; a module of a user's own need not.
-            encoder = SimpleNamespace(encode_text=lambda text, normalize: unit_norm(encode.encode_text(text)))
-            names = open_clip.build_zero_shot_classifier(
-                encoder, tokenizer, class_names, templates, device=device
-            )  # (dim, classes)
-            seen = [
-                (torch.as_tensor(labels).cpu(), _nearest(encode, images.to(device), names))
-                for images, labels, *_ in batches
-            ]
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with _as_in_evaluation(module):
+        # open_clip averages unit vectors, and the `encode_text` of a DualEncoder returns any length.
+        encoder = SimpleNamespace(encode_text=lambda text, normalize: unit_norm(encode.encode_text(text)))
+        names = open_clip.build_zero_shot_classifier(encoder, tokenizer, class_names, templates, device=device)
+        seen = [  # names are (dim, classes), labels and guesses (images,) per batch
+            (torch.as_tensor(labels).cpu(), _nearest(encode, images.to(device), names))
+            for images, labels, *_ in batches
+        ]
     if not seen:
         raise ValueError("Expected at least one batch of images and labels, got none.")
     label, guess = (torch.cat(column) for column in zip(*seen, strict=True))
@@ -91,6 +83,20 @@ def zero_shot_accuracy(
     right = label[label == guess].bincount(minlength=len(class_names))
     per_class = right[size > 0] / size[size > 0]
     return {"top1": 100 * float(right.sum() / size.sum()), "mean_per_class": 100 * float(per_class.mean())}
+
+
+@contextmanager
+def _as_in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Leave modes and torch's random stream as they were."""
+    # Part by part: a locked tower may be in eval mode while the rest trains.
+    modes = {part: part.training for part in module.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
+            module.eval()
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def _nearest(module: Any, images: Any, names: Tensor) -> Tensor:

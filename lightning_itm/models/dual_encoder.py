@@ -1,11 +1,9 @@
-"""The LightningModule that users subclass."""
+"""The LightningModule that users subclass: a training step is a function of the batch."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -16,36 +14,49 @@ from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.models.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
-from lightning_itm.models.optimization import warmup_cosine
-from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams
+from lightning_itm.models.optimization import decay_groups, warmup_cosine
+from lightning_itm.models.resumable_module import ResumableModule
+from lightning_itm.models.retrieval_metrics import RetrievalMetrics
 
 LOSS_INPUTS = ("memory", "hard", "selective")
-"""What callbacks may put into a batch for the loss, beside the pairs."""
+"""The entries of a batch that are passed on to the loss if a callback has put them there."""
 
 
-class DualEncoder(L.LightningModule):
-    """Train two encoders so that matching images and texts are close. Subclass it and override the two ``encode_`` methods.
+class DualEncoder(ResumableModule):
+    """Train two encoders so that matching images and texts are close.
 
-    Validation and test report recall at K of both directions over the whole set (``val/i2t_r1`` … ``val/t2i_r10``,
-    ``val/rsum``) and ranks; training logs the loss and its diagnostics (``train/loss``, ...).
+    In plain terms: subclass it, write :meth:`encode_image` and :meth:`encode_text`, and give it to a Lightning ``Trainer``.
 
-    A checkpoint holds the state of the random streams, so that a resumed run draws what the uninterrupted one would have.
+    1. *Training* encodes a batch, compares all its images with all its texts, and logs the loss and what the loss reports
+       about itself (``train/loss``, ...).
+    2. *Validation and test* log recall at K in both directions over the whole set (``val/i2t_r1`` … ``val/t2i_r10``,
+       ``val/rsum``), and ranks.
+    3. *The optimizer* is AdamW with a warm-up and a cosine. Override :meth:`parameter_groups` or ``configure_optimizers`` for
+       another.
+    4. *A checkpoint* holds the state of the random streams. A resumed run draws what the uninterrupted one would have drawn.
 
     Args:
-        loss: Called as ``loss(pairs, candidates)``; returns a dict with ``"loss"``. Default: :class:`InfoNCELoss`.
-        learning_rate: Of AdamW, after the warm-up. The default is for fine-tuning; from scratch, try 5e-4.
-        weight_decay: Of AdamW. Norms, biases and ``logit_scale`` are exempt.
-        warmup_steps: Optimizer steps over which the learning rate rises; a cosine takes it to zero from there. A run that
-            is shorter gets a warning.
-        chunk_size: The most images, or texts, encoded at once. The gradient is that of the whole batch, the memory that of a
-            chunk, which is encoded again in the backward pass (``models/gradient_cache.py``). BatchNorm in training mode
-            normalises over chunks, and takes each into its running statistics twice: a fit warns of it. ``None``: all at once.
+        loss: The loss of a batch, a module that is called as ``loss(pairs, candidates)`` and returns a dict with ``"loss"``.
+            Default: :class:`InfoNCELoss`, the loss of CLIP.
+        learning_rate: The highest learning rate, which the warm-up ends at. The default, 1e-5, is for fine-tuning a pretrained
+            model. Try 5e-4 to train from scratch.
+        weight_decay: The weight decay of AdamW, often between 0.01 and 0.2. It is not applied to norms, biases and
+            ``logit_scale``.
+        warmup_steps: The number of optimizer steps in which the learning rate rises. After them a cosine takes it to zero. Use
+            about 5 to 10 % of the run. A run that is shorter gets a warning.
+        chunk_size: The largest number of images, or texts, that are encoded at once, such as 64. Set it when a batch does not
+            fit into memory: the gradient is still that of the whole batch, and a step takes about a third longer, because each
+            chunk is encoded again in the backward pass. BatchNorm in training mode normalises each chunk by itself and counts
+            it twice in its running statistics, so a fit warns of it. Default: the whole batch at once.
 
     Raises:
-        ValueError: A negative argument; a ``chunk_size`` that is no positive integer.
-        TypeError: The loss is no module.
+        ValueError: if a number is negative, or if ``chunk_size`` is not a positive integer.
+        TypeError: if the loss is not a ``torch.nn.Module``.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_itm import DualEncoder
         >>> class Linear(DualEncoder):
         ...     def __init__(self, **kwargs):
         ...         super().__init__(**kwargs)
@@ -54,7 +65,7 @@ class DualEncoder(L.LightningModule):
         ...     def encode_text(self, text): return self.text_encoder(text)
         >>> ids = torch.arange(3)
         >>> batch = {"image": torch.ones(3, 8), "text": torch.ones(3, 6), "image_id": ids, "text_id": ids}
-        >>> Linear().training_step(batch, 0)  # all alike: one of three
+        >>> Linear().training_step(batch, 0)  # three equal pairs, so that each text has one chance in three: ln 3
         tensor(1.0986, grad_fn=<DivBackward0>)
     """
 
@@ -79,31 +90,35 @@ class DualEncoder(L.LightningModule):
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
         self.chunk_size = chunk_size
         self.loss = InfoNCELoss() if loss is None else loss
-        self._metrics: dict[tuple[str, int], ImageTextRetrieval] = {}
-        self._restored_rng: dict[str, Any] | None = None
+        self._retrieval = RetrievalMetrics()
 
     def encode_image(self, image: Any) -> Tensor:
-        """Return one vector an image, `(pairs, dim)`, of any length. Override."""
+        """Encode images. Override this. Return one vector per image, `(pairs, dim)`. It is normalised for you."""
         raise NotImplementedError(
-            f"Override `encode_image` in {type(self).__name__}: one vector (pairs, dim) an image."
+            f"Override `encode_image` in {type(self).__name__}: one vector per image, (pairs, dim)."
         )
 
     def encode_text(self, text: Any) -> Tensor:
-        """Return one vector a text, `(pairs, dim)`, of any length. Override."""
-        raise NotImplementedError(f"Override `encode_text` in {type(self).__name__}: one vector (pairs, dim) a text.")
+        """Encode texts. Override this. Return one vector per text, `(pairs, dim)`. It is normalised for you."""
+        raise NotImplementedError(
+            f"Override `encode_text` in {type(self).__name__}: one vector per text, (pairs, dim)."
+        )
 
     def towers(self) -> dict[str, nn.Module]:
-        """Return the parts whose gradients are watched apart: ``image_encoder`` and ``text_encoder``, if there are, or all."""
+        """Return the parts that the gradient monitor watches separately. Override it if they have other names.
+
+        By default these are ``image_encoder`` and ``text_encoder``, or the whole model if one of them is missing.
+        """
         found = {name: getattr(self, f"{name}_encoder", None) for name in ("image", "text")}
         modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
         return modules if len(modules) == 2 else {"model": self}
 
     def embed(self, batch: Any) -> EmbeddingPairs:
-        """Encode a batch; unit-norm, in float32 whatever the autocast dtype.
+        """Encode a batch into embeddings of norm 1, in float32 whatever the autocast dtype.
 
         Raises:
-            TypeError: The batch is no dict.
-            ValueError: A key is missing, or the two encoders do not return vectors of one width.
+            TypeError: if the batch is not a dict.
+            ValueError: if a key is missing, or if the two encoders return vectors of different widths.
         """
         check_batch(batch)
         image, text = self._unit_vectors("image", batch["image"]), self._unit_vectors("text", batch["text"])
@@ -113,8 +128,8 @@ class DualEncoder(L.LightningModule):
         """Encode the mined negatives of a batch, with gradient.
 
         Args:
-            hard: ``batch["hard"]`` as :class:`~lightning_itm.HardNegativeDataset` fills it: images and texts before the
-                encoders, row by row for the pairs of the batch.
+            hard: What :class:`~lightning_itm.HardNegativeDataset` puts into ``batch["hard"]``: images and texts before the
+                encoders, one row for each pair of the batch.
         """
         return HardNegatives(
             text_embeddings=self._unit_vectors("text", hard["text"]),
@@ -130,7 +145,7 @@ class DualEncoder(L.LightningModule):
         return self.embed(batch)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> EmbeddingPairs | dict[str, Tensor]:
-        """Encode a batch of pairs, or one of images or texts alone: then a dict of unit vectors and ids."""
+        """Encode a batch of pairs, or a batch of images or of texts alone, which becomes a dict of unit vectors and ids."""
         alone = [kind for kind in ("image", "text") if kind in batch and f"{kind}_id" in batch]
         if len(alone) != 1:
             return self.embed(batch)
@@ -140,6 +155,7 @@ class DualEncoder(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the loss of a batch, against the candidates of all ranks."""
         pairs = self.embed(batch)
+        # Callbacks and the loss share nothing but these entries, so that the step needs no Trainer.
         inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
         if isinstance(inputs.get("hard"), Mapping):  # samples; embeddings need no further forward pass
             inputs["hard"] = self.embed_hard_negatives(inputs["hard"])
@@ -152,51 +168,45 @@ class DualEncoder(L.LightningModule):
         return outputs["loss"]
 
     def configure_retrieval(self, stage: str) -> ImageTextRetrieval:
-        """Return the metric of ``stage`` (``"val"`` or ``"test"``). Override for other K, or folds."""
+        """Return a new metric for ``stage`` (``"val"`` or ``"test"``). Override it for another K, or for folds."""
         return ImageTextRetrieval()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take a batch into the metric of its loader."""
-        self._metric("val", dataloader_idx).update(self.embed(batch))
+        self._retrieval.update("val", dataloader_idx, self.embed(batch), make=self.configure_retrieval)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take a batch into the metric of its loader."""
-        self._metric("test", dataloader_idx).update(self.embed(batch))
+        self._retrieval.update("test", dataloader_idx, self.embed(batch), make=self.configure_retrieval)
 
+    # The metrics are emptied at the start of an epoch, not only at its end: an interrupted validation has no end.
     def on_validation_epoch_start(self) -> None:
-        """Start anew, also after a validation that broke off."""
-        self._reset_metrics("val")
+        """Empty the metrics of the validation sets."""
+        self._retrieval.reset("val")
 
     def on_test_epoch_start(self) -> None:
-        """Start anew, also after a test that broke off."""
-        self._reset_metrics("test")
+        """Empty the metrics of the test sets."""
+        self._retrieval.reset("test")
 
+    # The whole set is needed at once for recall, so the end of the epoch is the first moment that can log it.
     def on_validation_epoch_end(self) -> None:
         """Log retrieval over the whole validation set."""
-        self._log_metrics("val")
+        self._log_retrieval("val")
 
     def on_test_epoch_end(self) -> None:
         """Log retrieval over the whole test set."""
-        self._log_metrics("test")
+        self._log_retrieval("test")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the groups of AdamW: no decay on norms, biases and ``logit_scale``. Override for others, or other rates.
+        """Return the groups of AdamW: no decay on norms, biases and ``logit_scale``. Override it for other groups or rates.
 
         Raises:
-            ValueError: Nothing is trained.
+            ValueError: if all parameters are frozen.
         """
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not trained:
-            raise ValueError(
-                "Expected a parameter that is trained, got none: all are frozen. Leave one tower unlocked."
-            )
-        return [
-            {"params": [parameter for parameter in trained if parameter.ndim >= 2]},
-            {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-        ]
+        return decay_groups(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW over :meth:`parameter_groups`, with warm-up and cosine."""
+        """Return AdamW over :meth:`parameter_groups`, with a warm-up and a cosine per optimizer step."""
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.learning_rate, weight_decay=self.weight_decay)
         total, warmup = self.trainer.estimated_stepping_batches, self.warmup_steps
         if 0 < total <= warmup:
@@ -207,21 +217,13 @@ class DualEncoder(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the random streams: Lightning does not."""
-        checkpoint["rng"] = random_streams()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random streams of a resumed run until training starts: the sanity check would use them up."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self._restored_rng = checkpoint.get("rng")
-            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-            for name in getattr(datamodule, "earlier_names", ()):
-                if name in checkpoint:  # Lightning looks for the present name alone
-                    datamodule.load_state_dict(checkpoint[name])
+    def on_train_start(self) -> None:
+        """Continue with the random streams of a checkpoint, and warn where chunks change the result."""
+        super().on_train_start()
+        warn_of_batch_norm(self, self.chunk_size)  # here, because a user may freeze norms until training starts
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; say so if they come with another loss."""
+        """Load weights, and explain the error if they were trained with another loss."""
         theirs = {name for name in state_dict if name.startswith("loss.")}
         ours = {f"loss.{name}" for name in self.loss.state_dict()}
         if strict and theirs != ours:
@@ -231,32 +233,10 @@ class DualEncoder(L.LightningModule):
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def on_train_start(self) -> None:
-        """Go on with the random streams of the checkpoint, and say where chunks change the result."""
-        warn_of_batch_norm(self, self.chunk_size)
-        if self._restored_rng is not None:
-            restore_random_streams(self._restored_rng)
-            part_random_streams(self.global_rank)
-            self._restored_rng = None
-
     def _unit_vectors(self, kind: str, inputs: Any) -> Tensor:
         return unit_norm(encode_in_chunks(getattr(self, f"encode_{kind}"), inputs, self.chunk_size))
 
-    def _metric(self, stage: str, dataloader_idx: int) -> ImageTextRetrieval:
-        key = stage, dataloader_idx
-        if key not in self._metrics:
-            self._metrics[key] = self.configure_retrieval(stage).to(self.device)
-        return self._metrics[key]
-
-    def _log_metrics(self, stage: str) -> None:
-        for (of_stage, index), metric in self._metrics.items():
-            if of_stage == stage and metric.update_called:
-                prefix = stage if index == 0 else f"{stage}_{index}"
-                # Equal on all ranks already; sync_dist says so to Lightning.
-                self.log_dict({f"{prefix}/{name}": value for name, value in metric.compute().items()}, sync_dist=True)
-                metric.reset()  # and frees the embeddings
-
-    def _reset_metrics(self, stage: str) -> None:
-        for (of_stage, _), metric in self._metrics.items():
-            if of_stage == stage:
-                metric.reset()
+    def _log_retrieval(self, stage: str) -> None:
+        for values in self._retrieval.compute(stage):
+            # Equal on all ranks already. Lightning warns without sync_dist.
+            self.log_dict(values, sync_dist=True)

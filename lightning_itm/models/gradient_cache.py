@@ -1,4 +1,4 @@
-"""Gradient caching: batches larger than the memory for their activations."""
+"""Gradient caching, for batches whose activations do not fit into memory."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,23 +15,30 @@ from lightning_itm.randomness import random_streams, restore_random_streams
 
 
 def encode_in_chunks(encode: Callable[[Any], Tensor], inputs: Any, chunk_size: int | None) -> Tensor:
-    """Encode so many rows at a time; where there is a gradient, keep the vectors alone, and encode again in the backward pass.
+    """Encode a batch in chunks, so that the activations of only one chunk are in memory.
 
-    The loss sees the vectors of the whole batch, so that its gradient is that of one pass, but for rounding: dropout, and
-    whatever else ``encode`` draws from PyTorch, Python or NumPy, is drawn alike both times. The activations of one chunk exist
-    at a time, and a trained encoder costs one more forward pass. What ``encode`` changes by the way, it changes twice.
+    In plain terms: the forward pass keeps only the vectors of each chunk. The backward pass encodes the chunk again when it
+    needs the activations. The loss sees the vectors of the whole batch, so the gradient equals that of one pass, up to
+    rounding. Dropout, and whatever else ``encode`` draws from PyTorch, Python or NumPy, is drawn alike both times.
+
+    The price is one more forward pass of each trained encoder. What ``encode`` changes as a side effect, such as the running
+    statistics of BatchNorm, it changes twice.
 
     Args:
-        encode: Returns one vector a row, `(rows, dim)`.
-        inputs: Rows: a tensor, a list, a :class:`~lightning_itm.data.PaddedSequence`, or a mapping of these, which becomes a
-            dict.
-        chunk_size: The most rows at once; chunks are as equal as can be. ``None``: all in one pass, nothing twice.
+        encode: A function from rows to one vector per row, `(rows, dim)`.
+        inputs: The rows to encode: a tensor, a list, a :class:`~lightning_itm.data.PaddedSequence`, or a mapping of these,
+            which ``encode`` gets as a dict.
+        chunk_size: The largest number of rows at once, such as 64. The chunks are as equal in size as possible. Default: all
+            rows in one pass, and nothing is encoded twice.
 
     Raises:
-        TypeError: Inputs of another type.
-        ValueError: A dict whose values are not all of as many rows.
+        TypeError: if the inputs are of another type.
+        ValueError: if the values of a mapping do not all have the same number of rows.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_itm.models.gradient_cache import encode_in_chunks
         >>> encode_in_chunks(nn.Flatten(), torch.ones(5, 2, 1), 2).shape
         torch.Size([5, 2])
 
@@ -45,15 +52,17 @@ def encode_in_chunks(encode: Callable[[Any], Tensor], inputs: Any, chunk_size: i
         return encode(inputs)
     num_rows = _num_rows(inputs)
     num_chunks = max(1, -(-num_rows // chunk_size))
+    # Chunks of 5, 5 and 6 rather than 7, 7 and 2: a last chunk of one row would have no batch statistics.
     ends = [num_rows * number // num_chunks for number in range(num_chunks + 1)]
     chunks = [_rows(inputs, slice(*ends[number : number + 2])) for number in range(num_chunks)]
+    # Without a gradient nothing is encoded again, so nothing has to be kept for it either.
     if not torch.is_grad_enabled():
         return torch.cat([encode(chunk) for chunk in chunks])
     return torch.cat([_checkpointed(encode, chunk) for chunk in chunks])
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise a ValueError for a size that is none."""
+    """Raise a ValueError if the size is not a positive integer or None."""
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(
             f"Expected `chunk_size` to be a positive integer, got {chunk_size!r}. It is the number of rows encoded at once, "
@@ -62,7 +71,7 @@ def check_chunk_size(chunk_size: int | None) -> None:
 
 
 def warn_of_batch_norm(module: nn.Module, chunk_size: int | None) -> None:
-    """Say so where chunks change the result: batch statistics that are not frozen."""
+    """Warn where chunks change the result, which they do with batch statistics that are not frozen."""
     names = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.training]
     if chunk_size is not None and names:
         rank_zero_warn(
@@ -73,6 +82,7 @@ def warn_of_batch_norm(module: nn.Module, chunk_size: int | None) -> None:
 
 
 def _num_rows(inputs: Any) -> int:
+    # An empty mapping has no number of rows and goes on to the error below.
     if isinstance(inputs, Mapping) and inputs:
         numbers = {key: _num_rows(value) for key, value in inputs.items()}
         if len(set(numbers.values())) > 1:
@@ -104,11 +114,13 @@ def _checkpointed(encode: Callable[[Any], Tensor], chunk: Any) -> Any:
 
 def _same_draws() -> tuple[Any, Any]:
     """Return the contexts of the two passes."""
+    # Called before the first pass, so these are the streams that it begins with.
     return nullcontext(), _replayed(random_streams())
 
 
 @contextmanager
 def _replayed(then: dict[str, Any]) -> Iterator[None]:
+    # The streams of the backward pass are put back after it: the next step must not depend on the number of chunks.
     now = random_streams()
     restore_random_streams(then)
     try:

@@ -16,41 +16,54 @@ if TYPE_CHECKING:
 
 
 class OpenCLIPDualEncoder(DualEncoder):
-    """Fine-tune an open_clip model.
+    """Fine-tune any model of open_clip: CLIP, SigLIP, CoCa, and what the Hugging Face Hub has in its format.
 
-    The loss owns ``logit_scale`` (and ``logit_bias``); the model's own are copied into it if pretrained weights are loaded
-    and the loss was not told otherwise, and are frozen, as is CoCa's captioner, because an unused parameter stops DDP.
+    In plain terms: name the model and the pretrained weights, pass ``**model.transforms`` to the dataset, and train it like
+    any :class:`DualEncoder`.
 
-    ``load_from_checkpoint(path, loss=...)`` needs the loss again, and reads ``pretrained`` again unless told
+    Which options to use:
+
+    - *Little data* (a few thousand pairs): ``lock_image=True``, or ``layer_decay=0.8``, keep more of what was pretrained.
+    - *Little memory*: first ``gradient_checkpointing=True``, then ``chunk_size``, which allows batches of any size.
+    - *Speed*: ``compile=True``, if the run is long enough to pay for some minutes of compilation.
+
+    The loss owns ``logit_scale`` and ``logit_bias``. With pretrained weights, the model's values are copied into the loss
+    unless the loss was given its own. The model's own parameters of these names are frozen, and so is the captioner of CoCa,
+    because DDP stops at parameters that are trained and not used.
+
+    ``load_from_checkpoint(path, loss=...)`` needs the loss again. It also reads ``pretrained`` again unless it is called with
     ``pretrained=None``.
 
     Args:
-        model_name: A name of ``open_clip.list_models()``, ``hf-hub:...`` or ``local-dir:...``.
-        pretrained: A tag of ``open_clip.list_pretrained_tags_by_model(model_name)``, the path of a checkpoint, or ``None``.
-        loss: As in :class:`DualEncoder`.
-        lock_image: Freeze the image tower (LiT), batch statistics included; of a timm model the trunk alone. Its batch norms
-            are then in eval mode throughout, which Lightning mentions at the start of training.
-        lock_text: Freeze the text tower.
-        gradient_checkpointing: Compute activations twice to keep fewer of them.
-        layer_decay: What the learning rate is multiplied by at each layer on the way down a tower, in (0, 1], such as 0.8;
-            see :func:`~lightning_itm.models.optimization.layer_depths`. Projections, final norms and the loss keep the full
-            one. ``None``, as 1, means one learning rate for all.
-        compile: Compile the towers with ``torch.compile``, at the first batch. Weights keep their names; copies of the
-            module, such as the one of :class:`~lightning_itm.FalseNegativeElimination`, are not compiled.
-        augmentation: Arguments of ``open_clip.AugmentationCfg`` for the training transform, such as ``{"scale": (0.5, 1)}``.
-        **kwargs: As in :class:`DualEncoder`.
+        model_name: The name of the model, such as ``"ViT-B-32"``: one of ``open_clip.list_models()``, ``hf-hub:...`` or
+            ``local-dir:...``.
+        pretrained: The weights to begin with: a tag such as ``"laion2b_s34b_b79k"``, one of
+            ``open_clip.list_pretrained_tags_by_model(model_name)``, or the path of a checkpoint. Default: random weights.
+        loss: The loss of a batch, a module. Default: :class:`InfoNCELoss`, the loss of CLIP.
+        lock_image: Whether to freeze the image tower and its batch statistics (LiT). Of a timm model only the trunk is frozen.
+            Its batch norms then stay in eval mode, which Lightning mentions at the start of training.
+        lock_text: Whether to freeze the text tower. Use it to keep the text embeddings of an existing index.
+        gradient_checkpointing: Whether to save memory by computing activations twice. A step takes about a third longer.
+        layer_decay: The factor of the learning rate per layer on the way down a tower, in (0, 1], often 0.65 to 0.9. Lower
+            layers then change less. Projections, final norms and the loss keep the full rate. See
+            :func:`~lightning_itm.models.optimization.layer_depths`. Default: the same rate for all layers.
+        compile: Whether to compile the towers with ``torch.compile``, which happens at the first batch. Weights keep their
+            names. Copies of the module, such as the one of :class:`~lightning_itm.FalseNegativeElimination`, are not compiled.
+        augmentation: Options of ``open_clip.AugmentationCfg`` for the training transform. Use ``{"scale": (0.5, 1)}`` for
+            stronger crops than open_clip's default of 0.9 to 1.
+        **kwargs: Further options of :class:`DualEncoder`, such as ``learning_rate`` and ``chunk_size``.
 
     Attributes:
         model: The open_clip model.
-        transforms: ``transform``, ``eval_transform`` and ``tokenizer``, by these names, for
+        transforms: A dict of ``transform``, ``eval_transform`` and ``tokenizer``, to pass on as
             ``ImageTextDataset(..., **model.transforms)``.
 
     Raises:
-        ValueError: open_clip has no model, or no weights, of that name; ``layer_decay`` is outside (0, 1].
+        ValueError: if open_clip has no model or no weights of that name, or if ``layer_decay`` is outside (0, 1].
 
     References:
-        Layer-wise decay: Bao et al., *BEiT*, ICLR 2022, arXiv 2106.08254; of CLIP: Dong et al., *CLIP Itself is a Strong
-        Fine-tuner*, arXiv 2212.06138. There one tower is trained; here either one counts its own layers.
+        Layer-wise decay: Bao et al., *BEiT*, ICLR 2022, arXiv 2106.08254. For CLIP: Dong et al., *CLIP Itself is a Strong
+        Fine-tuner*, arXiv 2212.06138. There one tower is trained. Here each tower counts its own layers.
         LiT: Zhai et al., *Zero-Shot Transfer with Locked-image text Tuning*, CVPR 2022.
     """
 
@@ -93,24 +106,17 @@ class OpenCLIPDualEncoder(DualEncoder):
         self.transforms = {"transform": transform, "eval_transform": eval_transform, "tokenizer": tokenizer}
         if pretrained is not None or ":" in model_name:
             self._hand_over_scale()
-        if lock_image:
-            self.model.visual.lock()  # its `freeze_bn_stats` drops timm's activations and misses norms: see `train`
-        if lock_text:  # a tower of its own, or spread over the model
-            self.model.text.lock() if hasattr(self.model, "text") else self.model.lock_text_tower()
+        self._freeze(lock_image, lock_text)
         if gradient_checkpointing:
             self.model.set_grad_checkpointing()
-        for name, parameter in self.model.named_parameters():
-            if name.split(".")[0] in {"logit_scale", "logit_bias", "text_decoder"}:  # the last is CoCa's captioner
-                parameter.requires_grad_(False)
         if compile:
-            for name in ("visual", "text", "transformer"):  # the last: of a text tower that is spread over the model
-                if hasattr(self.model, name):
-                    getattr(self.model, name).compile()
+            self._compile_towers()
         self.train(self.training)  # open_clip's towers come in either mode
 
     def train(self, mode: bool = True) -> "Self":
-        """Set the mode of all parts but the batch norms of a locked tower, whose statistics stay as they are."""
+        """Set the mode of all parts except the batch norms of a locked tower, whose statistics stay as they are."""
         super().train(mode)
+        # Here and not once in the constructor: Lightning calls `train` after each validation.
         if self.hparams["lock_image"]:
             visual = self.model.visual
             for part in getattr(visual, "trunk", visual).modules():
@@ -128,6 +134,7 @@ class OpenCLIPDualEncoder(DualEncoder):
 
     def towers(self) -> dict[str, nn.Module]:
         """Return the image tower, and all the rest of the model, which is the text tower."""
+        # CLIP spreads its text tower over the model: gather the parts in a module that holds the same parameters.
         text = nn.Module()
         for name, module in self.model.named_children():
             if name != "visual":
@@ -139,6 +146,7 @@ class OpenCLIPDualEncoder(DualEncoder):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the groups of :class:`DualEncoder`, split by depth where ``layer_decay`` is given."""
+        # Split the groups of the base, so that weight decay and its exceptions stay as they are.
         groups = super().parameter_groups()
         if self.layer_decay in (None, 1):
             return groups
@@ -148,7 +156,23 @@ class OpenCLIPDualEncoder(DualEncoder):
             depths |= {of_name[name]: depth for name, depth in layer_depths(tower).items()}
         return split_by_depth(groups, depths, self.learning_rate, self.layer_decay)
 
+    def _freeze(self, lock_image: bool, lock_text: bool) -> None:
+        if lock_image:
+            self.model.visual.lock()  # its `freeze_bn_stats` drops timm's activations and misses norms: see `train`
+        if lock_text:  # a tower of its own, or spread over the model
+            self.model.text.lock() if hasattr(self.model, "text") else self.model.lock_text_tower()
+        for name, parameter in self.model.named_parameters():
+            if name.split(".")[0] in {"logit_scale", "logit_bias", "text_decoder"}:  # the last is CoCa's captioner
+                parameter.requires_grad_(False)
+
+    def _compile_towers(self) -> None:
+        # In place: `torch.compile(module)` would put `_orig_mod` into the names of the weights.
+        for name in ("visual", "text", "transformer"):  # the last: of a text tower that is spread over the model
+            if hasattr(self.model, name):
+                getattr(self.model, name).compile()
+
     def _hand_over_scale(self) -> None:
+        # Losses that have no scale, and those that were given one, keep what they have.
         if not getattr(self.loss, "takes_pretrained_scale", False):
             return
         names = [name for name in ("logit_scale", "logit_bias") if hasattr(self.loss, name)]

@@ -21,50 +21,81 @@ _STEM, _TOP = (-1.0, 0.0), (math.inf, 0.0)
 
 
 def warmup_cosine(warmup: int, total: float) -> Callable[[int], float]:
-    """Return the share of the learning rate at each optimizer step: a linear rise, then a cosine to zero.
-
-    A function, no object: ``LambdaLR`` would keep an object's numbers in the checkpoint, and a run that is resumed with more
-    epochs would still end where it was meant to.
+    """Return a function from the optimizer step to the factor of the learning rate: a linear rise, then a cosine to zero.
 
     Args:
-        warmup: Steps of the rise.
-        total: Steps of the run; infinity, where no end is known, leaves the cosine out.
+        warmup: The number of steps of the rise. The factor is 1 in the step after them.
+        total: The number of steps of the run. Pass infinity if it is not known: the factor then stays 1 after the rise.
 
     Example:
-        >>> share = warmup_cosine(warmup=1, total=3)
-        >>> [round(share(step), 3) for step in range(4)]
+        >>> from lightning_itm.models.optimization import warmup_cosine
+        >>> factor = warmup_cosine(warmup=1, total=3)
+        >>> [round(factor(step), 3) for step in range(4)]
         [0.5, 1.0, 0.5, 0.0]
     """
 
-    def share(step: int) -> float:
+    # A function and not an object: `LambdaLR` would keep an object's numbers in the checkpoint, and a run that is resumed
+    # with more epochs would still end where it was meant to end at first.
+    def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         if math.isinf(total):
             return 1.0
         return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup)))
 
-    return share
+    return factor
+
+
+def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Split the trained parameters into a group with the optimizer's weight decay, and one without.
+
+    Norms, biases and scalars such as ``logit_scale`` have fewer than two dimensions and no decay: a pull to zero would only
+    rescale what they adjust.
+
+    Args:
+        module: The model, of which only parameters that require a gradient are taken.
+
+    Raises:
+        ValueError: if all parameters are frozen.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_itm.models.optimization import decay_groups
+        >>> [len(group["params"]) for group in decay_groups(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))]
+        [1, 3]
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError("Expected a parameter that is trained, got none: all are frozen. Leave one tower unlocked.")
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2]},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def layer_depths(tower: nn.Module) -> dict[str, int]:
     r"""Tell how many layers each trained parameter of a tower is below its top.
 
     The top (0) is what comes after the blocks: final norm, pooling, projection. The last block is 1, the first one of L
-    blocks L, and embeddings and stem are L + 1. Blocks are those of open_clip's transformers and ResNets, of timm's trunks
-    (in stages, a block each) and of Hugging Face's text towers, by their names; what has no such name is at the top.
+    blocks is L, and embeddings and stem are L + 1. Blocks are found by their names: those of open_clip's transformers and
+    ResNets, of timm's trunks (in stages, each block by itself) and of Hugging Face's text towers. What has no such name is at
+    the top.
 
     Args:
-        tower: One tower, not two: layers of one number count as one.
+        tower: One tower. Do not pass a whole model, because layers with the same number count as one.
 
     Returns:
         The depth of every parameter that requires a gradient, by name.
 
     Example:
+        >>> from torch import nn
+        >>> from lightning_itm.models.optimization import layer_depths
         >>> blocks = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
         >>> layer_depths(nn.ModuleDict({"embedding": nn.Embedding(9, 4), "blocks": blocks, "norm": nn.RMSNorm(4)}))
         {'embedding.weight': 3, 'blocks.0.weight': 2, 'blocks.1.weight': 1, 'norm.weight': 0}
     """
     layers = {name: _layer(name) for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    # From the top down. The top is listed even if nothing of it is trained, so that the last block is 1 in any case.
     order = sorted({*layers.values(), _TOP}, reverse=True)
     return {name: order.index(layer) for name, layer in layers.items()}
 
@@ -72,18 +103,18 @@ def layer_depths(tower: nn.Module) -> dict[str, int]:
 def split_by_depth(
     groups: Sequence[Mapping[str, Any]], depths: Mapping[nn.Parameter, int], learning_rate: float, decay: float
 ) -> list[dict[str, Any]]:
-    r"""Split an optimizer's groups so that each has one depth, and the learning rate that belongs to it.
+    r"""Split an optimizer's groups so that each has one depth, and the learning rate of that depth.
 
     .. math:: \eta_d = \eta\,\gamma^d
 
     Args:
-        groups: Of parameters, with their options.
-        depths: d of each parameter; who is not there is at the top, 0.
-        learning_rate: η.
-        decay: γ.
+        groups: The groups of an optimizer, such as :func:`decay_groups` returns them. Their options are kept.
+        depths: The depth d of each parameter. A parameter that is not in it is at the top, depth 0.
+        learning_rate: The learning rate η at the top.
+        decay: The factor γ per layer, in (0, 1], such as 0.8.
 
     Returns:
-        Groups of the same options, from the top down.
+        Groups with the same options, in the order of ``groups`` and, within each, from the top down.
     """
     return [
         {

@@ -1,94 +1,25 @@
-"""RVSE++: visual semantic embedding of region features, with a residual block and generalized pooling."""
+"""RVSE++: visual semantic embeddings of region features, with a residual block and generalized pooling."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_itm.data.batch import PaddedSequence
 from lightning_itm.functional.similarity import full_precision
 from lightning_itm.losses.triplet import TripletLoss
 from lightning_itm.models.dual_encoder import DualEncoder
-
-PADDING_SCORE = -10_000.0  # fits fp16
-
-
-class BidirectionalGRU(nn.Module):
-    """A GRU forward and one backward, averaged. Each reads its sequence from its own end; no length is read by the host.
-
-    Args:
-        input_dim: Width of the input.
-        hidden_dim: Width of the output.
-    """
-
-    def __init__(self, input_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.forward_gru = nn.GRU(input_dim, hidden_dim, batch_first=True)
-        self.backward_gru = nn.GRU(input_dim, hidden_dim, batch_first=True)
-
-    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        """Return `(sequences, longest, hidden_dim)` from `(sequences, longest, input_dim)`; past the lengths, anything."""
-        ahead, _ = self.forward_gru(values)
-        behind, _ = self.backward_gru(_reversed(values, lengths))
-        return (ahead + _reversed(behind, lengths)) / 2  # type: ignore[no-any-return]
-
-
-class GeneralizedPooling(nn.Module):
-    r"""Pool a set by a learned weighting of its sorted values (GPO).
-
-    .. math:: \sum_{k=1}^{n} \theta_k(n) \max{}_k(x_1, \dots, x_n)
-
-    where :math:`\max_k` is the k-th largest value, dimension by dimension, and θ comes from a small GRU over codes of the
-    positions 1 … n.
-
-    Args:
-        code_dim: Width of the sinusoidal codes.
-        hidden_dim: Width of the GRU.
-        temperature: Of the softmax over positions.
-
-    Example:
-        >>> pooling = GeneralizedPooling()
-        >>> pooled = pooling(torch.tensor([[[2.0], [2.0], [0.0]]]), torch.tensor([2]))  # the third is padding
-        >>> pooled.detach().round(decimals=4)  # the weights, which are random, sum to 1
-        tensor([[2.]])
-
-    References:
-        Chen et al., *Learning the Best Pooling Strategy for Visual Semantic Embedding*, CVPR 2021, arXiv 2011.04305.
-    """
-
-    def __init__(self, code_dim: int = 32, hidden_dim: int = 32, temperature: float = 0.1) -> None:
-        super().__init__()
-        self.code_dim, self.temperature = code_dim, temperature
-        self.gru = BidirectionalGRU(code_dim, hidden_dim)
-        self.linear = nn.Linear(hidden_dim, 1, bias=False)
-
-    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        """Return `(sets, dim)` from `(sets, longest, dim)` and the number of items of each set."""
-        is_padding = (torch.arange(values.shape[1], device=values.device) >= lengths[:, None])[:, :, None]
-        ordered = values.masked_fill(is_padding, PADDING_SCORE).sort(dim=1, descending=True).values
-        weights = self.weights(values.shape[1])[lengths - 1]
-        return (ordered.masked_fill(is_padding, 0) * weights[:, :, None]).sum(dim=1)
-
-    def weights(self, longest: int) -> Tensor:
-        """Return θ for sets of 1 to ``longest`` items, `(longest, longest)`; row n − 1 is for n items."""
-        like = self.linear.weight
-        sizes = torch.arange(1, longest + 1, device=like.device)
-        is_padding = torch.arange(longest, device=like.device) >= sizes[:, None]
-        codes = _position_codes(longest, self.code_dim, like).expand(longest, -1, -1)
-        scores = self.linear(self.gru(codes.masked_fill(is_padding[:, :, None], 0), sizes)).squeeze(2)
-        scores = scores.float() if scores.dtype != torch.float64 else scores
-        weights: Tensor = (scores.masked_fill(is_padding, PADDING_SCORE) / self.temperature).softmax(dim=1)
-        return weights
+from lightning_itm.models.generalized_pooling import BidirectionalGRU, GeneralizedPooling
 
 
 class RegionEncoder(nn.Module):
-    """Project each region, add a two-layer residual, pool, normalise. Also a head over the patch tokens of an image tower.
+    """Embed an image from the features of its regions: project each, add a two-layer residual, pool, normalise.
+
+    It can also be a head over the patch tokens of an image tower.
 
     Args:
-        image_dim: Width of a region's features.
-        embed_dim: Width of the embedding.
+        image_dim: The width of a region's features, 2048 for the usual bottom-up features.
+        embed_dim: The width of the embedding. The default, 1024, is the paper's.
     """
 
     def __init__(self, image_dim: int = 2048, embed_dim: int = 1024) -> None:
@@ -103,17 +34,18 @@ class RegionEncoder(nn.Module):
     def forward(self, regions: PaddedSequence) -> Tensor:
         """Return `(images, embed_dim)`. As published, padding takes part in the batch statistics."""
         hidden = self.fc(regions.values)
+        # BatchNorm1d takes rows, so images and regions are one dimension for it: (images * regions, embed_dim / 2).
         inner = self.norm(self.down(hidden).flatten(0, 1)).relu().unflatten(0, hidden.shape[:2])
         return _unit_norm(self.pooling(self.up(inner) + hidden, regions.lengths))
 
 
 class WordEncoder(nn.Module):
-    """Embed words, read them both ways, pool, normalise.
+    """Embed a sentence from its word ids: look the words up, read them both ways, pool, normalise.
 
     Args:
-        vocab_size: Number of words.
-        word_dim: Width of a word.
-        embed_dim: Width of the embedding.
+        vocab_size: The number of words, ``len(vocabulary)``.
+        word_dim: The width of a word's vector. The default, 300, is the paper's.
+        embed_dim: The width of the embedding. It must be that of the images.
     """
 
     def __init__(self, vocab_size: int, word_dim: int = 300, embed_dim: int = 1024) -> None:
@@ -124,29 +56,32 @@ class WordEncoder(nn.Module):
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
 
     def forward(self, words: PaddedSequence) -> Tensor:
-        """Return `(texts, embed_dim)`."""
+        """Return one unit vector per text, `(texts, embed_dim)`."""
         hidden = self.rnn(self.embed(words.values), words.lengths)
         return _unit_norm(self.pooling(hidden, words.lengths))
 
 
 class ResidualVSE(DualEncoder):
-    """Match sets of region features with sentences: RVSE++, with selective hard negatives unless told otherwise.
+    """Match sets of region features with sentences (RVSE++), by default with selective hard negatives.
+
+    Use it to reproduce the papers on precomputed region features. To fine-tune a pretrained model on pictures, use
+    :class:`~lightning_itm.OpenCLIPDualEncoder`.
 
     ``image`` and ``text`` of a batch are :class:`~lightning_itm.data.PaddedSequence`, as
     :class:`~lightning_itm.RegionFeatureDataset` makes them: values `(images, regions, image_dim)`, and word ids `(texts,
     words)`.
 
     Args:
-        vocab_size: Number of words, ``len(vocabulary)``.
-        image_dim: Width of a region's features.
-        embed_dim: Width of the embeddings.
-        word_dim: Width of a word.
-        loss: As in :class:`DualEncoder`; default: ``TripletLoss(negatives="selective")``.
-        learning_rate: As published.
-        **kwargs: As in :class:`DualEncoder`.
+        vocab_size: The number of words, ``len(vocabulary)`` of the dataset.
+        image_dim: The width of a region's features, 2048 for the usual bottom-up features.
+        embed_dim: The width of the embeddings. The default, 1024, is the paper's.
+        word_dim: The width of a word's vector. The default, 300, is the paper's.
+        loss: The loss of a batch, a module. Default: ``TripletLoss(negatives="selective")``.
+        learning_rate: The learning rate of AdamW. The default, 5e-4, is the paper's, for training from scratch.
+        **kwargs: Further options of :class:`DualEncoder`, such as ``weight_decay``. ``warmup_steps`` is 0 by default here.
 
     References:
-        arXiv 2303.00181 (2023). Its images drop a fifth of their regions in training, which is the data's part here.
+        arXiv 2303.00181 (2023). Its images drop a fifth of their regions in training. Here the dataset does that.
     """
 
     def __init__(
@@ -168,23 +103,23 @@ class ResidualVSE(DualEncoder):
         self.text_encoder = WordEncoder(vocab_size, word_dim, embed_dim)
 
     def encode_image(self, image: PaddedSequence) -> Tensor:
-        """Encode sets of regions."""
+        """Encode sets of region features into one vector per image."""
         return self.image_encoder(image)  # type: ignore[no-any-return]
 
     def encode_text(self, text: PaddedSequence) -> Tensor:
-        """Encode sentences of word ids."""
+        """Encode sentences of word ids into one vector per text."""
         return self.text_encoder(text)  # type: ignore[no-any-return]
 
     @classmethod
     def from_published(cls, state: Mapping[str, Tensor], **kwargs: Any) -> "ResidualVSE":
-        """Build the model from weights under the published names (``image_encoder.fc.weight``, …), of their widths and dtype.
+        """Build the model from published weights. Widths and dtype are taken from them.
 
         Args:
-            state: The weights of both encoders in one mapping.
-            **kwargs: As for the class: ``loss``, ``learning_rate``, …
+            state: The weights of both encoders in one mapping, under the published names (``image_encoder.fc.weight``, …).
+            **kwargs: Options of the class, such as ``loss`` and ``learning_rate``, but no widths.
 
         Raises:
-            ValueError: Weights are missing, or there are others.
+            ValueError: if weights are missing, or if there are others.
         """
         renamed = {_our_name(name): value for name, value in state.items() if ".mlp.bns.1." not in name}  # never used
         sizes = {"text_encoder.embed.weight", "image_encoder.fc.weight"}
@@ -221,21 +156,8 @@ _RENAMED = (
 )
 
 
-def _reversed(values: Tensor, lengths: Tensor) -> Tensor:
-    """Turn each sequence around within its length."""
-    place = torch.arange(values.shape[1], device=values.device)
-    index = torch.where(place < lengths[:, None], lengths[:, None] - 1 - place, place)
-    return values.gather(1, index[:, :, None].expand_as(values))
-
-
-def _position_codes(length: int, dim: int, like: Tensor) -> Tensor:
-    """Return sinusoidal codes `(length, dim)`, sines at even places; in float32, as published, whatever comes after."""
-    rate = torch.exp(torch.arange(0, dim, 2, device=like.device) * (-math.log(10_000.0) / dim))
-    angle = torch.arange(length, device=like.device)[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).to(like.dtype)
-
-
 def _unit_norm(x: Tensor) -> Tensor:
     x = full_precision(x)
+    # As published, the 1e-8 is added to the norm. `functional.unit_norm` would differ in the last digits.
     scaled: Tensor = x / (x.norm(dim=1, keepdim=True) + 1e-8)
     return scaled

@@ -95,8 +95,9 @@ class TestFiles:
         features = self.write(tmp_path, repeats=repeats)
         pairs = RegionFeatureDataset.from_scan(tmp_path)
         assert (len(pairs.images), len(pairs.texts)) == (8, 40)
-        assert pairs.texts[23] == "image 4 caption 3"
-        assert pairs.text_image_id[23] == 4
+        text_id = 4 * 5 + 3
+        assert pairs.texts[text_id] == "image 4 caption 3"
+        assert pairs.text_image_id[text_id] == 4
         regions = pairs.evaluation().load_image(4).values
         assert torch.equal(regions, torch.from_numpy(features[4].astype(np.float32)))
 

@@ -1,7 +1,5 @@
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,9 +12,9 @@ from lightning_itm.functional import (
     negative_mask,
     sampling_weights,
 )
+from tests.helpers.golden import GOLDEN, golden_steps
 from tests.reference import false_negatives as reference
 
-GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("fne_*.npz"))
 MEAN, STD = st.floats(-1, 1), st.floats(-4, 0).map(lambda exponent: 10**exponent)
 STATISTICS = st.builds(
     lambda a, b, c, d: {"positive_mean": a, "positive_var": b**2, "negative_mean": c, "negative_var": d**2},
@@ -24,15 +22,6 @@ STATISTICS = st.builds(
 )
 GRID = torch.cat([torch.linspace(-1, 1, 2001), torch.randn(500, generator=torch.Generator().manual_seed(1)).tanh()])
 ORDINARY = {"positive_mean": 0.65, "positive_var": 0.05**2, "negative_mean": 0.4, "negative_var": 0.08**2}
-
-
-def golden_steps(path):
-    """Each step's arrays under their own names, with the file's settings."""
-    arrays = {name: torch.from_numpy(np.asarray(value)) for name, value in np.load(path).items()}
-    settings = {name: value.item() for name, value in arrays.items() if value.ndim == 0 and name[0] != "s"}
-    for step in range(int(arrays["steps"])):
-        prefix = f"s{step:02d}_"
-        yield settings, {name[4:]: value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 def golden_directions(step):

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from lightning_itm.functional import _top_k_search as searching
 from lightning_itm.functional import top_k_negatives
+from tests.helpers.embeddings import embeddings
 
 
 def brute_force(anchors, keys, k, anchor_id, key_id, ceiling=None, rank_min=0):
@@ -81,16 +81,6 @@ def test_guards_equal_brute_force(method, search, rank_min, guard):
     check(found, brute_force(anchors, keys, k, anchor_id, key_id, ceiling, rank_min), k)
 
 
-def embeddings(kind, rows, dim=64):
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, dim, generator=generator)
-    if kind == "cone":  # what an untrained tower gives: all in one direction, nearly
-        x = x + 30
-    if kind == "clusters":  # near-duplicates by the hundred
-        x = torch.randn(20, dim, generator=torch.Generator().manual_seed(1))[torch.arange(rows) % 20] + 0.003 * x
-    return normalize(x, dim=1)
-
-
 @pytest.mark.parametrize("method", ["auto", "grouped"])
 @pytest.mark.parametrize("kind", ["plain", "cone", "clusters"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -149,27 +139,6 @@ def test_wrong_arguments(arguments, message):
         top_k_negatives(**arguments)
 
 
-def test_groups_are_used_at_all():
-    """The selection by group maxima, beside a plain one, where the number of columns does not divide."""
-    scores = torch.randn(9, 16 * 40 + 7)
-    assert torch.equal(searching._largest(scores, 30), scores.topk(30).indices.sort(dim=1).values)
-
-
-@pytest.mark.parametrize("kind", ["plain", "clusters"])
-def test_groups_choose_and_do_not_only_give_up(kind, monkeypatch):
-    """Few anchors are searched again where keys differ; where hundreds are alike, all may be, in float32."""
-    find, searched = searching.Exact.find, []
-
-    def count(way, anchors, *arguments):
-        searched.append(len(anchors))
-        return find(way, anchors, *arguments)
-
-    monkeypatch.setattr(searching.Exact, "find", count)
-    anchors, keys = embeddings(kind, 200), embeddings(kind, 20_001)
-    top_k_negatives(anchors, keys, 30, method="grouped")
-    assert (sum(searched) < 20) == (kind == "plain")
-
-
 @pytest.mark.parametrize("method", ["chunked", "grouped"])
 def test_ids_that_need_64_bits(method):
     """Kernels compare ids in 32 bits where they fit; these do not."""
@@ -179,32 +148,3 @@ def test_ids_that_need_64_bits(method):
     far = top_k_negatives(anchors, keys, 9, anchor_id=anchor_id + 2**40, key_id=key_id + 2**40, method=method)
     assert torch.equal(near.index, far.index)
     assert (key_id[near.index] != anchor_id[:, None]).all()
-
-
-@pytest.mark.parametrize(("k", "num_keys"), [(300, 566_435), (60, 566_435), (300, 113_287), (60, 113_287), (5, 100)])
-def test_group_size(k, num_keys):
-    """By throwing k keys into the groups at random: rarely as many in one as are kept of it."""
-    size = searching.group_size(k, num_keys)
-    num_groups = -(-num_keys // size)
-    group = (
-        torch.rand(500, num_keys).topk(k).indices % num_groups
-        if num_keys <= 100
-        else torch.randint(num_groups, (500, k))
-    )
-    meets = torch.stack([torch.bincount(row, minlength=num_groups).amax() >= searching._DEPTH for row in group])
-    assert meets.double().mean() <= 0.01 or size == 2
-
-
-@pytest.mark.parametrize(("num_anchors", "num_keys", "k"), [(113_287, 566_435, 300), (566_435, 113_287, 60)])
-def test_memory_at_the_size_of_coco(num_anchors, num_keys, k):
-    """Beyond the embeddings: keys in bfloat16, twice, a chunk of the best of each group, candidates, and the result, twice."""
-    budget, dim = 1 << 30, 512
-    num_groups, candidates = -(-num_keys // searching.group_size(k, num_keys)), k + searching._NUM_SPARE
-    rows = min(searching._MAX_GROUPED_ROWS, budget // 2 // (4 * (searching._DEPTH + 1) * num_groups))
-    best = rows * num_groups * 4 * searching._DEPTH
-    among_first = rows * num_groups * 4  # what topk may copy
-    members = rows * candidates * (searching._DEPTH * 3 + 6) * 8  # scores, places and order, as int64 at most
-    low_keys, result = 2 * num_keys * dim * 2, 2 * num_anchors * k * (4 + 8)
-    assert rows >= 128, "or the kernel's tiles would be empty in part"
-    assert best + among_first <= budget // 2
-    assert budget + members + low_keys + result < 4e9

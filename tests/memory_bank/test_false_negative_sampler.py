@@ -12,7 +12,7 @@ from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional import DirectionScores
 from lightning_itm.functional.false_negatives import DrawnNegative, false_negative_posterior
 from lightning_itm.memory_bank import MemoryCandidates, SimilarityStatistics, similarity_statistics
-from tests.functional.test_false_negatives import GOLDEN, golden_steps
+from tests.helpers.golden import GOLDEN, golden_steps
 
 
 def unit(*shape, dtype=torch.float64):

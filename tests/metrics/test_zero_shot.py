@@ -12,6 +12,7 @@ from tests.helpers.pictures import cut_outs
 from tests.helpers.tiny import Tiny, tokenize
 
 NAMES = ["dog", "orange cat", "a very long name of a thing", "sea"]
+NUM_IMAGES = 23  # not a multiple of the batch sizes
 TEMPLATES = ("a photo of a {}.", "{}", "the {} in a drawing")
 
 
@@ -21,7 +22,7 @@ def model(tmp_path):
     return OpenCLIPDualEncoder("tiny-rn")
 
 
-def data_for(model, number=23, labels=None):
+def data_for(model, number=NUM_IMAGES, labels=None):
     transform = model.transforms["eval_transform"]
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(4, (number,), generator=generator).tolist() if labels is None else labels
@@ -49,7 +50,7 @@ def by_hand(model, data, names, templates):
 
 
 @pytest.mark.parametrize("templates", [TEMPLATES, TEMPLATES[:1], open_clip.SIMPLE_IMAGENET_TEMPLATES])
-@pytest.mark.parametrize("batch_size", [1, 4, 23])
+@pytest.mark.parametrize("batch_size", [1, 4, NUM_IMAGES])
 def test_agrees_with_loops(model, templates, batch_size):
     data = data_for(model)
     with torch.no_grad():
@@ -66,7 +67,7 @@ def test_takes_any_module(model):
 
 
 def test_classes_without_images_do_not_count(model):
-    data = data_for(model, labels=[0] * 20 + [2] * 3)
+    data = data_for(model, labels=[0] * 20 + [2] * (NUM_IMAGES - 20))
     with torch.no_grad():
         expected = by_hand(model, data, NAMES, TEMPLATES)
     assert zero_shot_accuracy(model, DataLoader(data, 8), NAMES, templates=TEMPLATES) == pytest.approx(expected)

@@ -7,12 +7,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from lightning_itm import DualEncoder, ImageTextDataModule, ImageTextRetrieval, InfoNCELoss, SigmoidLoss, TripletLoss
+from lightning_itm import DualEncoder, ImageTextDataModule, InfoNCELoss, SigmoidLoss, TripletLoss
 from lightning_itm.data import collate_pairs
-from tests.helpers.tiny import SILENT, Tiny, tiny_data, tiny_pairs
+from tests.helpers.tiny import NUM_IMAGES, SILENT, Tiny, tiny_data, tiny_pairs
 
 KEYS = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)} | {"rsum"}
 RANKS = {f"{way}_{kind}_rank" for way in ("i2t", "t2i") for kind in ("median", "mean")}
+NUM_PAIRS = 2 * NUM_IMAGES  # each picture has two captions
+NUM_STEPS = -(-NUM_PAIRS // 4)  # per epoch, in batches of four
 
 
 def tiny_batch(num_pairs=6):
@@ -117,7 +119,7 @@ def test_learning_rate_rises_and_falls_to_nothing():
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[-1] < 0.02
-    assert len(rates) == 24
+    assert len(rates) == 2 * NUM_STEPS
 
 
 def test_precision_of_the_embeddings_and_the_loss():
@@ -188,43 +190,6 @@ def test_the_host_waits_for_nothing_between_steps(make_loss):
     assert reads == []
 
 
-def test_a_validation_that_broke_off_leaves_nothing_behind():
-    class Breaks(Tiny):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            super().validation_step(batch, batch_idx, dataloader_idx)
-            if self.breaks and batch_idx == 3:
-                raise KeyboardInterrupt("stopped")
-
-    model, data = Breaks(), tiny_data()
-    model.breaks = True
-    with pytest.raises(BaseException, match=r"stopped|1"):
-        trainer().validate(model, datamodule=data, verbose=False)
-    model.breaks = False
-    torch.nn.init.normal_(model.image_encoder[1].weight)
-    assert "val/rsum" in trainer().validate(model, datamodule=data, verbose=False)[0]
-
-
-def test_several_validation_sets_have_a_prefix_each():
-    model = Tiny()
-    loaders = [DataLoader(tiny_pairs(n).evaluation(), 8, collate_fn=collate_pairs) for n in (5, 9)]
-    results = trainer().validate(model, loaders, verbose=False)[0]
-    assert {"val/rsum", "val_1/rsum"} <= results.keys()
-    assert results["val/i2t_mean_rank"] <= 9
-    alone = trainer().validate(model, loaders[1], verbose=False)[0]
-    assert alone["val/rsum"] == results["val_1/rsum"]
-
-
-def test_metric_is_a_users_choice_and_starts_anew_each_time():
-    class Folds(Tiny):
-        def configure_retrieval(self, stage):
-            return ImageTextRetrieval(recall_at=(2,), folds=5)
-
-    model, data = Folds(), tiny_data()
-    first = trainer().validate(model, datamodule=data, verbose=False)[0]
-    assert "val/i2t_r2" in first
-    assert trainer().validate(model, datamodule=data, verbose=False)[0] == first
-
-
 def test_predict_returns_embeddings():
     loader = DataLoader(tiny_pairs().evaluation(), 20, collate_fn=collate_pairs)
     batches = trainer().predict(Tiny(), loader)
@@ -236,7 +201,7 @@ def test_trains_without_validation_data():
     data = ImageTextDataModule(tiny_pairs(), batch_size=8, num_workers=0)
     fitter = trainer(max_epochs=1)
     fitter.fit(Tiny(), datamodule=data)
-    assert fitter.global_step == 46 // 8
+    assert fitter.global_step == NUM_PAIRS // 8
 
 
 def test_state_dict_has_weights_and_nothing_else():
@@ -265,7 +230,7 @@ class TestBadInput:
     def test_a_tower_that_returns_a_sequence(self):
         model = Tiny()
         model.text_encoder = nn.Embedding(256, 16)
-        with pytest.raises(ValueError, match=r"`text_embeddings` to have the shape \(pairs, dim\), got \(6, 24, 16\)"):
+        with pytest.raises(ValueError, match=r"`text_embeddings` to have the shape \(pairs, dim\), got \(6, \d+, 16\)"):
             model.training_step(tiny_batch(), 0)
 
     @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "warmup_steps"])
@@ -297,8 +262,10 @@ class TestBadInput:
             trainer().fit(Tiny(TripletLoss()).requires_grad_(False), datamodule=tiny_data())
 
     def test_a_run_shorter_than_its_warm_up(self):
-        with pytest.warns(UserWarning, match="12 optimizer steps and `warmup_steps=12`: the learning rate never"):
-            trainer(max_epochs=1).fit(Tiny(warmup_steps=12), datamodule=tiny_data())
+        with pytest.warns(
+            UserWarning, match=f"{NUM_STEPS} optimizer steps and `warmup_steps={NUM_STEPS}`: the learning rate never"
+        ):
+            trainer(max_epochs=1).fit(Tiny(warmup_steps=NUM_STEPS), datamodule=tiny_data())
 
     def test_weights_of_another_loss(self, tmp_path):
         fitter = trainer(max_epochs=1)
@@ -318,7 +285,9 @@ class TestBadInput:
 
     def test_a_set_smaller_than_a_batch(self):
         data = ImageTextDataModule(tiny_pairs(), batch_size=64, num_workers=0)
-        with pytest.raises(Exception, match=r"at least one batch of 64 pairs a rank, got 46 pairs. Lower `batch_size`"):
+        with pytest.raises(
+            Exception, match=rf"at least one batch of 64 pairs .*, got {NUM_PAIRS} pairs. Lower `batch_size`"
+        ):
             trainer().fit(Tiny(), datamodule=data)
 
     def test_a_set_that_was_not_given(self):

@@ -5,9 +5,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_itm import (
     DualEncoder,
@@ -20,8 +18,7 @@ from lightning_itm import (
     TripletLoss,
 )
 from lightning_itm.data import PaddedSequence
-from lightning_itm.models import GeneralizedPooling, RegionEncoder
-from lightning_itm.models.residual_vse import BidirectionalGRU
+from lightning_itm.models import RegionEncoder
 from tests.helpers.tiny import SILENT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rvse_0.npz"
@@ -49,44 +46,6 @@ def test_embeddings_equal_the_published_code():
         )
     torch.testing.assert_close(pairs.image_embeddings, normalize(arrays["image_embedding"], dim=1), atol=1e-9, rtol=0)
     torch.testing.assert_close(pairs.text_embeddings, normalize(arrays["text_embedding"], dim=1), atol=1e-9, rtol=0)
-
-
-def test_both_ways_equal_a_packed_gru():
-    """PyTorch's own, which reads the lengths on the host."""
-    ours, packed = BidirectionalGRU(3, 4), nn.GRU(3, 4, batch_first=True, bidirectional=True)
-    state = dict(ours.forward_gru.state_dict())
-    state |= {f"{name}_reverse": value for name, value in ours.backward_gru.state_dict().items()}
-    packed.load_state_dict(state)
-    values, lengths = torch.randn(5, 7, 3), torch.tensor([7, 1, 4, 2, 6])
-    output, _ = packed(pack_padded_sequence(values, lengths, batch_first=True, enforce_sorted=False))
-    expected, _ = pad_packed_sequence(output, batch_first=True)
-    got = ours(values, lengths)
-    for row, length in enumerate(lengths.tolist()):
-        both = (expected[row, :length, :4] + expected[row, :length, 4:]) / 2
-        torch.testing.assert_close(got[row, :length], both)
-
-
-class TestPooling:
-    def test_weights_are_a_distribution_over_each_size(self):
-        weights = GeneralizedPooling().weights(6)
-        torch.testing.assert_close(weights.sum(dim=1), torch.ones(6))
-        assert (weights.triu(1) == 0).all()
-
-    def test_equals_the_sum_over_ranks(self):
-        pooling, values, lengths = GeneralizedPooling(), torch.randn(3, 5, 2), [5, 2, 1]
-        got = pooling(values, torch.tensor(lengths))
-        for row, length in enumerate(lengths):
-            weights = pooling.weights(5)[length - 1].tolist()
-            for column in range(2):
-                ordered = sorted(values[row, :length, column].tolist(), reverse=True)
-                expected = sum(weight * value for weight, value in zip(weights, ordered, strict=False))
-                assert got[row, column].item() == pytest.approx(expected, abs=1e-6)
-
-    def test_order_and_padding_are_no_matter(self):
-        pooling, values = GeneralizedPooling(), torch.randn(1, 4, 3)
-        expected = pooling(values, torch.tensor([4]))
-        padded = torch.cat([values[:, [2, 0, 3, 1]], torch.full((1, 3, 3), 50.0)], dim=1)
-        torch.testing.assert_close(pooling(padded, torch.tensor([4])), expected)
 
 
 def make_pairs(num_images=40, captions=2, dim=6, seed=0, **kwargs):

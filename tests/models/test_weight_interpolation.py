@@ -18,25 +18,25 @@ def weights(seed, dtype=torch.float32):
     return {**floats, "image_encoder.1.num_batches_tracked": torch.tensor(seed)}
 
 
-@given(share=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-def test_is_the_formula(share, dtype):
+@given(fraction=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+def test_is_the_formula(fraction, dtype):
     before, after = weights(1, dtype), weights(2, dtype)
-    mixed = interpolate_weights(before, after, share)
+    mixed = interpolate_weights(before, after, fraction)
     assert list(mixed) == list(after)
     for name, value in mixed.items():
         assert value.dtype == after[name].dtype
         if name.endswith("tracked"):
             assert value == 2
         else:
-            expected = (1 - share) * before[name].double() + share * after[name].double()
+            expected = (1 - fraction) * before[name].double() + fraction * after[name].double()
             torch.testing.assert_close(value, expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ends_are_exact_and_nothing_is_shared(dtype):
     before, after = weights(1, dtype), weights(2, dtype)
-    for share, end in ((0.0, before), (1.0, after)):
-        mixed = interpolate_weights(before, after, share)
+    for fraction, end in ((0.0, before), (1.0, after)):
+        mixed = interpolate_weights(before, after, fraction)
         assert all(torch.equal(mixed[name], end[name]) for name in end if not name.endswith("tracked"))
         assert all(mixed[name].data_ptr() != after[name].data_ptr() for name in after)
 
@@ -72,10 +72,10 @@ def test_parameters_that_require_a_gradient():
     assert not any(value.requires_grad for value in mixed.values())
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
-def test_a_share_that_is_none(share):
-    with pytest.raises(ValueError, match=rf"`share` to be in \[0, 1\].* got {share}"):
-        interpolate_weights({}, {}, share)
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+def test_a_fraction_outside_its_range(fraction):
+    with pytest.raises(ValueError, match=rf"`fraction` to be in \[0, 1\].* got {fraction}"):
+        interpolate_weights({}, {}, fraction)
 
 
 def test_weights_of_another_model():

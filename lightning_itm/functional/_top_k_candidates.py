@@ -1,0 +1,163 @@
+"""What every way of the search needs: products in two precisions, the choice of candidates, and their comparison."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_itm.functional.grouped_top_k import Shortlist
+
+
+class TopK(NamedTuple):
+    """The hardest negatives of each anchor, the hardest first."""
+
+    scores: Float[Tensor, "anchors k"]
+    """Cosine similarity, float32; −inf where there is no further negative."""
+    index: Int[Tensor, "anchors k"]  # type: ignore[assignment]  # a tuple has a method of this name
+    """Row of the key; −1 where there is no further negative."""
+
+
+class OwnKeys:
+    """Which keys belong to the image of an anchor: few, so they are listed and not compared."""
+
+    def __init__(self, anchor_id: Tensor, key_id: Tensor) -> None:
+        self.anchor_id, self.key_id = anchor_id, key_id
+        self.sorted_id, self.order = key_id.sort()
+
+    def of(self, rows: Tensor) -> "OwnKeys":
+        part = copy.copy(self)
+        part.anchor_id = self.anchor_id[rows]
+        return part
+
+    def mask(self, scores: Tensor) -> None:
+        first = torch.searchsorted(self.sorted_id, self.anchor_id)
+        count = torch.searchsorted(self.sorted_id, self.anchor_id, right=True) - first
+        total = int(count.sum())
+        if total > scores.numel() // 16:  # not so few
+            scores.masked_fill_(self.anchor_id[:, None] == self.key_id, -torch.inf)
+            return
+        # One entry per pair of an anchor and a key of its own image: (total,).
+        row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+        position = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[row]
+        scores[row, self.order[first[row] + position]] = -torch.inf
+
+
+def compare(anchors: Tensor, keys: Tensor, centre: Tensor, candidates: Shortlist, k: int) -> tuple[TopK, Tensor]:
+    """Compare candidates in float32. The second is True for an anchor that these may not be good enough for."""
+    index, rough, left_out = candidates
+    nothing = rough == -torch.inf
+    exact = candidate_products(anchors, keys, index)
+    # (anchors,): what subtracting the centre from the keys took from each of an anchor's scores.
+    shift = anchors @ centre
+    error = (exact - shift[:, None] - rough).masked_fill(nothing, 0).abs().amax()
+    k = min(k, len(keys))
+    best = hardest_first(exact.masked_fill(nothing, -torch.inf), index)
+    return TopK(best.scores[:, :k], best.index[:, :k]), best.scores[:, k - 1] - shift < left_out + error
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """Return where the k largest of each row are, in the order of their places.
+
+    They lie in the k groups of columns with the largest maxima, and a maximum is cheaper than a selection.
+    """
+    num_groups = scores.shape[1] // _GROUP
+    if num_groups <= k:
+        return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    grouped = scores[:, : num_groups * _GROUP].view(
+        len(scores), _GROUP, num_groups
+    )  # a group: every num_groups-th column
+    # (rows, k): the groups that can hold one of the k largest.
+    group = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, group[:, None, :].expand(-1, _GROUP, -1)).flatten(1)
+    rest = scores[:, num_groups * _GROUP :]
+    place = torch.cat([candidates, rest], dim=1).topk(k, dim=1, sorted=False).indices
+    in_group = num_groups * (place // k) + group.gather(1, place % k)
+    in_rest = num_groups * _GROUP + place - _GROUP * k
+    return torch.where(place < _GROUP * k, in_group, in_rest).sort(dim=1).values
+
+
+def hardest_first(scores: Tensor, index: Tensor) -> TopK:
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return TopK(scores, index.gather(1, order))
+
+
+def candidate_products(anchors: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+    """Multiply each anchor with its own choice of keys, in float32."""
+    if anchors.is_cuda and find_spec("triton") is not None:
+        from lightning_itm.functional._grouped_top_k_triton import (
+            products_kernel,
+        )  # Triton takes a while, and is not everywhere
+
+        return products_kernel(anchors, keys, index)
+    if anchors.device.type != "cpu":
+        rows = max(1, _GATHER_BYTES // (4 * index.shape[1] * keys.shape[1]))
+        with full_precision_products():
+            return torch.cat(
+                [
+                    torch.bmm(keys[part], a[:, :, None]).squeeze(2)
+                    for a, part in zip(anchors.split(rows), index.split(rows), strict=True)
+                ]
+            )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        ends = torch.arange(0, index.numel() + 1, index.shape[1])
+        pattern = torch.sparse_csr_tensor(
+            ends,
+            index.flatten(),
+            anchors.new_zeros(index.numel()),
+            size=(len(anchors), len(keys)),
+            check_invariants=False,
+        )
+        products: Tensor = torch.sparse.sampled_addmm(pattern, anchors, keys.T, beta=0).values()
+    return products.view(index.shape)
+
+
+class LowKeys(NamedTuple):
+    """Keys in bfloat16, less their centre, which changes no order: what most embeddings share would cost the most bits."""
+
+    keys: Tensor
+    """`(keys, dim)`; on a GPU with rows of zeros at the end, where its matrix units want a multiple of 8."""
+    centre: Tensor
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether the hardware does."""
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def to_bfloat16(keys: Tensor) -> LowKeys:
+    """Convert the keys."""
+    centre = keys.mean(dim=0)
+    is_cpu = keys.device.type == "cpu"
+    num_rows = len(keys) if is_cpu else -(-len(keys) // 8) * 8
+    low = torch.empty(num_rows, keys.shape[1], dtype=torch.bfloat16, device=keys.device)
+    low[len(keys) :] = 0
+    for part, into in zip(
+        *(rows.split(MAX_ROWS if is_cpu else len(keys)) for rows in (keys, low[: len(keys)])), strict=True
+    ):
+        torch.sub(part, centre, out=into)
+    return LowKeys(low, centre)
+
+
+@contextmanager
+def full_precision_products() -> Iterator[None]:
+    """Multiply float32 as float32, whatever ``torch.set_float32_matmul_precision`` says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+_GROUP = 16
+MAX_ROWS = 512  # more do not make the products faster, and their scores leave the cache
+_GATHER_BYTES = 256 << 20

@@ -1,0 +1,40 @@
+"""A LightningModule whose checkpoints hold the random streams."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams
+
+
+class ResumableModule(L.LightningModule):
+    """Save the random streams in checkpoints, so that a resumed run draws what the uninterrupted one would have drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._restored_rng: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the random streams, which Lightning does not."""
+        # Called for every checkpoint, also one in the middle of an epoch, when the streams stand where the next step begins.
+        checkpoint["rng"] = random_streams()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random streams of a resumed run until training starts."""
+        # Not restored here: building the loaders and the sanity check draw numbers after this hook.
+        # Only in a fit: a validation of a checkpoint must not change the streams of the program around it.
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._restored_rng = checkpoint.get("rng")
+            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+            for name in getattr(datamodule, "earlier_names", ()):
+                if name in checkpoint:  # Lightning looks for the present name alone
+                    datamodule.load_state_dict(checkpoint[name])
+
+    def on_train_start(self) -> None:
+        """Continue with the random streams of the checkpoint."""
+        # The last hook before the first batch is read, and the first after the sanity check.
+        if self._restored_rng is not None:
+            restore_random_streams(self._restored_rng)
+            part_random_streams(self.global_rank)  # the file has those of rank 0, and ranks must not draw alike
+            self._restored_rng = None

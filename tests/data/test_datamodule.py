@@ -1,0 +1,56 @@
+import lightning as L
+import torch
+from torch.utils.data import Subset
+
+from lightning_itm import ImageTextDataModule
+from tests.helpers.resume import NUM_PAIRS, Watch
+from tests.helpers.tiny import NUM_IMAGES, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs
+
+
+class TestOtherDatasets:
+    def test_a_subset_is_augmented_anew_each_epoch_and_not_in_evaluation(self):
+        half = Subset(tiny_pairs(), range(0, NUM_PAIRS, 2))
+        data = ImageTextDataModule(half, half, batch_size=NUM_IMAGES, num_workers=0)
+        watch = Watch()
+        L.Trainer(callbacks=[watch], max_epochs=2, **SILENT).fit(Tiny(warmup_steps=0), datamodule=data)
+        assert watch.seen[0][3] != watch.seen[1][3]
+        batch = next(iter(data.val_dataloader()))
+        assert torch.equal(batch["image"][0], PLAIN(tiny_pairs().images[0]))
+
+    def test_a_loader_without_a_trainer_is_a_plain_one(self):
+        loader = tiny_data().train_dataloader()
+        orders = [[pair for batch in loader for pair in batch["text_id"].tolist()] for _ in range(2)]
+        assert orders[0] != orders[1]
+        assert sorted(orders[0]) == list(range(NUM_PAIRS))
+
+
+class TestDropLast:
+    BATCH_SIZE = 4  # two pairs do not fill a batch
+
+    def left_out(self, drop_last):
+        watch = Watch()
+        data = tiny_data(batch_size=self.BATCH_SIZE, drop_last=drop_last)
+        L.Trainer(callbacks=[watch], max_epochs=2, **SILENT).fit(Tiny(), datamodule=data)
+        return [
+            set(range(NUM_PAIRS)) - {pair for epoch, _, pairs, *_ in watch.seen if epoch == number for pair in pairs}
+            for number in range(2)
+        ]
+
+    def test_leaves_other_pairs_out_in_each_epoch(self):
+        first, second = self.left_out(drop_last=True)
+        assert len(first) == len(second) == NUM_PAIRS % self.BATCH_SIZE
+        assert first != second
+
+    def test_or_none(self):
+        assert self.left_out(drop_last=False) == [set(), set()]
+
+
+def test_evaluation_takes_its_own_batch_size_and_every_pair_in_order():
+    data = tiny_data(eval_batch_size=10, drop_last=True)
+    batches = [batch["text_id"].tolist() for batch in data.val_dataloader()]
+    assert [len(batch) for batch in batches] == [10, 10, 10, 10, NUM_PAIRS - 40]
+    assert [pair for batch in batches for pair in batch] == list(range(NUM_PAIRS))
+
+
+def test_without_a_validation_set_there_is_no_loader_of_one():
+    assert ImageTextDataModule(tiny_pairs(), num_workers=0).val_dataloader() == []

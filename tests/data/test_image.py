@@ -1,0 +1,84 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from lightning_itm import ImageTextDataset
+from lightning_itm.data import UnreadableImageError, open_clip_transforms, open_rgb
+from tests.helpers.pictures import cut_outs
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+class TestImages:
+    def test_every_form_of_an_image_is_the_same_image(self, tmp_path):
+        image = cut_outs(1)[0]
+        image.save(tmp_path / "a.png")
+        image.save(tmp_path / "b.png")
+        forms = [image, np.asarray(image), png(image), tmp_path / "a.png", str(tmp_path / "b.png")]
+        pairs = ImageTextDataset(forms, ["a cut-out"] * 5)
+        assert all(torch.equal(pairs[i]["image"], pairs[0]["image"]) for i in range(5))
+        assert pairs[0]["image"].shape == (3, 24, 24)
+
+    @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 1), (5, 4, 3), (5, 4, 4)])
+    def test_arrays_with_any_number_of_channels(self, shape):
+        assert ImageTextDataset([np.full(shape, 255, np.uint8)], ["white"])[0]["image"].eq(1).all()
+
+    def test_transparent_is_white(self):
+        image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+        assert ImageTextDataset([image], ["nothing"])[0]["image"].eq(1).all()
+
+    @pytest.mark.parametrize(
+        ("image", "message"),
+        [
+            (3.5, "got float for image 1"),
+            (np.zeros((4, 4, 3)), r"got float64 \(4, 4, 3\) for image 1"),
+            (np.zeros((3, 8, 8), np.uint8), r"got uint8 \(3, 8, 8\) for image 1"),
+        ],
+    )
+    def test_what_is_no_image(self, image, message):
+        with pytest.raises(TypeError, match=message):
+            ImageTextDataset([cut_outs(1)[0], image], ["a", "b"])
+
+    def test_one_path_a_caption_would_make_captions_negatives_of_each_other(self):
+        with pytest.raises(ValueError, match=r"got a.png as image 0 and image 2: .*`from_csv` groups rows"):
+            ImageTextDataset(["a.png", "b.png", "a.png"], ["one", "two", "three"])
+
+
+class TestOpenRGB:
+    def test_a_palette_with_transparency_is_on_white_too(self):
+        image = Image.new("P", (2, 2), 0)
+        image.info["transparency"] = 0
+        assert open_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+
+    def test_what_breaks_off_is_named(self, tmp_path):
+        path = tmp_path / "half.png"
+        path.write_bytes(png(cut_outs(1)[0])[:200])
+        with pytest.raises(UnreadableImageError, match=r"half.png does not open"):
+            open_rgb(path)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "emoji-clip"])
+def test_transforms_by_name_are_those_of_the_model(name):
+    open_clip.add_model_config(EXAMPLES / "models" / "emoji-clip.json")
+    _, train, evaluation = open_clip.create_model_and_transforms(name, aug_cfg={"scale": (0.5, 1.0)})
+    ours = open_clip_transforms(name, augmentation={"scale": (0.5, 1.0)})
+    assert str(ours["transform"]) == str(train)
+    assert str(ours["eval_transform"]) == str(evaluation)
+
+
+def test_transforms_by_name_know_what_weights_were_trained_with():
+    plain, trained = (open_clip_transforms("PE-Core-T-16-384", tag) for tag in (None, "meta"))
+    assert "mean=(0.5, 0.5, 0.5)" in str(trained["eval_transform"])
+    assert "bilinear" in str(trained["eval_transform"])
+    assert "mean=(0.5, 0.5, 0.5)" not in str(plain["eval_transform"])

@@ -1,0 +1,9 @@
+import torch
+
+from lightning_itm.functional._top_k_candidates import largest
+
+
+def test_the_largest_by_group_maxima():
+    """The selection by group maxima, beside a plain one, where the number of columns does not divide."""
+    scores = torch.randn(9, 16 * 40 + 7)
+    assert torch.equal(largest(scores, 30), scores.topk(30).indices.sort(dim=1).values)
