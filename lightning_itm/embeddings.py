@@ -98,6 +98,8 @@ class HardNegatives:
         image_embeddings: I3, `(pairs, dim)`, unit-norm.
         text_of_image_embeddings: T4, `(pairs, dim)`, unit-norm.
         image_id: The id of I3, int64 `(pairs,)`. It is −1 where no image was mined. Such a row must be skipped.
+        positive: Where the negatives are stored embeddings of the mining pass: the pairs of the batch as that pass embedded
+            them. Stored negatives are compared with stored positives only. ``None``: encoded in this step.
     """
 
     text_embeddings: Tensor
@@ -106,6 +108,7 @@ class HardNegatives:
     image_embeddings: Tensor
     text_of_image_embeddings: Tensor
     image_id: Tensor
+    positive: EmbeddingPairs | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield nothing."""

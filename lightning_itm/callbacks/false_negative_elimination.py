@@ -1,66 +1,66 @@
 """Negatives from a momentum memory bank, drawn so that likely false ones are rare."""
 
-import inspect
 from collections.abc import MutableMapping
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_itm.callbacks._strategies import check_whole_weights
-from lightning_itm.checks import check_choice
+from lightning_itm.callbacks._memory_setup import check_memory_fits
 from lightning_itm.embeddings import EmbeddingPairs
-from lightning_itm.functional.false_negatives import Weighting
+from lightning_itm.memory_bank.agreement import Agreement
 from lightning_itm.memory_bank.candidates import MemoryCandidates
+from lightning_itm.memory_bank.diagnostics import memory_diagnostics
 from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
 from lightning_itm.memory_bank.figure import plot_similarities
 from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder, check_momentum
-from lightning_itm.memory_bank.queue import MemoryBank
+from lightning_itm.memory_bank.queue import MemoryBank, in_order_of_one_process
 
 CHECKPOINT_KEY = "false_negative_elimination"
 
 
 class FalseNegativeElimination(Callback):
-    """Compare each batch with thousands of earlier pairs, and rarely with those that match in truth (FNE).
+    """Use thousands of earlier pairs as extra negatives, and rarely those that probably match (FNE).
 
-    A slow copy of the module embeds each batch; the embeddings of the last ``queue_size`` pairs stay in a queue. The losses
-    find both in the batch: ``TripletLoss`` draws its negatives there, one an anchor, ``QuintupletLoss`` those of its online
-    term; ``InfoNCELoss`` and ``SigmoidLoss`` take them all as further, weighed candidates (ours), so that the other pairs of
-    the batch are there twice, and their loss is of another size from ``start_epoch`` on. Nothing is added to the module.
+    In plain terms: 1. A slow copy of the model embeds each batch, too. 2. The embeddings of the last ``queue_size`` pairs stay
+    in a queue, the memory bank. 3. The loss compares each anchor with the bank, in a term of its own. 4. A pair of the bank
+    that probably matches the anchor (a false negative) weighs little or nothing, which the ``sampler`` decides.
+
+    Use it to fine-tune a model that matches already, on a set that is large beside the batch. The bank fills from the first
+    step on. By default it enters the loss once its embeddings agree with those of the live model, and leaves it, with a
+    warning, where they no longer do: see :class:`~lightning_itm.memory_bank.Agreement`. Nothing is added to the module.
 
     Args:
-        queue_size: Pairs kept, of all processes; at least one global batch.
-        momentum: Share of the old weights that the slow copy keeps at an optimizer step.
-        start_epoch: The first epoch with candidates from memory; before, the batch is all there is.
-        prior: Share of candidates that match though they belong to another image.
-        sharpness: See :class:`~lightning_itm.FalseNegativeSampler` for this and the next five.
-        threshold: The posterior of a likely match.
-        min_count: Positives counted before posteriors are used.
-        weighting: What likely matches weigh.
-        monotone: Let the posterior never fall as the similarity rises.
-        cut_down: Below which similarity candidates weigh nothing.
-        positive: ``"momentum"``: the positives are embeddings of the slow copy, as published, and gradient flows through the
-            anchor alone, so that a locked tower leaves one direction without any; ``"online"``: those of the batch, with
-            gradient (ours). Hinges only.
-        fill_during_warmup: Fill the queue in the epochs before ``start_epoch`` too (ours).
-        seed: Of the draws.
+        queue_size: Pairs in the bank, of all processes together, at least one global batch. Usual: 1,024 to 65,536, below the
+            size of the training set. More pairs are more negatives, and older ones.
+        momentum: How much of its old weights the slow copy keeps at an optimizer step. Usual: 0.99 for runs of some hundred
+            steps, 0.999 for long ones.
+        start_epoch: ``None``: the bank enters the loss once it agrees with the live model. Not in the paper. A number: it is
+            in the loss from that epoch on, and the agreement is only logged. As published: 1.
+        fill_during_warmup: With a ``start_epoch``, fill the queue in the epochs before it. False as published, where the first
+            batches of that epoch meet an empty queue.
+        sampler: How negatives are drawn and weighed: a :class:`~lightning_itm.FalseNegativeSampler`, the default one if left
+            out. It is made for one callback, and keeps its statistics.
 
-    Logs ``memory/fill``, ``memory/positive_mean``, ``memory/positive_std``, ``memory/negative_mean``, ``memory/negative_std``,
-    ``memory/num_positives``; the loss logs ``train/mean_posterior``, ``train/false_negative_rate`` and
-    ``train/fallback_fraction``.
+    Logs ``memory/fill``, ``memory/in_loss``, ``memory/live_in_stored`` and ``memory/stored_in_stored`` (the two ratios of the
+    agreement), ``memory/cosine`` (of live and stored embedding of the same input), ``memory/positive_mean``,
+    ``memory/positive_std``, ``memory/negative_mean``, ``memory/negative_std``, ``memory/num_positives``. The loss logs
+    ``train/memory_cost``, ``train/mean_posterior``, ``train/false_negative_rate`` and ``train/fallback_fraction``.
 
     Raises:
-        ValueError: An argument out of its range; a batch larger than the queue; embeddings that are not finite, at a logging
-            step or at the end of the epoch; a checkpoint with another queue.
-        MisconfigurationException: A module that is no ``DualEncoder``, a loss without ``memory``, a second callback of this
-            kind, or a strategy that shards the weights.
+        ValueError: if an argument is out of its range, a batch is larger than the queue, embeddings are not finite (found at a
+            logging step or at the end of the epoch), or a checkpoint has another queue.
+        TypeError: if ``sampler`` is no FalseNegativeSampler.
+        MisconfigurationException: if the module is no ``DualEncoder``, the loss takes no ``memory``, there is a second
+            callback of this kind, or the strategy shards the weights.
 
     References:
         *Your Negative May not Be True Negative: Boosting Image-Text Matching with False Negative Elimination*,
-        arXiv 2308.04380 (2023). Its slow copies are in train mode, and its queue starts with random vectors.
+        arXiv 2308.04380 (2023). Its slow copies are in train mode, and its queue starts with random vectors. As published:
+        ``FalseNegativeElimination(8224, 0.995, start_epoch=1, fill_during_warmup=False)`` with
+        ``TripletLoss(memory="instead", reduction="sum")``.
     """
 
     def __init__(
@@ -68,71 +68,42 @@ class FalseNegativeElimination(Callback):
         queue_size: int = 8192,
         momentum: float = 0.995,
         *,
-        start_epoch: int = 1,
-        prior: float = 1e-4,
-        sharpness: float = 0.5,
-        threshold: float = 1e-3,
-        min_count: int = 200,
-        weighting: Weighting = "exp",
-        monotone: bool = False,
-        cut_down: Literal["global", "per_anchor", "off"] = "global",
-        positive: Literal["momentum", "online"] = "momentum",
-        fill_during_warmup: bool = False,
-        seed: int = 0,
+        start_epoch: int | None = None,
+        fill_during_warmup: bool = True,
+        sampler: FalseNegativeSampler | None = None,
     ) -> None:
-        for name, value, least in (("queue_size", queue_size, 1), ("start_epoch", start_epoch, 0)):
+        for name, value, least in (("queue_size", queue_size, 1), ("start_epoch", start_epoch or 0, 0)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"Expected `{name}` to be an integer of at least {least}, got {value}.")
         check_momentum(momentum)
-        check_choice("positive", positive, ("momentum", "online"))
-        self.queue_size, self.momentum, self.start_epoch = queue_size, momentum, start_epoch
-        self.positive, self.fill_during_warmup = positive, fill_during_warmup
-        self.sampler = FalseNegativeSampler(
-            prior=prior,
-            sharpness=sharpness,
-            threshold=threshold,
-            min_count=min_count,
-            weighting=weighting,
-            monotone=monotone,
-            cut_down=cut_down,
-            seed=seed,
-        )
+        if sampler is not None and not isinstance(sampler, FalseNegativeSampler):
+            raise TypeError(
+                f"Expected `sampler` to be a FalseNegativeSampler, got {type(sampler).__name__}. Subclass it for another rule."
+            )
+        self.queue_size, self.momentum = queue_size, momentum
+        self.start_epoch, self.fill_during_warmup = start_epoch, fill_during_warmup
+        self.sampler = FalseNegativeSampler() if sampler is None else sampler
+        self.agreement = Agreement()
         self.encoder: MomentumEncoder | None = None
         self.bank: MemoryBank | None = None
-        self._is_fitting, self._is_checked, self._is_told = False, False, False
+        self._is_fitting, self._is_checked, self._is_told, self._is_warned = False, False, False, False
         self._restored: dict[str, Any] | None = None
         self._incoming: EmbeddingPairs | None = None
         self._optimizer_steps = 0
 
     def is_active(self, epoch: int) -> bool:
         """Return whether the batches of ``epoch`` come with candidates from memory. Override for another schedule."""
-        return epoch >= self.start_epoch
+        return self.start_epoch is None or epoch >= self.start_epoch
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check what the callback needs."""
         self._is_fitting = stage == "fit"
         if not self._is_fitting:
             return
-        check_whole_weights(trainer, "the slow copy is of the whole module")
-        if not hasattr(pl_module, "embed"):
-            raise MisconfigurationException(
-                f"Expected a `DualEncoder`, got {type(pl_module).__name__}: the slow copy is asked to `embed` batches."
-            )
-        if sum(isinstance(other, FalseNegativeElimination) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise MisconfigurationException("Expected one `FalseNegativeElimination`, got several. Keep one.")
-        loss = getattr(pl_module, "loss", None)
-        if loss is not None and not _takes_memory(loss):
-            raise MisconfigurationException(
-                f"Expected a loss that takes `memory`, got {type(loss).__name__}. Use TripletLoss, QuintupletLoss, "
-                "InfoNCELoss, SigmoidLoss or a subclass of `PairLoss`."
-            )
-        epochs = range(trainer.max_epochs or 0)
-        if epochs and not trainer.fast_dev_run and not any(map(self.is_active, epochs)):  # type: ignore[attr-defined]
-            rank_zero_warn(
-                f"With `start_epoch={self.start_epoch}` and `max_epochs={trainer.max_epochs}`, no batch is ever compared with "
-                "the memory bank. For a run of one epoch, set `start_epoch=0`."
-            )
-        self._restored, self.encoder, self.bank, self._is_checked, self._is_told = None, None, None, False, False
+        check_memory_fits(trainer, pl_module)
+        self._warn_if_never_active(trainer)
+        self._restored, self.encoder, self.bank, self.agreement = None, None, None, Agreement()
+        self._is_checked, self._is_told, self._is_warned = False, False, False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the module, or go on with the copy of a checkpoint."""
@@ -140,11 +111,14 @@ class FalseNegativeElimination(Callback):
         self.encoder = MomentumEncoder(pl_module, self.momentum)
         self.encoder.module.trainer = trainer  # type: ignore[assignment]  # a module may ask for the epoch
         self.sampler.to(pl_module.device, torch.float32 if pl_module.device.type == "mps" else torch.float64)
+        self.agreement.to(pl_module.device)
         if restored is None:
             self.sampler.start_step(-1, 0)
             return
         self.encoder.module.load_state_dict(restored["encoder"], strict=pl_module.strict_loading)
         self.sampler.load_state_dict(restored["sampler"])
+        if "agreement" in restored:  # older checkpoints have none: it is followed anew from here
+            self.agreement.load_state_dict(restored["agreement"])
         if restored["bank"] is not None:
             image = restored["bank"]["image"]
             self.bank = MemoryBank(*image.shape).to(image.dtype)  # or float64 would be rounded
@@ -164,7 +138,7 @@ class FalseNegativeElimination(Callback):
             )
         with trainer.precision_plugin.forward_context():
             pairs = self._encoder()(batch)
-        everything = _in_order(pairs.gather(), trainer.world_size)
+        everything = in_order_of_one_process(pairs.gather(), trainer.world_size)
         bank = self._bank(everything)
         bank.check(everything)
         self._is_checked = True  # at the fit's first batch, which need not be an active one
@@ -172,8 +146,10 @@ class FalseNegativeElimination(Callback):
             self._incoming = everything
         if is_active:
             self.sampler.start_step(trainer.current_epoch, batch_idx)
-            positive = pairs if self.positive == "momentum" else None
-            batch["memory"] = MemoryCandidates(*bank.with_batch(everything), positive, self.sampler)
+            # A copy: what the loss observes in this step decides about the next one.
+            is_in_loss = self.agreement.is_met.clone() if self.start_epoch is None else None
+            candidates = bank.with_batch(everything)
+            batch["memory"] = MemoryCandidates(*candidates, pairs, self.sampler, self.agreement, is_in_loss)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,15 +167,18 @@ class FalseNegativeElimination(Callback):
             every = trainer.log_every_n_steps if trainer.loggers else 0  # type: ignore[attr-defined]
             if every and trainer.global_step % every == 0:
                 self._check_finite(trainer)
+                self._check_agreement()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raise if an embedding was not finite; between steps, no one would wait for the answer."""
+        """Raise if an embedding was not finite, and warn if the bank left the loss."""
+        # Here, not after a step: the host would have to wait for the device.
         self._check_finite(trainer)
+        self._check_agreement()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the device; a checkpoint can be saved and the queue plotted after a fit, too."""
         if stage == "fit":
-            for part in (self.encoder, self.bank, self.sampler):
+            for part in (self.encoder, self.bank, self.sampler, self.agreement):
                 if part is not None:
                     part.cpu()
 
@@ -223,6 +202,8 @@ class FalseNegativeElimination(Callback):
                 "encoder": self.encoder.module.state_dict(),
                 "bank": None if self.bank is None else self.bank.state_dict(),
                 "sampler": self.sampler.state_dict(),
+                "agreement": self.agreement.state_dict(),
+                "version": 2,
                 "queue_size": self.queue_size,
             }
 
@@ -243,16 +224,26 @@ class FalseNegativeElimination(Callback):
         self._restored = restored
 
     def _log(self, pl_module: L.LightningModule, bank: MemoryBank, batch_size: int) -> None:
-        fit = self.sampler.statistics.fit()
-        values = {
-            "fill": bank.fill(),
-            "positive_mean": fit.positive_mean,
-            "positive_std": fit.positive_var.sqrt(),
-            "negative_mean": fit.negative_mean,
-            "negative_std": fit.negative_var.sqrt(),
-            "num_positives": self.sampler.statistics.count[0].clone(),
-        }
+        values = memory_diagnostics(bank, self.sampler, self.agreement, is_always_in=self.start_epoch is not None)
         pl_module.log_dict({f"memory/{name}": value.float() for name, value in values.items()}, batch_size=batch_size)
+
+    def _warn_if_never_active(self, trainer: L.Trainer) -> None:
+        epochs = range(max(trainer.max_epochs or 0, 0))
+        if epochs and not trainer.fast_dev_run and not any(map(self.is_active, epochs)):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"With `start_epoch={self.start_epoch}` and `max_epochs={trainer.max_epochs}`, no batch is ever compared with "
+                "the memory bank. For a run of one epoch, set `start_epoch=0` or leave it out."
+            )
+
+    def _check_agreement(self) -> None:
+        """Warn, once, where the bank left the loss. Called only where the host waits anyway."""
+        if self.start_epoch is None and not self._is_warned and bool(self.agreement.was_lost):
+            self._is_warned = True
+            rank_zero_warn(
+                "The memory bank has left the loss: its embeddings no longer agree with the live model (see "
+                "`memory/live_in_stored` and `memory/stored_in_stored`). It comes back when they do. Lower the learning rate, "
+                "or lower `momentum`, so that the slow copy follows faster."
+            )
 
     def _check_finite(self, trainer: L.Trainer) -> None:
         if self.bank is not None and (refused := int(self.bank.num_refused)) > 0:
@@ -283,18 +274,3 @@ class FalseNegativeElimination(Callback):
         if self.encoder is None:
             raise RuntimeError("Expected a slow copy; it is made in `on_fit_start`, which did not run.")
         return self.encoder
-
-
-def _in_order(pairs: EmbeddingPairs, world_size: int) -> EmbeddingPairs:
-    """Undo the split of a ``DistributedSampler``, which deals the pairs out in turn: the queue is that of one process."""
-    return EmbeddingPairs(
-        *(
-            part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)
-            for part in (pairs.image_embeddings, pairs.text_embeddings, pairs.image_id, pairs.text_id)
-        )
-    )
-
-
-def _takes_memory(loss: Any) -> bool:
-    parameters = inspect.signature(getattr(loss, "forward", loss)).parameters.values()
-    return any(one.name == "memory" or one.kind is one.VAR_KEYWORD for one in parameters)

@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+SMALLEST_NORM = 1e-12
+"""Below it, a row counts as a row of zeros."""
+
 
 class DirectionScores(NamedTuple):
     """What a loss needs to know of one direction (image to text, or text to image)."""
@@ -35,7 +38,10 @@ def unit_norm(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows di
         >>> unit_norm(torch.tensor([[3.0, 4.0]]))
         tensor([[0.6000, 0.8000]])
     """
-    return torch.nn.functional.normalize(full_precision(embeddings), dim=-1)
+    embeddings = full_precision(embeddings)
+    norm = embeddings.norm(dim=-1, keepdim=True)  # (*rows, 1)
+    # A row of zeros is divided by one. Divided by a tiny number instead, its gradient would be of the size of 1e12.
+    return embeddings / torch.where(norm > SMALLEST_NORM, norm, 1)
 
 
 def direction_scores(

@@ -1,5 +1,6 @@
 """Where negatives come from: a queue of earlier pairs, embedded by a slow copy, and a draw that avoids false ones (FNE)."""
 
+from lightning_itm.memory_bank.agreement import Agreement
 from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection, NegativeSampler
 from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
 from lightning_itm.memory_bank.figure import plot_similarities
@@ -8,6 +9,7 @@ from lightning_itm.memory_bank.queue import MemoryBank
 from lightning_itm.memory_bank.similarity_statistics import SimilarityStatistics
 
 __all__ = [
+    "Agreement",
     "FalseNegativeSampler",
     "MemoryBank",
     "MemoryCandidates",

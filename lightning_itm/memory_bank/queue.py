@@ -115,3 +115,18 @@ def _finite(pairs: EmbeddingPairs) -> tuple[EmbeddingPairs, Tensor]:
         torch.where(valid[:, None], part.detach(), 0) for part in (pairs.image_embeddings, pairs.text_embeddings)
     )
     return EmbeddingPairs(image, text, pairs.image_id, pairs.text_id), valid
+
+
+def in_order_of_one_process(pairs: EmbeddingPairs, world_size: int) -> EmbeddingPairs:
+    """Undo the split of a ``DistributedSampler``, which deals pairs out in turn, so that the queue is that of one process.
+
+    Args:
+        pairs: The pairs of all ranks, rank by rank.
+        world_size: The number of ranks.
+    """
+    return EmbeddingPairs(
+        *(
+            part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)
+            for part in (pairs.image_embeddings, pairs.text_embeddings, pairs.image_id, pairs.text_id)
+        )
+    )

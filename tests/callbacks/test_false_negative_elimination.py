@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_itm import (
     FalseNegativeElimination,
+    FalseNegativeSampler,
     InfoNCELoss,
     OfflineHardNegativeMining,
     QuintupletLoss,
@@ -47,7 +48,14 @@ class Watch(Callback):
 
 def fit(fne=None, loss=None, callbacks=(), model=None, **options):
     L.seed_everything(0, verbose=False)
-    watch, fne = Watch(), FalseNegativeElimination(**{"queue_size": 16, "min_count": 4, **(fne or {})})
+    """As published, unless asked: the bank is in the loss from epoch 1 on, and the queue starts there."""
+    published = {
+        "queue_size": 16,
+        "start_epoch": 1,
+        "fill_during_warmup": False,
+        "sampler": FalseNegativeSampler(min_count=4),
+    }
+    watch, fne = Watch(), FalseNegativeElimination(**{**published, **(fne or {})})
     model = Tiny(loss) if model is None else model
     trainer = L.Trainer(callbacks=[fne, watch, *callbacks], **{**SILENT, "max_epochs": EPOCHS, **options})
     trainer.fit(model, datamodule=tiny_data())
@@ -101,7 +109,7 @@ class TestOneRun:
         miners = (
             [] if mining is None else [OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=mining)]
         )
-        options = {"weighting": "drop", "monotone": True}
+        options = {"sampler": FalseNegativeSampler(min_count=4, weighting="drop", monotone=True)}
         model, _, fne, trainer = fit(options, LOSSES[loss](), miners, max_epochs=2, precision=precision)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
         assert fne.bank.valid.all()
@@ -210,7 +218,10 @@ def test_no_step_waits_for_the_device(loss):
                 torch.cuda.set_sync_debug_mode("default")
 
     options = {**SILENT, "accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "max_epochs": 2}
-    callbacks = [Forbid(), FalseNegativeElimination(16, min_count=4, monotone=True)]
+    callbacks = [
+        Forbid(),
+        FalseNegativeElimination(16, start_epoch=1, sampler=FalseNegativeSampler(min_count=4, monotone=True)),
+    ]
     try:
         trainer = L.Trainer(callbacks=callbacks, limit_val_batches=0, **options)
         trainer.fit(Tiny(LOSSES[loss]()), datamodule=tiny_data())
@@ -235,7 +246,10 @@ def test_the_host_waits_for_nothing_between_steps(loss):
         def configure_optimizers(self):  # AdamW reads its own count of steps, which is on the CPU
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    callbacks = [Record(), FalseNegativeElimination(16, min_count=4, monotone=True)]
+    callbacks = [
+        Record(),
+        FalseNegativeElimination(16, start_epoch=1, sampler=FalseNegativeSampler(min_count=4, monotone=True)),
+    ]
     if loss == "quintuplet":
         callbacks.append(OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject="embeddings"))
     trainer = L.Trainer(callbacks=callbacks, max_epochs=2, limit_val_batches=0, **SILENT)
@@ -257,7 +271,9 @@ def test_beside_weight_averaging_and_checkpoints(tmp_path):
     assert torch.equal(fne_beside.bank.image, fne.bank.image)
     keys = set(torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"])
     assert keys == set(alone.state_dict())
-    resumed = FalseNegativeElimination(16, min_count=4)
+    resumed = FalseNegativeElimination(
+        16, start_epoch=1, fill_during_warmup=False, sampler=FalseNegativeSampler(min_count=4)
+    )
     trainer = L.Trainer(callbacks=[resumed, EMAWeightAveraging(decay=0.5)], max_epochs=EPOCHS, **SILENT)
     trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
     assert torch.equal(resumed.bank.image, fne.bank.image)
@@ -290,13 +306,15 @@ class Still(Tiny):
 
 @pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
-@pytest.mark.parametrize("positive", ["momentum", "online"])
+@pytest.mark.parametrize("start_epoch", [0, None])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_two_processes_draw_like_one(loss, positive):
+def test_two_processes_draw_like_one(loss, start_epoch):
     """Queue, statistics, draws and so weights, after two epochs of the same global batches."""
     for devices in (1, 2):
         L.seed_everything(0, verbose=False)
-        fne = FalseNegativeElimination(16, start_epoch=0, min_count=4, prior=0.05, positive=positive)
+        fne = FalseNegativeElimination(
+            16, start_epoch=start_epoch, sampler=FalseNegativeSampler(min_count=4, prior=0.05)
+        )
         trainer = L.Trainer(
             devices=devices,
             strategy="ddp_fork" if devices > 1 else "auto",
@@ -336,18 +354,18 @@ class TestBadInput:
         [
             ({"queue_size": 0}, "`queue_size` to be an integer of at least 1, got 0"),
             ({"queue_size": 16.5}, "`queue_size` to be an integer of at least 1, got 16.5"),
-            ({"sharpness": float("nan")}, "`sharpness` not to be negative, got nan"),
             ({"momentum": 1.0}, r"`momentum` to be in \[0, 1\), got 1.0"),
             ({"momentum": -0.1}, r"`momentum` to be in \[0, 1\), got -0.1"),
             ({"start_epoch": -1}, "`start_epoch` to be an integer of at least 0, got -1"),
-            ({"positive": "slow"}, "`positive` to be one of 'momentum', 'online', got 'slow'"),
-            ({"weighting": "none"}, "`weighting` to be one of"),
-            ({"prior": 2.0}, "`prior` to be between 0 and 1, got 2.0"),
         ],
     )
     def test_wrong_arguments(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             FalseNegativeElimination(**arguments)
+
+    def test_a_sampler_of_another_kind(self):
+        with pytest.raises(TypeError, match=r"`sampler` to be a FalseNegativeSampler, got dict. Subclass it"):
+            FalseNegativeElimination(sampler={"prior": 1e-4})
 
     def test_a_queue_smaller_than_a_batch(self):
         with pytest.raises(

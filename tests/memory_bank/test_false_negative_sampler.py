@@ -9,9 +9,9 @@ from torch.nn.functional import normalize
 
 from lightning_itm import FalseNegativeSampler, InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
-from lightning_itm.functional import DirectionScores
 from lightning_itm.functional.false_negatives import DrawnNegative, false_negative_posterior
-from lightning_itm.memory_bank import MemoryCandidates, SimilarityStatistics, similarity_statistics
+from lightning_itm.losses import DirectionCost
+from lightning_itm.memory_bank import Agreement, MemoryCandidates, SimilarityStatistics, similarity_statistics
 from tests.helpers.golden import GOLDEN, golden_steps
 
 
@@ -26,7 +26,7 @@ def make_pairs(num_pairs, dim=6, image_id=None, dtype=torch.float64, noise=0.3):
     return EmbeddingPairs(image, text, ids if image_id is None else torch.as_tensor(image_id), ids)
 
 
-def make_memory(pairs, num_queued=9, *, sampler=None, momentum=True, num_images=12):
+def make_memory(pairs, num_queued=9, *, sampler=None, num_images=12):
     """This batch's slow embeddings, then a queue, some places of it empty."""
     noisy = [
         normalize(x + 0.1 * torch.randn_like(x), dim=-1).detach()
@@ -47,7 +47,7 @@ def make_memory(pairs, num_queued=9, *, sampler=None, momentum=True, num_images=
         everything.text_embeddings,
         everything.image_id,
         valid,
-        slow if momentum else None,
+        slow,
         sampler,
     )
 
@@ -174,7 +174,7 @@ def test_loss_and_gradients_equal_the_published_code(path):
             slow,
             sampler,
         )
-        value = 2 * TripletLoss(settings["margin"])(pairs, memory=memory)["loss"]
+        value = 2 * TripletLoss(settings["margin"], memory="instead")(pairs, memory=memory)["loss"]
         value.backward()
         torch.testing.assert_close(value, step["loss_at_argmax"], atol=1e-9, rtol=0)
         torch.testing.assert_close(image.grad, step["grad_image"], atol=1e-9, rtol=0)
@@ -288,6 +288,19 @@ class TestSampler:
             FalseNegativeSampler(**arguments)
 
 
+def term(positive, columns, loss, kind):
+    """The cost of one anchor: its positive, and pairs of similarity and weight."""
+    scale = float(loss.logit_scale.detach().exp())
+    positive = torch.tensor(scale * positive, dtype=torch.float64)
+    similarity, weight = torch.tensor(columns, dtype=torch.float64).view(-1, 2).T
+    if kind == "info_nce":
+        logits = torch.cat([positive[None], scale * similarity + weight.log()])
+        return float(logits.logsumexp(0) - positive)
+    bias = loss.logit_bias.item()
+    negative = nn.functional.softplus(scale * similarity + bias + weight.log()).sum()
+    return float(nn.functional.softplus(-positive - bias) + negative)
+
+
 def reference_contrastive(pairs, memory, loss, kind):
     """Loops over every anchor and candidate, with the sampler's weights."""
     total = 0.0
@@ -296,27 +309,18 @@ def reference_contrastive(pairs, memory, loss, kind):
         weights, _ = memory.sampler.weights(scores, margin=None)
         own = (pairs.text_embeddings if direction.number == 0 else pairs.image_embeddings).detach()
         anchor = direction.anchor.detach()
-        scale = float(loss.logit_scale.detach().exp())
         for i in range(len(pairs)):
-            positive = (anchor[i] @ own[i]).item()
-            columns = [
+            of_batch = [
                 (float(anchor[i] @ own[j]), 1.0) for j in range(len(pairs)) if pairs.image_id[j] != pairs.image_id[i]
             ]
-            columns += [
+            stored = [
                 (scores.similarity[i, k].item(), weights[i, k].item())
                 for k in range(weights.shape[1])
                 if memory.valid[k] and memory.image_id[k] != pairs.image_id[i] and weights[i, k] > 0
             ]
-            similarity, weight = torch.tensor(columns, dtype=torch.float64).T
-            if kind == "info_nce":
-                logits = torch.cat(
-                    [torch.tensor([scale * positive], dtype=torch.float64), scale * similarity + weight.log()]
-                )
-                total += float(logits.logsumexp(0) - scale * positive)
-            else:
-                bias = loss.logit_bias.item()
-                total += float(nn.functional.softplus(torch.tensor(-scale * positive - bias, dtype=torch.float64)))
-                total += float(nn.functional.softplus(scale * similarity + bias + weight.log()).sum())
+            # Two terms: live beside live, stored beside stored.
+            total += term(float(anchor[i] @ own[i]), of_batch, loss, kind)
+            total += term(float(anchor[i] @ direction.positive[i]), stored, loss, kind)
     return total / (2 * len(pairs))
 
 
@@ -325,7 +329,7 @@ class TestLosses:
     @pytest.mark.parametrize(
         ("make_loss", "kind"), [(lambda: InfoNCELoss(1.5), "info_nce"), (lambda: SigmoidLoss(1.5, -3.0), "sigmoid")]
     )
-    def test_contrastive_losses_take_weighted_columns(self, make_loss, kind, weighting):
+    def test_contrastive_losses_have_a_weighted_term_of_stored_pairs(self, make_loss, kind, weighting):
         pairs = make_pairs(7, image_id=[0, 0, 1, 2, 3, 4, 5])
         pairs.image_embeddings.requires_grad_()
         sampler = FalseNegativeSampler(min_count=0, weighting=weighting, prior=0.2)
@@ -343,37 +347,44 @@ class TestLosses:
     def test_triplet_loss_punishes_what_was_drawn(self):
         pairs = make_pairs(8)
         pairs.image_embeddings.requires_grad_()
-        for momentum in (True, False):
-            memory = make_memory(pairs, momentum=momentum)
-            outputs = TripletLoss(0.5)(pairs, memory=memory)
-            costs = []
-            for direction in memory.directions(pairs):
-                drawn, _ = memory.sampler.draw(direction, margin=0.5)
-                anchor, positive = direction.anchor.detach(), direction.positive.detach()
-                for i, k in enumerate(drawn.candidate_index.tolist()):
-                    cost = 0.5 - anchor[i] @ positive[i] + anchor[i] @ direction.candidate[k]
-                    costs.append(max(0.0, cost.item()))
-            assert outputs["loss"].item() == pytest.approx(sum(costs) / len(costs), abs=1e-12)
-            (gradient,) = torch.autograd.grad(outputs["loss"], pairs.image_embeddings)
-            assert gradient.abs().max() > 0
+        memory = make_memory(pairs)
+        outputs = TripletLoss(0.5, memory="instead")(pairs, memory=memory)
+        costs = []
+        for direction in memory.directions(pairs):
+            drawn, _ = memory.sampler.draw(direction, margin=0.5)
+            anchor, positive = direction.anchor.detach(), direction.positive.detach()
+            for i, k in enumerate(drawn.candidate_index.tolist()):
+                cost = 0.5 - anchor[i] @ positive[i] + anchor[i] @ direction.candidate[k]
+                costs.append(max(0.0, cost.item()))
+        assert outputs["loss"].item() == pytest.approx(sum(costs) / len(costs), abs=1e-12)
+        (gradient,) = torch.autograd.grad(outputs["loss"], pairs.image_embeddings)
+        assert gradient.abs().max() > 0
+        added = TripletLoss(0.5)(pairs, memory=memory)["loss"]
+        torch.testing.assert_close(added, outputs["loss"] + TripletLoss(0.5)(pairs)["loss"])
 
-    @pytest.mark.parametrize("momentum", [True, False])
-    def test_gradient_flows_through_the_anchor_alone_unless_asked(self, momentum):
-        """Without the other direction: as anchors the texts are frozen, so what they get comes as positives of the images."""
+    @pytest.mark.parametrize("make_loss", [lambda: TripletLoss(0.9), lambda: InfoNCELoss().double()])
+    def test_stored_pairs_have_gradient_through_the_anchor_alone(self, make_loss):
+        """The texts get none from the images' direction: neither as positives nor as negatives."""
         pairs = make_pairs(8)
         pairs.image_embeddings.requires_grad_()
         pairs.text_embeddings.requires_grad_()
-        memory = make_memory(pairs, momentum=momentum)
+        memory = make_memory(pairs)
         i2t, _ = memory.directions(pairs)
-        scores = DirectionScores(
-            pairs.image_embeddings @ pairs.text_embeddings.T,
-            (pairs.image_embeddings * pairs.text_embeddings).sum(1),
-            ~torch.eye(8).bool(),
-        )
-        cost = TripletLoss(0.9).memory_cost(scores, i2t, memory, None).cost.sum()
+        cost = make_loss().memory_cost(DirectionCost(torch.zeros(8), {}), i2t, memory).cost.sum()
         image, text = torch.autograd.grad(cost, (pairs.image_embeddings, pairs.text_embeddings), allow_unused=True)
         assert image.abs().max() > 0
-        assert (text is None) == momentum
+        assert text is None
+
+    @pytest.mark.parametrize("make_loss", [TripletLoss, QuintupletLoss, InfoNCELoss, SigmoidLoss])
+    def test_a_bank_that_does_not_agree_is_observed_and_left_out(self, make_loss):
+        pairs = make_pairs(8)
+        memory = replace(make_memory(pairs), agreement=Agreement().double(), is_in_loss=torch.tensor(False))
+        loss = make_loss().double()
+        outputs = loss(pairs, memory=memory)
+        assert outputs["loss"] == loss(pairs)["loss"]
+        assert memory.agreement.num_steps == 1
+        assert memory.sampler.was_asked
+        assert loss(pairs, memory=replace(memory, is_in_loss=torch.tensor(True)))["loss"] > outputs["loss"]
 
     def test_a_slow_positive_that_is_not_finite_costs_no_model(self):
         pairs = make_pairs(8)
@@ -382,10 +393,16 @@ class TestLosses:
         memory.positive.text_embeddings[3] = torch.nan
         memory.valid[3] = False
         memory.text_embeddings[3] = 0
-        value = TripletLoss(0.9)(pairs, memory=memory)["loss"]
-        (gradient,) = torch.autograd.grad(value, pairs.image_embeddings)
-        assert value.isfinite()
-        assert gradient.isfinite().all()
+        for loss in (
+            TripletLoss(0.9),
+            TripletLoss(0.9, memory="instead"),
+            InfoNCELoss().double(),
+            SigmoidLoss().double(),
+        ):
+            value = loss(pairs, memory=memory)["loss"]
+            (gradient,) = torch.autograd.grad(value, pairs.image_embeddings)
+            assert value.isfinite()
+            assert gradient.isfinite().all()
 
     def test_an_anchor_whose_candidates_all_share_its_image_costs_nothing(self):
         pairs = make_pairs(4, image_id=[3, 3, 3, 3])
@@ -397,15 +414,17 @@ class TestLosses:
             (gradient,) = torch.autograd.grad(outputs["loss"], pairs.image_embeddings, allow_unused=True)
             assert gradient is None or (gradient.isfinite().all() and (gradient == 0).all())
 
-    def test_where_the_selective_rule_is_on_the_batch_is_averaged(self):
+    @pytest.mark.parametrize("how", ["added", "instead"])
+    def test_where_the_selective_rule_is_on_the_batch_is_averaged(self, how):
         pairs = make_pairs(8, noise=0.05)
         pairs.text_embeddings[1] = pairs.text_embeddings[
             0
         ]  # anchors 0 and 1: the hardest negative is the positive's double
         memory = make_memory(pairs)
-        plain = TripletLoss(0.3)(pairs, memory=memory)["loss"]
-        switched_off = TripletLoss(0.3, "selective")(pairs, memory=memory, selective=torch.zeros(8, dtype=torch.bool))
-        selective = TripletLoss(0.3, "selective")(pairs, memory=memory)
+        plain = TripletLoss(0.3, memory=how)(pairs, memory=memory)["loss"]
+        loss = TripletLoss(0.3, "selective", memory=how)
+        switched_off = loss(pairs, memory=memory, selective=torch.zeros(8, dtype=torch.bool))
+        selective = loss(pairs, memory=memory)
         torch.testing.assert_close(switched_off["loss"], plain)
         assert selective["averaged_fraction"] == pytest.approx(1 / 16)  # image 0; image 1 is far from text 1
         assert switched_off["averaged_fraction"] == 0
@@ -435,12 +454,12 @@ class TestLosses:
         gradients = torch.autograd.grad(value, [*vectors.values()], allow_unused=True)
         return sum(gradient.abs().sum() for gradient in gradients if gradient is not None)
 
-    def test_quintuplet_weighs_against_the_drawn_negative(self):
+    def test_quintuplet_as_published_weighs_against_the_drawn_negative(self):
         pairs = make_pairs(6)
         pairs.image_embeddings.requires_grad_()
         _, hard = self.make_hard(pairs)
-        memory = make_memory(pairs, momentum=False)
-        loss = QuintupletLoss(TripletLoss(0.5), offline_margin=0.1)
+        memory = make_memory(pairs)
+        loss = QuintupletLoss(TripletLoss(0.5, memory="instead"), offline_margin=0.1, as_published=True)
         value = loss(pairs, memory=memory, hard=hard)["loss"]
         expected = 0.0
         for direction, mined, other in zip(
@@ -459,7 +478,7 @@ class TestLosses:
             negative = (direction.anchor * direction.candidate[drawn.candidate_index]).sum(1)
             positive = (pairs.image_embeddings * pairs.text_embeddings).sum(1)
             weight = 1.5 - (mined - negative) / 0.3
-            online = (0.5 - positive + negative).clamp_min(0)
+            online = (0.5 - (direction.anchor * direction.positive).sum(1) + negative).clamp_min(0)
             offline = (0.1 + mined - positive).clamp_min(0) + (0.1 + other - positive).clamp_min(0)
             expected += (weight * online + offline).mean() / 2
         torch.testing.assert_close(value, expected)
