@@ -75,8 +75,8 @@ class GradientSwitch(nn.Module):
         if min_steps < 1:
             raise ValueError(f"Expected `min_steps` to be at least 1, got {min_steps}.")
         self.low, self.high, self.smoothing, self.min_steps = low, high, smoothing, min_steps
-        # Exponential averages, and the highest κ so far. `size` is the average of the sensitivity (the key of older checkpoints
-        # stays), and `weight` is the average of the number one, by which the averages are too small at the start.
+        # Exponential averages, and the highest κ so far. `size` is the average of the sensitivity (the key of older
+        # checkpoints stays), and `weight` is the average of the number one, by which the averages are too small at the start.
         for name in ("size", "loss", "weight", "highest"):
             self.register_buffer(name, torch.zeros(num_towers))
         self.register_buffer("is_on", torch.tensor(False))
