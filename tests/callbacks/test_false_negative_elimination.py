@@ -1,3 +1,5 @@
+import csv
+
 import lightning as L
 import pytest
 import torch
@@ -16,9 +18,11 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
-from tests.helpers.tiny import SILENT, Tiny, tiny_data
+from lightning_itm.memory_bank.agreement import MIN_STEPS
+from tests.helpers.tiny import NUM_IMAGES, SILENT, Tiny, tiny_data
 
-EPOCHS, STEPS = 3, 12  # 46 pairs in batches of four, the last of two
+NUM_PAIRS, BATCH_SIZE, QUEUE_SIZE, EPOCHS = 2 * NUM_IMAGES, 4, 16, 3
+STEPS = -(-NUM_PAIRS // BATCH_SIZE)  # per epoch, the last batch of two pairs
 LOSSES = {
     "hardest": TripletLoss,
     "selective": lambda: TripletLoss(negatives="selective"),
@@ -32,7 +36,7 @@ class Watch(Callback):
     """Keep what reaches each step, and the weights around it. Stands after the callback it watches."""
 
     def __init__(self):
-        self.memory, self.live, self.slow, self.queued = [], [], [], []
+        self.memory, self.live, self.slow, self.queued, self.losses, self.is_in_loss = [], [], [], [], [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         memory = batch.get("memory")
@@ -44,11 +48,13 @@ class Watch(Callback):
         self.live.append(pl_module.text_encoder.weight.detach().clone())
         self.slow.append(fne.encoder.module.text_encoder.weight.clone())
         self.queued.append([] if fne.bank is None else fne.bank.image_id[fne.bank.valid].tolist())
+        self.losses.append(outputs["loss"].item())
+        self.is_in_loss.append("memory" in batch and batch["memory"].is_in_loss)
 
 
 def fit(fne=None, loss=None, callbacks=(), model=None, **options):
-    L.seed_everything(0, verbose=False)
     """As published, unless asked: the bank is in the loss from epoch 1 on, and the queue starts there."""
+    L.seed_everything(0, verbose=False)
     published = {
         "queue_size": 16,
         "start_epoch": 1,
@@ -203,6 +209,147 @@ class TestOneRun:
         trainer = L.Trainer(callbacks=[Later(16), watch], max_epochs=4, **SILENT)
         trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data())
         assert {epoch for epoch, _, candidates in watch.memory if candidates is not None} == {2}
+
+
+ON_AGREEMENT = {"start_epoch": None, "fill_during_warmup": True, "momentum": 0.5}  # a slow copy that soon agrees
+
+
+class Spoil(Callback):
+    """At one step, give the slow copy weights that know nothing, and keep it there."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            fne = trainer.callbacks[0]
+            fne.encoder.momentum = 1.0
+            for parameter in fne.encoder.module.parameters():
+                nn.init.zeros_(parameter)
+
+
+class SaveAt(Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed run saves none
+class TestAgreement:
+    """``start_epoch=None``: the bank enters the loss once its embeddings agree with those of the live model."""
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_until_it_is_met_the_run_is_that_without_a_bank(self, loss):
+        _, watch, fne, _ = fit(ON_AGREEMENT, LOSSES[loss]())
+        joined = [bool(value) for value in watch.is_in_loss].index(True)
+        assert joined == MIN_STEPS  # counted from zero: it is met by the first twenty steps, and in at the next
+        L.seed_everything(0, verbose=False)
+        plain = L.Trainer(callbacks=[kept := Losses()], max_epochs=EPOCHS, **SILENT)
+        plain.fit(Tiny(LOSSES[loss]()), datamodule=tiny_data())
+        assert watch.losses[:joined] == kept.losses[:joined]
+        assert watch.losses[joined] > kept.losses[joined]  # a term more
+        assert fne.agreement.num_steps == EPOCHS * STEPS
+
+    def test_the_bank_fills_from_the_first_step(self):
+        _, watch, _, _ = fit(ON_AGREEMENT, TripletLoss())
+        queue = []
+        for (_, ids, candidates), queued in zip(watch.memory, watch.queued, strict=True):
+            assert sorted(candidates[len(ids) :]) == sorted([-1] * (QUEUE_SIZE - len(queue)) + queue)
+            queue = (queue + ids)[-QUEUE_SIZE:]
+            assert sorted(queued) == sorted(queue)
+
+    def test_a_slow_copy_that_knows_nothing_never_takes_part(self):
+        _, watch, fne, _ = fit(ON_AGREEMENT, TripletLoss(), callbacks=[Spoil(0)])
+        assert not any(watch.is_in_loss)
+        assert not fne.agreement.was_lost
+
+    def test_what_a_step_observes_decides_about_the_next(self):
+        """The flag in the batch is a copy: the loss computes both directions with the same one."""
+        _, watch, fne, trainer = fit(ON_AGREEMENT, TripletLoss(), max_steps=MIN_STEPS)
+        assert fne.agreement.is_met
+        assert not watch.is_in_loss[-1]
+        assert trainer.callback_metrics["memory/in_loss"] == 1  # the state after the step
+
+    def test_with_a_start_epoch_it_is_followed_and_decides_nothing(self):
+        _, watch, fne, trainer = fit({"momentum": 0.5}, TripletLoss())
+        assert watch.is_in_loss == [False] * STEPS + [None] * (EPOCHS - 1) * STEPS
+        assert fne.agreement.num_steps == (EPOCHS - 1) * STEPS
+        assert trainer.callback_metrics["memory/in_loss"] == 1
+
+    def test_logs(self, tmp_path):
+        fit(ON_AGREEMENT, TripletLoss(), logger=CSVLogger(tmp_path), log_every_n_steps=1)
+        with open(next(tmp_path.rglob("metrics.csv")), newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["memory/in_loss"]]
+        assert [float(row["memory/in_loss"]) for row in rows] == [0] * (MIN_STEPS - 1) + [1] * (
+            len(rows) - MIN_STEPS + 1
+        )
+        for name in ("memory/live_in_stored", "memory/stored_in_stored"):
+            assert all(0.5 < float(row[name]) < 2.5 for row in rows), name
+        assert all(0.5 < float(row["memory/cosine"]) < 1 for row in rows)
+        assert all(float(row["train/memory_cost"]) > 0 for row in rows)
+
+    def test_warns_once_where_it_was_lost(self):
+        spoiled = MIN_STEPS + 2
+        with pytest.warns(UserWarning, match="The memory bank has left the loss") as found:
+            _, watch, fne, _ = fit(ON_AGREEMENT, TripletLoss(), callbacks=[Spoil(spoiled)], max_epochs=5)
+        assert sum("has left the loss" in str(warning.message) for warning in found) == 1
+        assert watch.is_in_loss[spoiled]
+        assert not watch.is_in_loss[-1]
+        assert fne.agreement.was_lost
+
+    def test_is_quiet_where_it_was_not_lost(self, recwarn):
+        fit(ON_AGREEMENT, TripletLoss())
+        assert not [warning for warning in recwarn if "memory bank" in str(warning.message)]
+
+    @pytest.mark.parametrize("step", [MIN_STEPS - 3, MIN_STEPS + 3])
+    def test_a_resumed_run_keeps_it_bit_for_bit(self, step, tmp_path):
+        """In the middle of an epoch, before the bank joins and after."""
+        assert step % STEPS > 0
+        model, watch, fne, _ = fit(ON_AGREEMENT, TripletLoss(), callbacks=[SaveAt(step, tmp_path / "a.ckpt")])
+        found, again, resumed = resume(tmp_path / "a.ckpt")
+        assert again.losses == watch.losses[step:]
+        assert again.is_in_loss == watch.is_in_loss[step:]
+        for one, other in ((fne.agreement, resumed.agreement), (fne.bank, resumed.bank), (model, found)):
+            expected = other.state_dict()
+            assert all(torch.equal(x, expected[name]) for name, x in one.state_dict().items() if torch.is_tensor(x))
+
+    def test_an_older_checkpoint_follows_it_anew(self, tmp_path):
+        step = MIN_STEPS + 3
+        fit(ON_AGREEMENT, TripletLoss(), callbacks=[SaveAt(step, tmp_path / "a.ckpt")])
+        checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        assert checkpoint["false_negative_elimination"].pop("agreement")["is_met"]
+        torch.save(checkpoint, tmp_path / "older.ckpt")
+        _, watch, resumed = resume(tmp_path / "older.ckpt")
+        assert not any(watch.is_in_loss)
+        assert resumed.agreement.num_steps == EPOCHS * STEPS - step
+        assert resumed.bank.valid.all()
+
+    def test_a_second_fit_follows_it_anew(self):
+        _, _, fne, _ = fit(ON_AGREEMENT, TripletLoss())
+        assert fne.agreement.is_met
+        L.Trainer(callbacks=[fne, watch := Watch()], max_epochs=1, **SILENT).fit(Tiny(TripletLoss()), tiny_data())
+        assert not any(watch.is_in_loss)
+        assert fne.agreement.num_steps == STEPS
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
+def resume(path):
+    """Go on with a run of ``ON_AGREEMENT`` from a checkpoint, to its end."""
+    fne = FalseNegativeElimination(QUEUE_SIZE, **ON_AGREEMENT, sampler=FalseNegativeSampler(min_count=4))
+    model, watch = Tiny(TripletLoss()), Watch()
+    trainer = L.Trainer(callbacks=[fne, watch], max_epochs=EPOCHS, **SILENT)
+    trainer.fit(model, datamodule=tiny_data(), ckpt_path=path, weights_only=True)
+    return model, watch, fne
 
 
 @pytest.mark.gpu
