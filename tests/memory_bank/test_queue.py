@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.memory_bank import MemoryBank
+from lightning_itm.memory_bank.queue import in_order_of_one_process
 
 
 def numbered(ids, dim=2):
@@ -72,3 +73,17 @@ class TestMemoryBank:
             MemoryBank(3, 2).enqueue(numbered(range(4)))
         with pytest.raises(ValueError, match="as wide as the queue's, 2, got 3"):
             MemoryBank(3, 2).enqueue(numbered([1], dim=3))
+
+
+class TestInOrderOfOneProcess:
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    def test_undoes_the_split_of_a_distributed_sampler(self, world_size):
+        order = list(range(12))
+        data = [
+            torch.utils.data.DistributedSampler(order, world_size, rank, shuffle=False) for rank in range(world_size)
+        ]
+        gathered = numbered([index for rank in data for index in rank])
+        pairs = in_order_of_one_process(gathered, world_size)
+        assert pairs.image_id.tolist() == pairs.text_id.tolist() == order
+        assert torch.equal(pairs.image_embeddings, numbered(order).image_embeddings)
+        assert torch.equal(pairs.text_embeddings, numbered(order).text_embeddings)
