@@ -11,17 +11,18 @@ from lightning_itm.memory_bank.queue import MemoryBank
 def memory_diagnostics(
     bank: MemoryBank, sampler: FalseNegativeSampler, agreement: Agreement, *, is_always_in: bool
 ) -> dict[str, Tensor]:
-    """Return one number `()` per name, on the device.
+    """Collect what to log about a memory bank: one number `()` per name, on the device.
 
     Args:
-        bank: Its share of filled places is ``fill``.
-        sampler: Its similarities are ``positive_mean``, ``positive_std``, ``negative_mean``, ``negative_std``, and
-            ``num_positives`` is how many positives it counted in this epoch.
-        agreement: ``live_in_stored``, ``stored_in_stored`` and ``cosine``.
-        is_always_in: The bank is in the loss whatever the agreement says (``in_loss``).
+        bank: The queue gives ``fill``, the fraction of its places that hold a pair.
+        sampler: Its statistics of this epoch give ``positive_mean``, ``positive_std``, ``negative_mean``, ``negative_std``
+            (cosine similarities), and ``num_positives``, how many positives it counted.
+        agreement: It gives ``live_in_stored``, ``stored_in_stored`` (ratios, about 1 when all is well) and ``cosine``.
+        is_always_in: True where the bank is in the loss whatever the agreement says. Then ``in_loss`` is 1.
     """
     fit = sampler.statistics.fit()
     live_in_stored, stored_in_stored = agreement.ratios()
+    # Copies, not the buffers themselves: loggers read them later, when a next step has written into the buffers.
     return {
         "fill": bank.fill(),
         "in_loss": torch.ones_like(agreement.is_met) if is_always_in else agreement.is_met.clone(),
