@@ -14,20 +14,41 @@ from lightning_itm.memory_bank.agreement import Agreement
 
 
 class NegativeSampler(Protocol):
-    """What chooses among the candidates of a memory bank. Diagnostics have one value per anchor."""
+    """What a loss asks to choose among the candidates of a memory bank.
+
+    Implement these three methods for another rule. Each returns values to log beside its result, one value per anchor.
+    """
 
     def observe(self, candidates: EmbeddingPairs) -> None:
-        """Learn from the pairs of all ranks, before the first draw of a step."""
+        """Learn from a step, before its first draw.
+
+        Args:
+            candidates: The live embeddings of the pairs of all ranks, the same on each rank.
+        """
 
     def draw(self, direction: "MemoryDirection", *, margin: float | None) -> tuple[DrawnNegative, dict[str, Tensor]]:
-        """Draw one candidate for each anchor."""
+        """Draw one candidate for each anchor.
+
+        Args:
+            direction: The anchors with their stored positives and all candidates.
+            margin: The margin of the loss, in cosine similarity, such as 0.2. Candidates that cost nothing at this margin may
+                be left out. ``None``: leave none out.
+        """
 
     def weights(self, scores: DirectionScores, *, margin: float | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weigh every candidate of each anchor."""
+        """Weigh every candidate of each anchor, `(anchors, candidates)`.
+
+        Args:
+            scores: The similarities of the anchors to their stored positives and to all candidates.
+            margin: The margin of the loss, as in :meth:`draw`.
+        """
 
 
 class MemoryDirection(NamedTuple):
-    """The anchors of one direction, and what a memory bank has for them: their stored positives, and stored candidates."""
+    """The anchors of one direction, with their stored positives and the stored candidates.
+
+    A loss takes the similarities from here, :meth:`scores`, and never has to mask empty places or captions of one image.
+    """
 
     anchor: Tensor
     """`(anchors, dim)`, with gradient."""
@@ -38,9 +59,9 @@ class MemoryDirection(NamedTuple):
     anchor_id: Tensor
     """`(anchors,)`, the image that each anchor belongs to."""
     candidate_id: Tensor
-    """`(candidates,)`, −1 for places that hold nothing."""
+    """`(candidates,)`, the image that each candidate belongs to, −1 for places that hold nothing."""
     draw_id: Tensor
-    """`(anchors,)`, the text of each pair. The draw is a function of it."""
+    """`(anchors,)`, the text of each pair. A draw depends on it, and not on the rank or row where the pair stands."""
     number: int
     """0: image to text, 1: text to image."""
 
@@ -48,15 +69,23 @@ class MemoryDirection(NamedTuple):
         """Compare the anchors with all candidates, `(anchors, candidates)`, in float32 or more."""
         with torch.autocast(self.anchor.device.type, enabled=False):
             anchor = full_precision(self.anchor)
+            # (anchors, dim) @ (dim, candidates), whatever the dtype of the bank.
             return anchor @ self.candidate.to(anchor.dtype).T
 
     def positive_similarity(self) -> Tensor:
         """Compare the anchors with their stored positives, `(anchors,)`. 0 where the stored one is not finite."""
         anchor = full_precision(self.anchor)
+        # Masked before the product: the gradient of NaN times 0 would be NaN.
         return (anchor * self.positive.masked_fill(~self._has_positive()[:, None], 0)).sum(dim=1)
 
     def negative_mask(self, rows: slice = slice(None)) -> Tensor:
-        """Tell which candidates are negatives of some anchors, `(rows, candidates)`: none for an anchor without a positive."""
+        """Tell which candidates are negatives of some anchors, `(rows, candidates)`.
+
+        Candidates of the anchor's own image and empty places are none. Where an anchor's positive is not finite, it has none.
+
+        Args:
+            rows: The anchors to look at. Default: all. Large banks are compared some rows at a time.
+        """
         mask = negative_mask(self.anchor_id[rows], self.candidate_id)
         return mask & self._has_positive()[rows, None]
 
@@ -70,22 +99,24 @@ class MemoryDirection(NamedTuple):
 
 @dataclass
 class MemoryCandidates:
-    """Slowly moving embeddings that a batch is compared with, and who chooses among them.
+    """Carry the embeddings of a memory bank, and what chooses among them, to the loss as ``batch["memory"]``.
 
     A stored negative is compared only with a stored positive. Beside a live positive, a loss could tell positives from
     negatives by their age alone, and would ruin the model. So candidates always carry the positives of their own encoder.
 
     A loss calls :meth:`observe` once per step. Then it draws from, or weighs, the candidates of each of :meth:`directions`.
+    The losses of this package do both when they are called with ``memory=batch["memory"]``.
 
     Args:
         image_embeddings: `(candidates, dim)`, unit-norm, without gradient.
         text_embeddings: `(candidates, dim)`, unit-norm, without gradient. Row by row the match of ``image_embeddings``.
         image_id: int64 `(candidates,)`, the image that each row belongs to.
-        valid: bool `(candidates,)`, False for places that hold nothing.
+        valid: bool `(candidates,)`, False for places of the queue that hold nothing yet.
         positive: The pairs of this rank as the slow copy embeds them, row by row as in the batch.
-        sampler: What draws from the candidates, or weighs them.
-        agreement: Follows how well stored embeddings stand for live ones. ``None``: nothing does.
-        is_in_loss: bool `()` on the device. False: the loss computes its memory term and leaves it out. ``None``: it is in.
+        sampler: What draws from the candidates, or weighs them. A :class:`~lightning_itm.FalseNegativeSampler`, usually.
+        agreement: It follows how well stored embeddings stand for live ones. Default: nothing follows it.
+        is_in_loss: bool `()` on the device. Where it is False, the loss computes its memory term to log it, and leaves it out
+            of the sum. Default: the term is in the loss.
     """
 
     image_embeddings: Tensor
@@ -98,27 +129,33 @@ class MemoryCandidates:
     is_in_loss: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Hold nothing that Lightning could take for the size of a batch."""
+        """Yield nothing. Lightning looks for the batch size in what a batch holds, and must not find the queue's."""
         return iter(())
 
     def observe(self, pairs: EmbeddingPairs, candidates: EmbeddingPairs) -> None:
         """Learn from the live embeddings of a step, before the first draw.
 
         Args:
-            pairs: The pairs of this rank.
-            candidates: The pairs of all ranks.
+            pairs: The pairs of this rank, row by row as ``positive``.
+            candidates: The pairs of all ranks, in the order of the ranks.
         """
         self.sampler.observe(candidates)
         if self.agreement is not None:
             self.agreement.update(pairs, self.positive)
 
     def if_in_loss(self, with_memory: Tensor, without: Tensor) -> Tensor:
-        """Return the first where the memory bank takes part in the loss, else the second. The host waits for nothing."""
+        """Return the costs that hold now: with the memory bank where it takes part in the loss, else without.
+
+        Args:
+            with_memory: The costs with the term of the memory bank, `(anchors,)`.
+            without: The costs of the batch alone, `(anchors,)`.
+        """
+        # `where` and not `if`, which would make the host wait for the device at each step.
         return with_memory if self.is_in_loss is None else torch.where(self.is_in_loss, with_memory, without)
 
     def directions(self, pairs: EmbeddingPairs) -> tuple[MemoryDirection, MemoryDirection]:
         """Set the images of ``pairs`` against stored texts, and their texts against stored images."""
-        candidate_id = torch.where(self.valid, self.image_id, -1)
+        candidate_id = torch.where(self.valid, self.image_id, -1)  # (candidates,): -1 is no image, and never a negative
         ids = pairs.image_id, candidate_id, pairs.text_id
         return (
             MemoryDirection(pairs.image_embeddings, self.positive.text_embeddings, self.text_embeddings, *ids, 0),
