@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_itm.functional.precision import products
+
 SMALLEST_NORM = 1e-12
 """Below it, a row counts as a row of zeros."""
 
@@ -65,7 +67,7 @@ def direction_scores(
             one with the id −1, which stands for nothing.
 
     Returns:
-        The scores, in float32 with autocast off (float64 inputs stay float64).
+        The scores, in float32 whatever autocast and the settings of the process say (float64 inputs stay float64).
 
     Example:
         >>> import torch
@@ -75,14 +77,11 @@ def direction_scores(
         tensor([[False,  True],
                 [ True, False]])
     """
-    # A half-precision product would round differences of 0.001, which decide what is hardest.
-    with torch.autocast(anchor.device.type, enabled=False):
-        anchor, positive, candidate = map(full_precision, (anchor, positive, candidate))
-        return DirectionScores(
-            similarity=anchor @ candidate.T,  # (anchors, candidates)
-            positive=(anchor * positive).sum(dim=-1),  # (anchors,)
-            negative_mask=negative_mask(anchor_id, candidate_id),
-        )
+    return DirectionScores(
+        similarity=products(anchor, candidate),  # (anchors, candidates)
+        positive=(full_precision(anchor) * full_precision(positive)).sum(dim=-1),  # (anchors,)
+        negative_mask=negative_mask(anchor_id, candidate_id),
+    )
 
 
 def negative_mask(

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lightning_itm.distributed import gather
 from lightning_itm.embeddings import EmbeddingPairs
+from lightning_itm.functional.precision import products
 from lightning_itm.functional.similarity import full_precision, negative_mask
 
 SMOOTHING = 0.95  # an average over about the last twenty steps
@@ -77,16 +78,16 @@ class Agreement(nn.Module):
             live: The pairs of this rank, `(pairs, dim)` twice, as the loss sees them.
             stored: The slow copy's embeddings of these pairs, row by row as in ``live``.
         """
-        with torch.autocast(live.image_embeddings.device.type, enabled=False):
-            images, texts = full_precision(live.image_embeddings), full_precision(live.text_embeddings)
-            slow_images, slow_texts = full_precision(stored.image_embeddings), full_precision(stored.text_embeddings)
-            is_other = negative_mask(live.image_id, live.image_id)  # (pairs, pairs)
-            hits = [
-                _hits(images @ texts.T, is_other),
-                (_hits(images @ slow_texts.T, is_other) + _hits(texts @ slow_images.T, is_other)) / 2,
-                _hits(slow_images @ slow_texts.T, is_other),
-            ]
-            cosine = ((images * slow_images).sum(1).mean() + (texts * slow_texts).sum(1).mean()) / 2
+        images, texts = full_precision(live.image_embeddings), full_precision(live.text_embeddings)
+        slow_images, slow_texts = full_precision(stored.image_embeddings), full_precision(stored.text_embeddings)
+        is_other = negative_mask(live.image_id, live.image_id)  # (pairs, pairs)
+        live_in_stored = _hits(products(images, slow_texts), is_other) + _hits(products(texts, slow_images), is_other)
+        hits = [
+            _hits(products(images, texts), is_other),
+            live_in_stored / 2,
+            _hits(products(slow_images, slow_texts), is_other),
+        ]
+        cosine = ((images * slow_images).sum(1).mean() + (texts * slow_texts).sum(1).mean()) / 2
         # (ranks, 4) -> (4,): every rank has the same mean, and so decides alike.
         values = gather(torch.stack([*hits, cosine]).float()[None]).mean(dim=0)
         # NaN is similar to nothing and gives finite hits. It is the cosine that tells.

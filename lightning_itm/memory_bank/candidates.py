@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.false_negatives import DrawnNegative
+from lightning_itm.functional.precision import products
 from lightning_itm.functional.similarity import DirectionScores, full_precision, negative_mask
 from lightning_itm.memory_bank.agreement import Agreement
 
@@ -67,10 +68,7 @@ class MemoryDirection(NamedTuple):
 
     def similarity(self) -> Tensor:
         """Compare the anchors with all candidates, `(anchors, candidates)`, in float32 or more."""
-        with torch.autocast(self.anchor.device.type, enabled=False):
-            anchor = full_precision(self.anchor)
-            # (anchors, dim) @ (dim, candidates), whatever the dtype of the bank.
-            return anchor @ self.candidate.to(anchor.dtype).T
+        return products(self.anchor, self.candidate)
 
     def positive_similarity(self) -> Tensor:
         """Compare the anchors with their stored positives, `(anchors,)`. 0 where the stored one is not finite."""
