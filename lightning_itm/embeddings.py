@@ -16,8 +16,9 @@ class EmbeddingPairs:
     Args:
         image_embeddings: `(pairs, dim)`, unit-norm, float32 (or float64).
         text_embeddings: `(pairs, dim)`, unit-norm, float32 (or float64).
-        image_id: int64 `(pairs,)`, the image that each row belongs to. Rows of one image are never each other's negatives.
-        text_id: int64 `(pairs,)`, the number of the text of each row.
+        image_id: Integers `(pairs,)`, the image that each row belongs to. Rows of one image are never each other's
+            negatives. They are kept as int64.
+        text_id: Integers `(pairs,)`, the number of the text of each row. They are kept as int64.
 
     Raises:
         ValueError: if the four do not have the same number of rows, or the embeddings differ in width.
@@ -51,6 +52,7 @@ class EmbeddingPairs:
                 raise TypeError(
                     f"Expected `{name}` to be an int64 tensor of shape (pairs,), got {got}. Number them from 0."
                 )
+            setattr(self, name, ids.long())  # −1 and indices of rows come beside them, which need the same type
         rows = {field.name: getattr(self, field.name).shape[0] for field in fields(self)}
         if len(set(rows.values())) > 1:
             raise ValueError(f"Expected one row per pair in all of {list(rows)}, got {rows} rows.")

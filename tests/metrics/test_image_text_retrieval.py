@@ -127,6 +127,15 @@ def test_of_many_that_are_not_finite_the_first_are_named():
         metric.compute()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_ids_of_fewer_bits(dtype):
+    *_, pairs = make_pairs([2, 1, 3, 1])
+    narrow = pairs.image_id.to(dtype), pairs.text_id.to(dtype)
+    metric = ImageTextRetrieval()
+    metric.update(pairs.image_embeddings, pairs.text_embeddings, *narrow)
+    assert metric.compute() == measured(ImageTextRetrieval(), pairs)
+
+
 def test_nothing_seen():
     metric = ImageTextRetrieval()
     with (
