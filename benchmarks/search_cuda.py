@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from lightning_itm.functional import TopK, top_k_negatives
-from lightning_itm.functional import _top_k_search as searching
-from lightning_itm.functional.grouped_top_k import group_keys, group_maxima
+from lightning_itm.functional.top_k_search import ways as searching
+from lightning_itm.functional.top_k_search.grouped import group_keys, group_maxima
 
 BUDGET = 1 << 30  # bytes of scores, the same for every way
 

@@ -1,6 +1,5 @@
 """The mathematics: tensors in, tensors out, with PyTorch alone."""
 
-from lightning_itm.functional._top_k_candidates import TopK
 from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
 from lightning_itm.functional.false_negatives import (
     DrawnNegative,
@@ -18,7 +17,8 @@ from lightning_itm.functional.similarity import (
     negative_mask,
     unit_norm,
 )
-from lightning_itm.functional.top_k import top_k_negatives
+from lightning_itm.functional.top_k_search.candidates import TopK
+from lightning_itm.functional.top_k_search.top_k import top_k_negatives
 from lightning_itm.functional.triplet import hardest_cost, mean_cost, selective_cost
 
 __all__ = [

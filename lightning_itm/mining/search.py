@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from lightning_itm.distributed import gather
 from lightning_itm.functional import TopK, top_k_negatives
-from lightning_itm.functional.top_k import score_ceiling
+from lightning_itm.functional.top_k_search.top_k import score_ceiling
 from lightning_itm.mining.encode import EncodedPairs
 
 NUM_SAMPLED_ANCHORS = 256

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from lightning_itm.functional import _grouped_top_k_triton as kernels
-from lightning_itm.functional.grouped_top_k import group_keys, group_maxima, grouped_shortlist, unpack
+from lightning_itm.functional.top_k_search import triton_kernels as kernels
+from lightning_itm.functional.top_k_search.grouped import group_keys, group_maxima, grouped_shortlist, unpack
 
 NEEDS_TRITON = pytest.mark.skipif(not kernels.IS_AVAILABLE, reason="Triton comes with PyTorch's builds for CUDA alone")
 SIZES = [  # anchors, keys, dim, group size, depth, ids
@@ -80,7 +80,7 @@ def test_equals_the_loop(num_anchors, num_keys, dim, group_size, depth, id_dtype
 def test_the_kernel_in_the_interpreter_equals_the_loop():
     """In float32: the interpreter multiplies bfloat16 as if it were integers. A process of its own, for its variable."""
     code = (
-        "import torch, tests.functional.test_grouped_top_k as here\n"
+        "import torch, tests.functional.top_k_search.test_grouped as here\n"
         "for num_anchors, num_keys, dim, group_size, depth, id_dtype in here.SIZES:\n"
         "    anchors, keys, ids = here.example(num_anchors, num_keys, dim, id_dtype)\n"
         "    grouped = here.group_keys(keys, group_size, ids.get('key_id'))\n"

@@ -80,14 +80,14 @@ def group_maxima(
 
     Example:
         >>> import torch
-        >>> from lightning_itm.functional.grouped_top_k import group_keys, group_maxima, unpack
+        >>> from lightning_itm.functional.top_k_search.grouped import group_keys, group_maxima, unpack
         >>> keys = group_keys(torch.tensor([[0.5, 0], [0.25, 0], [1, 0]]), group_size=2)
         >>> unpack(group_maxima(torch.tensor([[1.0, 0.0]]), keys), group_size=2)
         (tensor([[[1.0000, 0.2500]]]), tensor([[[1, 0]]]))
     """
     keys, key_id, num_keys, group_size = grouped
     if anchors.is_cuda and find_spec("triton") is not None:
-        from lightning_itm.functional._grouped_top_k_triton import (
+        from lightning_itm.functional.top_k_search.triton_kernels import (
             group_maxima_kernel,
         )  # Triton takes a while, and is not everywhere
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from lightning_itm.functional import top_k_negatives
-from lightning_itm.functional.top_k import score_ceiling
+from lightning_itm.functional.top_k_search.top_k import score_ceiling
 from tests.helpers.embeddings import embeddings
 
 

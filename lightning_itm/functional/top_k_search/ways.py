@@ -1,4 +1,4 @@
-"""The search of :func:`~lightning_itm.functional.top_k.top_k_negatives`: a cheap way first, a slower one where it may miss."""
+"""The ways of :func:`~lightning_itm.functional.top_k_negatives`: a cheap one first, a slower one where it may miss."""
 
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
@@ -7,7 +7,8 @@ from math import factorial
 import torch
 from torch import Tensor
 
-from lightning_itm.functional._top_k_candidates import (
+from lightning_itm.functional.precision import full_precision_products
+from lightning_itm.functional.top_k_search.candidates import (
     MAX_ROWS,
     LowKeys,
     OwnKeys,
@@ -19,8 +20,7 @@ from lightning_itm.functional._top_k_candidates import (
     multiplies_bfloat16,
     to_bfloat16,
 )
-from lightning_itm.functional.grouped_top_k import Shortlist, group_keys, group_maxima, grouped_shortlist
-from lightning_itm.functional.precision import full_precision_products
+from lightning_itm.functional.top_k_search.grouped import Shortlist, group_keys, group_maxima, grouped_shortlist
 
 
 class Way(ABC):
@@ -144,7 +144,7 @@ def search_all(
     memory_budget: int | None,
     method: str,
 ) -> TopK:  # no list: beartype looks at a random item, and a test's random stream would differ
-    """Search for all anchors, as described in :func:`~lightning_itm.functional.top_k.top_k_negatives`."""
+    """Search for all anchors, as described in :func:`~lightning_itm.functional.top_k_search.top_k.top_k_negatives`."""
     if memory_budget is None:
         memory_budget = 256 << 20 if keys.device.type == "cpu" else 1 << 30
     if method == "auto":

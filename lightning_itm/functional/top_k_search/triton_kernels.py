@@ -1,6 +1,6 @@
 """Triton kernels of the search: the best keys of each group, and the products of each anchor with its own candidates.
 
-``lightning_itm/functional/grouped_top_k.py`` and ``top_k.py`` call them and have the same in plain PyTorch.
+``lightning_itm/functional/top_k_search/grouped.py`` and ``top_k.py`` call them and have the same in plain PyTorch.
 """
 
 from typing import no_type_check

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_itm.functional.grouped_top_k import Shortlist
 from lightning_itm.functional.precision import full_precision_products
+from lightning_itm.functional.top_k_search.grouped import Shortlist
 
 
 class TopK(NamedTuple):
@@ -30,11 +30,13 @@ class OwnKeys:
         self.sorted_id, self.order = key_id.sort()
 
     def of(self, rows: Tensor) -> "OwnKeys":
+        """Return the same for some of the anchors."""
         part = copy.copy(self)
         part.anchor_id = self.anchor_id[rows]
         return part
 
     def mask(self, scores: Tensor) -> None:
+        """Put −inf, in place, where a key belongs to the anchor's own image, `(anchors, keys)`."""
         first = torch.searchsorted(self.sorted_id, self.anchor_id)
         count = torch.searchsorted(self.sorted_id, self.anchor_id, right=True) - first
         total = int(count.sum())
@@ -83,6 +85,7 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
 
 def hardest_first(scores: Tensor, index: Tensor) -> TopK:
+    """Sort each row, `(anchors, k)`, ties in the order of the keys."""
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return TopK(scores, index.gather(1, order))
 
@@ -90,7 +93,7 @@ def hardest_first(scores: Tensor, index: Tensor) -> TopK:
 def candidate_products(anchors: Tensor, keys: Tensor, index: Tensor) -> Tensor:
     """Multiply each anchor with its own choice of keys, in float32."""
     if anchors.is_cuda and find_spec("triton") is not None:
-        from lightning_itm.functional._grouped_top_k_triton import (
+        from lightning_itm.functional.top_k_search.triton_kernels import (
             products_kernel,
         )  # Triton takes a while, and is not everywhere
 

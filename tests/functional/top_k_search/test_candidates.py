@@ -1,6 +1,6 @@
 import torch
 
-from lightning_itm.functional._top_k_candidates import largest
+from lightning_itm.functional.top_k_search.candidates import largest
 
 
 def test_the_largest_by_group_maxima():

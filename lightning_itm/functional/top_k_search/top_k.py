@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_itm.functional._top_k_candidates import OwnKeys, TopK
-from lightning_itm.functional._top_k_search import search_all
+from lightning_itm.functional.top_k_search.candidates import OwnKeys, TopK
+from lightning_itm.functional.top_k_search.ways import search_all
 
 __all__ = ["TopK", "score_ceiling", "top_k_negatives"]
 
@@ -49,7 +49,7 @@ def top_k_negatives(
         memory_budget: Bytes that scores may take at once. ``None``: 256 MB on a CPU, where they should stay near the cache,
             and 1 GB elsewhere.
         method: Without a guard, how candidates are chosen. ``"chunked"``: from the scores of a chunk. ``"grouped"``: from the
-            best of each group of keys (:func:`~lightning_itm.functional.grouped_top_k.group_maxima`), so that on CUDA most
+            best of each group of keys (:func:`~lightning_itm.functional.top_k_search.group_maxima`), so that on CUDA most
             scores never leave a kernel. It multiplies in bfloat16 on every device. ``"auto"``: grouped on CUDA with
             Triton, else chunked.
 
@@ -98,7 +98,7 @@ def score_ceiling(
 
     Example:
         >>> import torch
-        >>> from lightning_itm.functional.top_k import score_ceiling
+        >>> from lightning_itm.functional.top_k_search.top_k import score_ceiling
         >>> score_ceiling(torch.tensor([0.8, 0.4]), max_score=0.7, relative_margin=0.05)
         tensor([0.7000, 0.3800])
     """

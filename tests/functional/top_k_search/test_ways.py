@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_itm.functional import _top_k_search as searching
 from lightning_itm.functional import top_k_negatives
+from lightning_itm.functional.top_k_search import ways as searching
 from tests.helpers.embeddings import embeddings
 
 
