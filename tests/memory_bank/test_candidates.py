@@ -1,9 +1,10 @@
-"""What the losses make of the candidates that a memory bank puts into the batch."""
+"""The candidates that a memory bank puts into the batch, and what the losses make of them."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import nn
 
 from lightning_itm import FalseNegativeSampler, InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
@@ -11,6 +12,63 @@ from lightning_itm.embeddings import HardNegatives
 from lightning_itm.losses import DirectionCost
 from lightning_itm.memory_bank import Agreement
 from tests.helpers.memory import make_memory, make_pairs, unit
+
+NUM_PAIRS, NUM_QUEUED = 8, 9
+
+
+class TestDirections:
+    def setup_method(self):
+        torch.manual_seed(0)
+        self.pairs = make_pairs(NUM_PAIRS, image_id=[0, 0, 1, 2, 3, 4, 5, 6])
+        self.memory = make_memory(self.pairs, NUM_QUEUED, num_images=7)
+
+    def test_set_images_against_stored_texts_and_texts_against_stored_images(self):
+        i2t, t2i = self.memory.directions(self.pairs)
+        assert i2t.anchor is self.pairs.image_embeddings
+        assert t2i.anchor is self.pairs.text_embeddings
+        assert i2t.candidate is self.memory.text_embeddings
+        assert t2i.candidate is self.memory.image_embeddings
+        assert i2t.positive is self.memory.positive.text_embeddings
+        assert t2i.positive is self.memory.positive.image_embeddings
+        assert (i2t.number, t2i.number) == (0, 1)
+
+    def test_scores_equal_loops(self):
+        assert not self.memory.valid.all()
+        for direction in self.memory.directions(self.pairs):
+            scores = direction.scores()
+            for i in range(NUM_PAIRS):
+                assert scores.positive[i].item() == pytest.approx(float(direction.anchor[i] @ direction.positive[i]))
+                for k in range(NUM_PAIRS + NUM_QUEUED):
+                    expected = float(direction.anchor[i] @ direction.candidate[k])
+                    assert scores.similarity[i, k].item() == pytest.approx(expected)
+                    is_other = bool(self.memory.image_id[k] != self.pairs.image_id[i])
+                    assert scores.negative_mask[i, k] == (is_other and bool(self.memory.valid[k]))
+
+    def test_the_mask_of_some_rows_is_a_part_of_that_of_all(self):
+        for direction in self.memory.directions(self.pairs):
+            assert torch.equal(direction.negative_mask(slice(2, 5)), direction.negative_mask()[2:5])
+
+    def test_an_anchor_without_a_positive_has_no_negatives(self):
+        self.memory.positive.text_embeddings[3, 1] = torch.inf
+        i2t, t2i = self.memory.directions(self.pairs)
+        assert i2t.negative_mask().any(dim=1).tolist() == [row != 3 for row in range(NUM_PAIRS)]
+        assert i2t.scores().positive[3] == 0
+        assert t2i.negative_mask().any(dim=1).all()
+
+    def test_similarities_are_float32_under_autocast(self):
+        pairs = make_pairs(NUM_PAIRS, dtype=torch.float32)
+        direction = make_memory(pairs).directions(pairs)[0]
+        expected = direction.scores()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores = direction.scores()
+        assert torch.equal(scores.similarity, expected.similarity)
+        assert torch.equal(scores.positive, expected.positive)
+
+    def test_lightning_finds_the_size_of_the_batch(self, recwarn):
+        """And not that of the queue, or several sizes, of which it would warn."""
+        batch = {"memory": self.memory, "image": torch.zeros(NUM_PAIRS, 3), "memory again": self.memory}
+        assert extract_batch_size(batch) == NUM_PAIRS
+        assert len(recwarn) == 0
 
 
 def term(positive, columns, loss, kind):
