@@ -459,15 +459,32 @@ class Still(Tiny):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_processes_draw_like_one(loss, start_epoch):
     """Queue, statistics, draws and so weights, after two epochs of the same global batches."""
+    _check_two_processes(loss, start_epoch)
+
+
+@pytest.mark.slow
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
+@pytest.mark.parametrize("inject", ["samples", "embeddings"])
+@pytest.mark.parametrize("loss", ["hardest", "quintuplet", "info_nce"])
+def test_two_processes_draw_like_one_beside_mined_negatives(loss, inject):
+    """Each rank mines a part, and draws for its own pairs."""
+    _check_two_processes(loss, 0, inject)
+
+
+def _check_two_processes(loss, start_epoch, inject=None):
     for devices in (1, 2):
         L.seed_everything(0, verbose=False)
         fne = FalseNegativeElimination(
             QUEUE_SIZE, start_epoch=start_epoch, sampler=FalseNegativeSampler(min_count=4, prior=0.05)
         )
+        mining = (
+            [] if inject is None else [OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=inject)]
+        )
         trainer = L.Trainer(
             devices=devices,
             strategy="ddp_fork" if devices > 1 else "auto",
-            callbacks=[fne, Keep()],
+            callbacks=[fne, *mining, Keep()],
             max_epochs=2,
             precision="64-true",
             limit_val_batches=0,
