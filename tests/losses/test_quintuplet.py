@@ -121,8 +121,12 @@ def test_without_mined_negatives_it_is_the_online_loss():
         assert loss(pairs)["loss"] == online(pairs)["loss"] == loss(pairs, hard=hard)["loss"]
 
 
-@pytest.mark.parametrize("as_published", [False, True])
-def test_the_anchor_is_never_pulled_towards_its_mined_negative(as_published):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 0), (QuintupletLoss().options, 0), (QuintupletLoss(as_published=True).options, -0.1 / 0.3)],
+    ids=["function", "loss", "published"],
+)
+def test_the_anchor_is_never_pulled_towards_its_mined_negative(options, expected):
     """The batch's negative costs, the mined one is easy. As published, the weight still has a gradient: the defect."""
     scores = torch.tensor([0.5, 0.4, -0.3], dtype=torch.float64)  # positive, the batch's negative, the mined one
     anchored = scores[2:].clone().requires_grad_()
@@ -133,13 +137,25 @@ def test_the_anchor_is_never_pulled_towards_its_mined_negative(as_published):
         offline,
         positive=scores[:1],
         online_negative=scores[1:2],
-        as_published=as_published,
+        **options,
     )
-    (gradient,) = torch.autograd.grad(cost.sum(), anchored, allow_unused=True)
-    if as_published:
-        assert gradient.item() == pytest.approx(-0.1 / 0.3)
-    else:
-        assert gradient is None or gradient.item() == 0
+    (gradient,) = torch.autograd.grad(cost.sum(), anchored, materialize_grads=True)
+    assert gradient.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("options", "sign"), [({}, 0), ({"as_published": True}, -1)], ids=["default", "published"])
+def test_a_violation_in_the_batch_is_never_rewarded(options, sign):
+    """The mined negative is harder by more than 0.45, so that the published weight falls below 0."""
+    negative = torch.tensor([0.1], dtype=torch.float64, requires_grad=True)
+    mined, there = torch.tensor([0.6], dtype=torch.float64), torch.tensor([True])
+    positive = torch.tensor([0.2], dtype=torch.float64)
+    offline = OfflineScores(mined, mined, there, ~there, ~there)
+    online_cost = 0.2 - positive + negative
+    cost = quintuplet_cost(
+        online_cost, offline, positive=positive, online_negative=negative.detach(), **QuintupletLoss(**options).options
+    )
+    (gradient,) = torch.autograd.grad(cost.sum(), negative)
+    assert gradient.sign().item() == sign
 
 
 def test_stored_negatives_are_compared_with_the_stored_positive():
