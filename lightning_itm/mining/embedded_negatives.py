@@ -21,7 +21,8 @@ class EmbeddedNegatives:
         hard_text_index: Integers `(images, texts_per_image)`, the hardest texts of each image. −1 stands where there is none.
         hard_image_index: Integers `(texts, images_per_text)`, the hardest images of each text. −1 stands where there is none.
         text_image_id: int64 `(texts,)`, the image that each text belongs to.
-        coupled_ranks: Draw one rank for both text and image, as published. False: draw two, which gives more combinations.
+        coupled_ranks: Draw one rank for both text and image, as published. False: draw two, which gives more combinations. A
+            pair for which no text was mined draws any of its images.
         seed: Another seed gives other draws. One number for the whole run.
     """
 
@@ -52,8 +53,6 @@ class EmbeddedNegatives:
             epoch: The current epoch. Each epoch has draws of its own.
         """
         first, second, third = (uniform(text_id, self.seed, epoch, number) for number in range(3))  # (pairs,) each
-        if self.coupled_ranks:
-            second = torch.zeros_like(second)  # a pair without mined texts gets the hardest image
         rows = self.hard_text_index[image_id], self.hard_image_index[text_id]  # (pairs, places) each
         mined_text, mined_image = draw_from_rows(*rows, first, second, coupled_ranks=self.coupled_ranks)
         has_text, has_image = mined_text >= 0, mined_image >= 0

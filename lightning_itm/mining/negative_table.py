@@ -109,7 +109,8 @@ def draw_from_rows(
         texts: Integers `(rows, texts_per_image)`, the hardest texts of each image, −1 at the end of a row that is not full.
         images: Integers `(rows, images_per_text)`, the hardest images of each text, likewise.
         first: Random numbers in [0, 1), `(rows,)`, which choose the rank of the text.
-        second: Random numbers in [0, 1), `(rows,)`, which choose the rank of the image where it is not coupled.
+        second: Random numbers in [0, 1), `(rows,)`, which choose the rank of the image where it is not coupled, or no text
+            was mined.
         coupled_ranks: Derive the rank of the image from that of the text, as published, where a text was mined.
 
     Returns:

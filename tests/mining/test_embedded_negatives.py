@@ -56,3 +56,14 @@ def test_every_place_and_every_text_of_an_image_is_drawn():
     assert {int(hard.image_id_of_text) for hard in drawn} == set(TEXT_IMAGE_ID[mined.hard_text_index[0]].tolist())
     assert {int(hard.image_id) for hard in drawn} == set(mined.hard_image_index[0].tolist())
     assert len({tuple(hard.text_of_image_embeddings[0].tolist()) for hard in drawn}) == TEXTS_EACH * 4
+
+
+@pytest.mark.parametrize("coupled_ranks", [True, False])
+def test_a_pair_without_mined_texts_draws_any_of_its_images(coupled_ranks):
+    """There is no rank of a text that the image's could follow. Each as often as the others."""
+    mined = negatives(coupled_ranks=coupled_ranks)
+    own, (row,) = TEXT_ID[TEXT_IMAGE_ID == WITHOUT_TEXTS][:1], mined.hard_image_index[WITHOUT_TEXTS][None].tolist()
+    image_id = torch.tensor([WITHOUT_TEXTS])
+    drawn = [int(mined.draw(image_id, own, epoch).image_id) for epoch in range(400)]
+    assert sorted(set(drawn)) == sorted(row)
+    assert min(drawn.count(image) for image in row) > 60  # of 100 expected

@@ -50,6 +50,15 @@ class TestPairs:
         }
         assert len(drawn) == 20
 
+    @pytest.mark.parametrize("coupled_ranks", [True, False])
+    def test_a_pair_without_mined_texts_draws_any_of_its_images(self, coupled_ranks):
+        """There is no rank of a text that the image's could follow. Each as often as the others."""
+        pairs = mined_pairs(coupled_ranks=coupled_ranks)
+        texts, images = pairs.table.texts[WITHOUT_TEXTS], pairs.table.images[2 * WITHOUT_TEXTS]
+        drawn = [pairs.draw(texts, images) for _ in range(200)]
+        assert {text for text, _ in drawn} == {-1}
+        assert min(sum(image == each for _, image in drawn) for each in images.tolist()) > 60  # of 100 expected
+
     def test_fewer_places(self):
         pairs = mined_pairs()
         drawn = [
