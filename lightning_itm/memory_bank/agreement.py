@@ -11,6 +11,7 @@ from lightning_itm.functional.similarity import full_precision, negative_mask
 SMOOTHING = 0.95  # an average over about the last twenty steps
 MIN_STEPS = 20  # before that, the averages hang on the first few batches
 BEGUN = 0.1  # a live model that finds fewer matches says nothing that could be agreed with
+CHANCES = 2  # and at least twice as many as chance
 JOIN = (0.9, 0.8)  # ratios of live in stored, and of stored in stored, from which on the bank is in the loss
 LEAVE = (0.8, 0.6)  # lower than JOIN, so that noise does not switch the bank on and off
 
@@ -26,9 +27,9 @@ class Agreement(nn.Module):
     1. Each step searches the batch three times: live embeddings among live ones, live among stored ones, and stored among
        stored ones. Each search counts the pairs that find their own match first.
     2. The three counts are averaged over about twenty steps and over all ranks.
-    3. :attr:`is_met` becomes True when the live model finds at least 10 % of the matches, live embeddings find at least 90 %
-       as many among stored ones, and stored ones find at least 80 % as many among themselves.
-    4. It becomes False again below 80 % and 60 %.
+    3. :attr:`is_met` becomes True when the live model finds at least 10 % of the matches and twice as many as chance, live
+       embeddings find at least 90 % as many among stored ones, and stored ones find at least 80 % as many among themselves.
+    4. It becomes False again below 10 %, 80 % and 60 %.
 
     All state is in tensors on the device, so that no step waits for it. It is the same on every rank. Not in the paper.
 
@@ -96,7 +97,7 @@ class Agreement(nn.Module):
             new = average * SMOOTHING + value * (1 - SMOOTHING)
             average.copy_(torch.where(is_finite, new, average))  # an `if` would make the host wait for the device
         self.num_steps += is_finite
-        self._decide()
+        self._decide(len(live))
 
     def ratios(self) -> Tensor:
         """Return how many matches are found per match of live in live, `(2,)`: live in stored, and stored in stored."""
@@ -106,11 +107,13 @@ class Agreement(nn.Module):
         """Return the average of :attr:`cosine`, without the bias of its start at 0."""
         return self.cosine / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
 
-    def _decide(self) -> None:
+    def _decide(self, num_pairs: int) -> None:
         join, leave = (self.hits.new_tensor(bounds) for bounds in (JOIN, LEAVE))
-        ratios, has_begun = self.ratios(), self.hits[0] >= BEGUN * self.weight
+        ratios, found = self.ratios(), self.hits[0] / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
+        # Among few pairs chance alone finds many: 25 % in a batch of four.
+        has_begun = found >= max(BEGUN, CHANCES / num_pairs)
         joins = (self.num_steps >= MIN_STEPS) & has_begun & (ratios >= join).all()
-        leaves = (ratios < leave).any() | ~has_begun
+        leaves = (ratios < leave).any() | (found < BEGUN)
         # Two bounds: between them, what was decided last still holds.
         is_met = torch.where(self.is_met, ~leaves, joins)
         self.was_lost |= self.is_met & ~is_met

@@ -18,6 +18,7 @@ from lightning_itm import (
     SigmoidLoss,
     TripletLoss,
 )
+from lightning_itm.memory_bank import agreement
 from lightning_itm.memory_bank.agreement import MIN_STEPS
 from tests.helpers.tiny import NUM_IMAGES, SILENT, Tiny, tiny_data
 
@@ -242,6 +243,11 @@ class SaveAt(Callback):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed run saves none
 class TestAgreement:
     """``start_epoch=None``: the bank enters the loss once its embeddings agree with those of the live model."""
+
+    @pytest.fixture(autouse=True)
+    def _join_at_chance(self, monkeypatch):
+        """Among four pairs, this untrained model finds as many matches as chance, which is not enough elsewhere."""
+        monkeypatch.setattr(agreement, "CHANCES", 0)
 
     @pytest.mark.parametrize("loss", LOSSES)
     def test_until_it_is_met_the_run_is_that_without_a_bank(self, loss):

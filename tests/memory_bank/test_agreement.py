@@ -200,3 +200,13 @@ def test_two_ranks_decide_alike(num_agreeing, is_met, tmp_path):
     assert bool(first["is_met"]) == is_met
     if num_agreeing == 1:
         assert first["hits"][1] / first["hits"][0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_matches_found_by_chance_are_no_agreement():
+    """Four pairs of a model that knows nothing: one in four is found, and found again in its own copy."""
+    agreement = Agreement().double()
+    for _ in range(2 * MIN_STEPS):
+        live = strangers(make_pairs(4, DIM))
+        agreement.update(live, live)
+    assert agreement.hits[0] / agreement.weight > BEGUN
+    assert not agreement.is_met
