@@ -12,9 +12,10 @@ from lightning_itm.callbacks._strategies import check_whole_weights
 from lightning_itm.data.batch import check_batch
 from lightning_itm.distributed import gather
 from lightning_itm.gradient_monitor.figure import plot_gradients
-from lightning_itm.gradient_monitor.switch import GradientSwitch, measure_gradient
+from lightning_itm.gradient_monitor.switch import GradientSwitch, measure_gradient, upgrade_switch_state
 
-ROWS_AT_ONCE = 256  # of the history; stacked, or there would be a small tensor for each step
+VERSION = 2  # of the callback's state
+ROWS_AT_ONCE = 256  # The history is stacked when it has more rows than this, or each step would keep a small tensor.
 
 
 class GradientNormMonitor(Callback):
@@ -104,12 +105,18 @@ class GradientNormMonitor(Callback):
         restored, self._restored = self._restored, None
         if restored is None:
             return
+        if restored.get("version", 1) > VERSION:
+            raise ValueError(
+                f"Expected the state of `GradientNormMonitor` to be of version {VERSION} or older, got "
+                f"{restored['version']}. Resume with the release of `lightning_itm` that wrote the checkpoint."
+            )
         if restored["towers"] != list(self.towers):
             raise ValueError(
                 f"Expected the checkpoint to have the towers {list(self.towers)}, got {restored['towers']}. "
                 "Resume with the same module."
             )
-        self.switch.load_state_dict(restored["switch"])
+        # Version 1 kept the highest κ instead of a reference.
+        self.switch.load_state_dict(upgrade_switch_state(restored["switch"]))
         self._history = [restored["history"].to(pl_module.device)] if len(restored["history"]) else []
 
     def on_train_batch_start(
@@ -191,7 +198,7 @@ class GradientNormMonitor(Callback):
         if self.switch is None:
             return {}
         switch = {name: value.clone() for name, value in self.switch.state_dict().items()}
-        return {"switch": switch, "history": self._rows().cpu(), "towers": list(self.towers)}
+        return {"version": VERSION, "switch": switch, "history": self._rows().cpu(), "towers": list(self.towers)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a run that goes on needs."""

@@ -1,12 +1,20 @@
 """A switch that follows the gradients of several towers. Its state is tensors only, so that no host waits."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 HEALTHY = (3.0, 300.0)
-"""The bounds of the healthy value of a tower's relative gradient. Between them, it is the highest value so far."""
+"""The bounds of the healthy value of a tower's relative gradient κ. Between them, the value is learnt from healthy steps."""
+MEMORY = 100
+"""The number of healthy steps that the reference remembers. It is a mean at first, and an exponential average later."""
+LARGEST_MOVE = math.log(2)
+"""The largest difference between the log κ of a step and the reference that counts, so that a spike moves it by 0.7 %."""
+AT_MARGIN = 0.8
+"""The fraction of the margin above which a small κ is a collapse, where the loss is the margin or more."""
 
 
 class Switch(NamedTuple):
@@ -42,9 +50,12 @@ def switched(switch: Switch, level: Tensor, *, low: float, high: float, min_step
 
 
 class GradientSwitch(nn.Module):
-    """Turn on when the relative gradient of a tower falls to a fraction of its healthy value, and off when it recovers.
+    """Turn on when the relative gradient κ of a tower falls below its healthy value, and off when it recovers.
 
-    It is also off while the loss is below half of the margin, because such a model has not collapsed.
+    The level is κ over its healthy value. This is a reference that follows log κ slowly, while the model is healthy and the
+    switch is off. There is an absolute test, too: a κ below 3 with a loss of at least 0.8 of the margin is a collapse,
+    whatever the reference says. The switch is off while the loss is below half of the margin, because such a model has not
+    collapsed.
     :class:`~lightning_itm.GradientNormMonitor` explains the statistic. All state is tensors on the device.
 
     Args:
@@ -61,7 +72,8 @@ class GradientSwitch(nn.Module):
     size: Tensor
     loss: Tensor
     weight: Tensor
-    highest: Tensor
+    reference: Tensor
+    num_healthy: Tensor
     is_on: Tensor
     age: Tensor
     num_skipped: Tensor
@@ -75,17 +87,20 @@ class GradientSwitch(nn.Module):
         if min_steps < 1:
             raise ValueError(f"Expected `min_steps` to be at least 1, got {min_steps}.")
         self.low, self.high, self.smoothing, self.min_steps = low, high, smoothing, min_steps
-        # Exponential averages, and the highest κ so far. `size` is the average of the sensitivity (the key of older
-        # checkpoints stays), and `weight` is the average of the number one, by which the averages are too small at the start.
-        for name in ("size", "loss", "weight", "highest"):
+        # Exponential averages, (towers,). `size` is that of the sensitivity (older checkpoints have this key), and `weight` is
+        # that of the number one: all of them start at 0, so they are too small by this factor.
+        for name in ("size", "loss", "weight"):
             self.register_buffer(name, torch.zeros(num_towers))
+        # It starts at the lower bound and climbs, so that a spike in the first step cannot set it.
+        self.register_buffer("reference", torch.full((num_towers,), math.log(HEALTHY[0])))
+        self.register_buffer("num_healthy", torch.zeros(num_towers, dtype=torch.long))
         self.register_buffer("is_on", torch.tensor(False))
         self.register_buffer("age", torch.tensor(0))
         self.register_buffer("num_skipped", torch.tensor(0))
 
     def relative(self) -> Tensor:
         """Return κ of each tower, `(towers,)`. Both parts of the quotient are averages over the same steps."""
-        return self.size / self.loss.clamp_min(torch.finfo(self.loss.dtype).tiny)
+        return _quotient(self.size, self.loss)
 
     @torch.no_grad()
     def update(self, sensitivity: Tensor, loss: Tensor, margin: float) -> Tensor:
@@ -108,27 +123,73 @@ class GradientSwitch(nn.Module):
         for average, value in ((self.size, sensitivity), (self.loss, loss), (self.weight, 1.0)):
             new = average * self.smoothing + value * (1 - self.smoothing)
             average.copy_(torch.where(counts & is_trained, new, average))
+
         relative = self.relative()
-        self.highest.copy_(torch.maximum(self.highest, relative))
-        level = torch.where(is_trained, relative / self.highest.clamp(*HEALTHY), torch.inf).min()
-        has_converged = torch.where(is_trained, self.loss / self.weight, 0).max() < margin / 2
+        lowest = torch.where(is_trained, relative, torch.inf).min()
+        level = torch.where(is_trained, relative / self.reference.exp(), torch.inf).min()
+        mean_loss = torch.where(is_trained, self.loss / self.weight, 0).max()
+        has_converged = mean_loss < margin / 2
+        has_collapsed = (lowest < HEALTHY[0]) & (mean_loss >= AT_MARGIN * margin)
+        # κ of a converged model is many times larger, so its steps would set a reference that no step before could reach.
+        is_healthy = ~self.is_on & ~has_converged & ~has_collapsed & (level >= self.low)
+        self._follow(_quotient(sensitivity, loss), counts & is_trained & is_healthy)
+
+        decisive = torch.where(has_converged, torch.inf, torch.where(has_collapsed, 0, level))
         before = Switch(self.is_on, self.age)
-        decisive = torch.where(has_converged, torch.inf, level)
         after = switched(before, decisive, low=self.low, high=self.high, min_steps=self.min_steps)
         self.is_on.copy_(torch.where(counts, after.is_on, before.is_on))
         self.age.copy_(torch.where(counts, after.age, before.age))
         return level
 
+    def _follow(self, relative: Tensor, is_healthy: Tensor) -> None:
+        """Move the reference of each healthy tower towards log κ of this step alone, in which a spike is one step long."""
+        self.num_healthy += is_healthy
+        move = (relative.log() - self.reference).clamp(-LARGEST_MOVE, LARGEST_MOVE)
+        new = self.reference + move / self.num_healthy.clamp(1, MEMORY)
+        new = new.clamp(*(math.log(bound) for bound in HEALTHY))
+        # `where`, not a product with the mask: log κ of a skipped step may be NaN.
+        self.reference.copy_(torch.where(is_healthy, new, self.reference))
+
+
+def upgrade_switch_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the state of the first version, whose healthy value was the highest κ so far.
+
+    Args:
+        state: The state of a switch, of the first version or of this one, which comes back as it is.
+
+    Returns:
+        A state that :class:`GradientSwitch` can load. The reference is the log of the highest κ, and counts as learnt.
+    """
+    new = dict(state)
+    if "highest" in new:
+        highest = new.pop("highest").clamp(*HEALTHY)
+        new["reference"] = highest.log()
+        new["num_healthy"] = torch.full_like(highest, MEMORY, dtype=torch.long)
+    return new
+
+
+def _quotient(sensitivity: Tensor, loss: Tensor) -> Tensor:
+    return sensitivity / loss.clamp_min(torch.finfo(loss.dtype).tiny)
+
 
 def measure_gradient(parameters: list[nn.Parameter], device: torch.device | None = None) -> Tensor:
-    """Return a tower's gradient norm, and its sensitivity; −1 for both without any gradient."""
+    """Measure how large the gradient of a tower is, alone and relative to its weights.
+
+    Args:
+        parameters: The parameters of the tower, after the backward pass. Those without a gradient are left out.
+        device: The device of the result, where no parameter has a gradient. Default: the CPU.
+
+    Returns:
+        Two numbers, `(2,)`: the norm of the gradient, and the sensitivity, which is the gradient norm times the weight norm of
+        the matrix where this product is largest. Both are −1 where no parameter has a gradient.
+    """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     if not trained:
         return torch.full((2,), -1.0, device=device)
-    # A tower may train biases alone. Without any matrix, all its parameters are compared.
+    # Biases often start at zero, where the product says nothing. But a tower may train biases alone: then they count.
     matrices = [parameter for parameter in trained if parameter.ndim >= 2] or trained
     others = [parameter for parameter in trained if parameter.ndim < 2] if matrices is not trained else []
-    of_matrices = _norms([one.grad for one in matrices])
+    of_matrices = _norms([one.grad for one in matrices])  # (matrices,)
     sensitivity, norm = (of_matrices * _norms(matrices)).max(), of_matrices.norm()
     if others:
         norm = torch.hypot(norm, _norms([one.grad for one in others]).norm())
