@@ -4,22 +4,23 @@ from typing import Any
 
 
 def plot_gradients(curves: dict[str, list[float]], *, low: float, high: float) -> Any:
-    """Draw loss, norms and level, one below the other, the spans where the rule was on shaded.
+    """Draw loss, norms and level, one below the other. The spans where the rule was on are shaded.
 
     Args:
-        curves: Of :meth:`~lightning_itm.GradientNormMonitor.curves`.
-        low: The level below which the rule goes on.
-        high: The level above which it goes off.
+        curves: One list per curve, as :meth:`~lightning_itm.GradientNormMonitor.curves` returns them.
+        low: The level below which the rule goes on, drawn as a line.
+        high: The level above which the rule goes off, drawn as a line.
 
     Returns:
         A matplotlib figure.
     """
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # Here, because training alone does not need matplotlib.
 
     figure, axes = plt.subplots(3, 1, figsize=(9, 8), sharex=True, layout="constrained")
     steps = curves["step"]
     axes[0].plot(steps, curves["loss"], color="black", linewidth=1)
     axes[0].set(ylabel="training loss", ylim=(0, None), title="Where gradients vanish, selective hard negatives go on")
+    # A logarithmic axis: a collapse takes the norms down by powers of ten.
     for name in (name for name in curves if name.endswith("_norm")):
         axes[1].plot(steps, curves[name], linewidth=1, label=name.removesuffix("_norm"))
     axes[1].set(ylabel="gradient norm", yscale="log")
@@ -34,14 +35,24 @@ def plot_gradients(curves: dict[str, list[float]], *, low: float, high: float) -
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         for start, end in spans(steps, curves["selective"]):
+            # The span ends where the first step without the rule begins.
             ax.axvspan(start, end, color="tab:blue", alpha=0.15, linewidth=0)
     return figure
 
 
 def spans(steps: list[float], is_on: list[float]) -> list[tuple[float, float]]:
-    """Return where the switch was on, from its first step to the first one after.
+    """Find the spans in which the switch was on.
+
+    Args:
+        steps: The numbers of the steps, in order.
+        is_on: Whether the switch was on in each of them, 1 or 0.
+
+    Returns:
+        A pair per span: the first step with the switch on, and the first one with the switch off again. A span that is still
+        open ends with the last step.
 
     Example:
+        >>> from lightning_itm.gradient_monitor import spans
         >>> spans([1, 2, 3, 4, 5], [0, 1, 1, 0, 1])
         [(2, 4), (5, 5)]
     """

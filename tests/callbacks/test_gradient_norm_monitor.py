@@ -353,6 +353,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"to have the towers \['model'\], got \['image', 'text'\]"):
             trainer.fit(One(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
+    def test_a_checkpoint_of_a_newer_version(self, tmp_path):
+        fit(max_epochs=1)[3].save_checkpoint(tmp_path / "a.ckpt")
+        checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        checkpoint["callbacks"]["GradientNormMonitor"]["version"] = 99
+        torch.save(checkpoint, tmp_path / "a.ckpt")
+        trainer = L.Trainer(callbacks=[GradientNormMonitor()], max_epochs=2, **SILENT)
+        with pytest.raises(ValueError, match="to be of version 2 or older, got 99"):
+            trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
     def test_plot_before_a_fit(self):
         with pytest.raises(RuntimeError, match="Expected steps to draw"):
             GradientNormMonitor().plot()

@@ -2,8 +2,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from lightning_itm.gradient_monitor.switch import HEALTHY, GradientSwitch, Switch, switched
+from lightning_itm.gradient_monitor.switch import (
+    HEALTHY,
+    MEMORY,
+    GradientSwitch,
+    Switch,
+    measure_gradient,
+    switched,
+    upgrade_switch_state,
+)
 
 OPTIONS = {"low": 0.25, "high": 0.75, "min_steps": 3}
 DEFAULTS = {"low": 0.5, "high": 0.8, "smoothing": 0.9, "min_steps": 5}  # of GradientNormMonitor
@@ -147,6 +156,41 @@ class TestGradientSwitch:
         assert states.index(True) < 2 * DEFAULTS["min_steps"]
         assert states[-1]
 
+    def test_the_healthy_value_is_forgotten(self):
+        """A fall by a factor of ten in 2,000 steps is no collapse. The first version was on for the last 1,388 of them."""
+        relative = 100 * 10 ** -torch.linspace(0, 1, 2000)[:, None].expand(-1, 2)
+        switch = GradientSwitch(2, **DEFAULTS)
+        assert sum(self.follow(switch, relative, [0.7 * MARGIN] * 2000)) == 0
+        assert switch.reference.exp().tolist() == pytest.approx([10, 10], rel=0.2)
+
+    def test_the_reference_stays_while_the_switch_is_on(self):
+        switch = GradientSwitch(2, **DEFAULTS)
+        self.follow(switch, torch.full((200, 2), HEALTHY_VALUE), [MARGIN] * 200)
+        assert self.follow(switch, torch.full((50, 2), 5.0), [MARGIN] * 50)[-1]
+        before = switch.reference.clone()
+        assert self.follow(switch, torch.full((500, 2), 5.0), [MARGIN] * 500)[-1]
+        assert torch.equal(switch.reference, before)
+        assert before.exp().tolist() == pytest.approx([HEALTHY_VALUE] * 2, rel=0.1)
+
+    def test_the_reference_learns_nothing_from_a_converged_model(self):
+        """Its κ is many times larger. When harder negatives come, κ falls back to what it was before."""
+        switch = GradientSwitch(2, **DEFAULTS)
+        for value, loss in ((6.0, MARGIN), (50.0, 0.1 * MARGIN), (6.0, MARGIN)):
+            assert sum(self.follow(switch, torch.full((200, 2), value), [loss] * 200)) == 0
+
+    def test_a_small_gradient_with_a_loss_below_the_margin_is_no_collapse(self):
+        switch = GradientSwitch(2, **DEFAULTS)
+        assert sum(self.follow(switch, torch.full((50, 2), 2.0), [0.6 * MARGIN] * 50)) == 0
+
+    def test_a_state_of_the_first_version_is_upgraded(self):
+        switch = GradientSwitch(2, **DEFAULTS)
+        state = switch.state_dict()
+        older = {name: value for name, value in state.items() if name not in ("reference", "num_healthy")}
+        switch.load_state_dict(upgrade_switch_state({**older, "highest": torch.tensor([0.0, 20.0])}))
+        assert switch.reference.exp().tolist() == pytest.approx([HEALTHY[0], 20.0])
+        assert switch.num_healthy.tolist() == [MEMORY, MEMORY]
+        assert upgrade_switch_state(state).keys() == state.keys()
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -160,3 +204,27 @@ class TestGradientSwitch:
     def test_wrong_arguments(self, options, message):
         with pytest.raises(ValueError, match=message):
             self.make(**options)
+
+
+class TestMeasureGradient:
+    def test_equals_a_loop(self):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (4,), (5, 2))]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        norm = sum(float(one.grad.square().sum()) for one in parameters) ** 0.5
+        sensitivity = max(float(one.grad.norm() * one.detach().norm()) for one in parameters if one.ndim == 2)
+        assert measure_gradient(parameters).tolist() == pytest.approx([norm, sensitivity])
+
+    def test_biases_count_where_there_is_no_matrix(self):
+        bias = nn.Parameter(torch.tensor([3.0, 4.0]))
+        bias.grad = torch.tensor([0.0, 2.0])
+        assert measure_gradient([bias]).tolist() == pytest.approx([2, 10])
+
+    def test_squares_of_half_precision_do_not_overflow(self):
+        weight = nn.Parameter(torch.full((2, 2), 300.0, dtype=torch.float16))
+        weight.grad = torch.full_like(weight, 300.0)
+        assert measure_gradient([weight]).tolist() == pytest.approx([600, 360000])
+
+    def test_a_tower_without_gradients(self):
+        assert measure_gradient([nn.Parameter(torch.ones(2, 2))]).tolist() == [-1, -1]

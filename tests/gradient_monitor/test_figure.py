@@ -1,0 +1,48 @@
+import pytest
+
+from lightning_itm.gradient_monitor.figure import plot_gradients, spans
+
+CURVES = {
+    "step": [1, 2, 3, 4],
+    "loss": [0.2, 0.2, 0.1, 0.05],
+    "level": [0.1, 0.2, 0.9, 1.1],
+    "selective": [0, 1, 1, 0],
+    "image_norm": [1.0, 2.0, 3.0, 4.0],
+    "text_norm": [4.0, 3.0, 2.0, 1.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("is_on", "expected"),
+    [
+        ([0, 0, 0], []),
+        ([1, 1, 1], [(5, 9)]),
+        ([1, 0, 0], [(5, 7)]),
+        ([1, 0, 1], [(5, 7), (9, 9)]),
+        ([], []),
+    ],
+)
+def test_spans(is_on, expected):
+    assert spans([5, 7, 9][: len(is_on)], is_on) == expected
+
+
+def test_spans_of_unequal_lengths():
+    with pytest.raises(ValueError, match="shorter"):
+        spans([1, 2, 3], [1, 0])
+
+
+class TestPlotGradients:
+    def test_draws_each_curve(self):
+        loss, norms, level = plot_gradients(CURVES, low=0.5, high=0.8).axes
+        assert loss.lines[0].get_ydata().tolist() == CURVES["loss"]
+        assert {line.get_label(): line.get_ydata().tolist() for line in norms.lines} == {
+            "image": CURVES["image_norm"],
+            "text": CURVES["text_norm"],
+        }
+        assert level.lines[0].get_ydata().tolist() == CURVES["level"]
+        assert [line.get_ydata()[0] for line in level.lines[1:]] == [0.5, 0.8]
+
+    def test_shades_the_steps_with_the_rule_on(self):
+        for axes in plot_gradients(CURVES, low=0.5, high=0.8).axes:
+            (patch,) = axes.patches
+            assert (patch.get_x(), patch.get_x() + patch.get_width()) == (2, 4)
