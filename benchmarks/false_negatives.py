@@ -37,7 +37,7 @@ from lightning_itm import (
     OpenCLIPDualEncoder,
     TripletLoss,
 )
-from lightning_itm.functional import DirectionScores, DrawnNegative, recall_at_k, retrieval_rank
+from lightning_itm.functional import DrawnNegative, recall_at_k, retrieval_rank
 from lightning_itm.losses import DirectionCost
 from lightning_itm.memory_bank import MemoryCandidates, MemoryDirection
 
@@ -69,13 +69,11 @@ class CountedTripletLoss(TripletLoss):
     """Count the false negatives that are drawn, and those that other rules would draw from the same bank."""
 
     def __init__(self, caption: Tensor, others: dict[str, FalseNegativeSampler]) -> None:
-        super().__init__()
+        super().__init__(memory="instead")
         self.caption, self.others = caption, others
         self.counts: dict[str, list[float]] = defaultdict(list)
 
-    def memory_cost(
-        self, scores: DirectionScores, direction: MemoryDirection, memory: MemoryCandidates, selective: Tensor | None
-    ) -> DirectionCost:
+    def memory_cost(self, batch: DirectionCost, direction: MemoryDirection, memory: MemoryCandidates) -> DirectionCost:
         """Draw as always; and count."""
         rule = memory.sampler
         if isinstance(rule, FalseNegativeSampler) and rule.epoch >= 2:
@@ -84,7 +82,7 @@ class CountedTripletLoss(TripletLoss):
                 drawn, _ = sampler.draw(direction, margin=self.margin)
                 false = self.caption[direction.candidate_id[drawn.candidate_index]] == self.caption[direction.anchor_id]
                 self.counts[name].append(float(false.float().mean()))
-        return super().memory_cost(scores, direction, memory, selective)
+        return super().memory_cost(batch, direction, memory)
 
     def share(self, name: str) -> float:
         """Return the share of draws that were false, in percent."""
@@ -141,10 +139,9 @@ def fine_tune(args: argparse.Namespace, example: Any, rule: str, start: dict[str
     ]
     callbacks: list[Any] = []
     if rule not in ("start", OF_BATCH):
-        options = {"fill_during_warmup": True, "seed": seed, **RULES.get(rule, {})}
-        callbacks.append(FalseNegativeElimination(args.queue_size, args.momentum, **options))
-        if rule == HARDEST:
-            callbacks[0].sampler = Hardest(seed=seed)
+        kind = Hardest if rule == HARDEST else FalseNegativeSampler
+        sampler = kind(seed=seed, **RULES.get(rule, {}))
+        callbacks.append(FalseNegativeElimination(args.queue_size, args.momentum, start_epoch=1, sampler=sampler))
     trainer = L.Trainer(
         max_epochs=args.epochs if rule == "start" else args.finetune_epochs,
         accelerator="cpu",

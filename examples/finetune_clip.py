@@ -29,6 +29,7 @@ from torchvision.datasets import ImageFolder
 
 from lightning_itm import (
     FalseNegativeElimination,
+    FalseNegativeSampler,
     GradientNormMonitor,
     ImageTextDataModule,
     InfoNCELoss,
@@ -67,9 +68,8 @@ def make_callbacks(args: argparse.Namespace) -> list[L.Callback]:
             )
         )
     if args.memory:
-        memory = FalseNegativeElimination(
-            args.memory, start_epoch=0, weighting="drop", monotone=True, positive="online", seed=args.seed
-        )  # positives with gradient: one tower may be locked
+        sampler = FalseNegativeSampler(weighting="drop", monotone=True, seed=args.seed)
+        memory = FalseNegativeElimination(args.memory, sampler=sampler)
         callbacks.append(memory)
     if args.monitor:
         callbacks.append(GradientNormMonitor())

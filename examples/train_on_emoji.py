@@ -40,6 +40,7 @@ from torch import nn
 
 from lightning_itm import (
     FalseNegativeElimination,
+    FalseNegativeSampler,
     GradientNormMonitor,
     ImageTextDataModule,
     ImageTextDataset,
@@ -165,9 +166,7 @@ def train_row(
     name = f"{stage}-{loss}".replace(" ", "-")
     logger = CSVLogger(args.out, name, version="")
     miner = OfflineHardNegativeMining(texts_per_image=30, images_per_text=6, relative_margin=0.05, inject=inject)
-    memory = FalseNegativeElimination(
-        queue_size=2048, momentum=0.99, start_epoch=0 if start else 1, fill_during_warmup=True, seed=args.seed
-    )
+    memory = FalseNegativeElimination(queue_size=2048, momentum=0.99, sampler=FalseNegativeSampler(seed=args.seed))
     with_miner, with_memory = loss in {**MINING_LOSSES, **ALL_AT_ONCE}, loss in {**MEMORY_LOSSES, **ALL_AT_ONCE}
     monitor = GradientNormMonitor()
     trainer = L.Trainer(

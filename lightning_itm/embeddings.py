@@ -16,8 +16,9 @@ class EmbeddingPairs:
     Args:
         image_embeddings: `(pairs, dim)`, unit-norm, float32 (or float64).
         text_embeddings: `(pairs, dim)`, unit-norm, float32 (or float64).
-        image_id: int64 `(pairs,)`, the image that each row belongs to. Rows of one image are never each other's negatives.
-        text_id: int64 `(pairs,)`, the number of the text of each row.
+        image_id: Integers `(pairs,)`, the image that each row belongs to. Rows of one image are never each other's
+            negatives. They are kept as int64.
+        text_id: Integers `(pairs,)`, the number of the text of each row. They are kept as int64.
 
     Raises:
         ValueError: if the four do not have the same number of rows, or the embeddings differ in width.
@@ -51,6 +52,7 @@ class EmbeddingPairs:
                 raise TypeError(
                     f"Expected `{name}` to be an int64 tensor of shape (pairs,), got {got}. Number them from 0."
                 )
+            setattr(self, name, ids.long())  # −1 and indices of rows come beside them, which need the same type
         rows = {field.name: getattr(self, field.name).shape[0] for field in fields(self)}
         if len(set(rows.values())) > 1:
             raise ValueError(f"Expected one row per pair in all of {list(rows)}, got {rows} rows.")
@@ -98,6 +100,8 @@ class HardNegatives:
         image_embeddings: I3, `(pairs, dim)`, unit-norm.
         text_of_image_embeddings: T4, `(pairs, dim)`, unit-norm.
         image_id: The id of I3, int64 `(pairs,)`. It is −1 where no image was mined. Such a row must be skipped.
+        positive: Where the negatives are stored embeddings of the mining pass: the pairs of the batch as that pass embedded
+            them. Stored negatives are compared with stored positives only. ``None``: encoded in this step.
     """
 
     text_embeddings: Tensor
@@ -106,6 +110,7 @@ class HardNegatives:
     image_embeddings: Tensor
     text_of_image_embeddings: Tensor
     image_id: Tensor
+    positive: EmbeddingPairs | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield nothing."""

@@ -77,7 +77,10 @@ def config(tmp_path):
                 },
                 {
                     "class_path": "lightning_itm.FalseNegativeElimination",
-                    "init_args": {"queue_size": 24, "min_count": 4},
+                    "init_args": {
+                        "queue_size": 24,
+                        "sampler": {"class_path": "lightning_itm.FalseNegativeSampler", "init_args": {"min_count": 4}},
+                    },
                 },
                 {"class_path": "lightning_itm.GradientNormMonitor"},
             ],
@@ -110,7 +113,7 @@ def test_a_run_from_yaml_equals_the_same_run_from_python(config):
     ]
     callbacks = [
         itm.OfflineHardNegativeMining(texts_per_image=6, images_per_text=4),
-        itm.FalseNegativeElimination(24, min_count=4),
+        itm.FalseNegativeElimination(24, sampler=itm.FalseNegativeSampler(min_count=4)),
         itm.GradientNormMonitor(),
     ]
     trainer = L.Trainer(

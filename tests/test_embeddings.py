@@ -30,6 +30,12 @@ class TestEmbeddingPairs:
         assert both.image_id.tolist() == [0, 1, 2, 3]
         assert both.text_id.tolist() == [0, 1, 4, 5]
 
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+    def test_ids_become_int64(self, dtype):
+        pairs = EmbeddingPairs(torch.eye(2), torch.eye(2), IDS.to(dtype), IDS.to(dtype))
+        assert pairs.image_id.dtype == pairs.text_id.dtype == torch.int64
+        assert pairs.image_id.tolist() == pairs.text_id.tolist() == [0, 1]
+
     def test_two_widths(self):
         with pytest.raises(ValueError, match=r"got 3 \(image\) and 4 \(text\)"):
             EmbeddingPairs(torch.ones(2, 3), torch.ones(2, 4), IDS, IDS)

@@ -22,7 +22,7 @@ SCRIPT = textwrap.dedent(
     import lightning as L
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.strategies import DDPStrategy
-    from lightning_itm import FalseNegativeElimination, OfflineHardNegativeMining, QuintupletLoss
+    from lightning_itm import FalseNegativeElimination, FalseNegativeSampler, OfflineHardNegativeMining, QuintupletLoss
     from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
     class Die(Callback):
@@ -61,7 +61,7 @@ SCRIPT = textwrap.dedent(
     how = fork_ranks()
     if how is not None:
         callbacks = [Die(), OfflineHardNegativeMining(texts_per_image=6, images_per_text=4, inject="embeddings")]
-        callbacks.append(FalseNegativeElimination(16, min_count=4, start_epoch=0))
+        callbacks.append(FalseNegativeElimination(16, start_epoch=0, sampler=FalseNegativeSampler(min_count=4)))
         trainer = L.Trainer(
             **SILENT, devices=2, max_epochs=4, callbacks=callbacks,
             strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=8)),

@@ -45,7 +45,7 @@ def test_resumes_and_ends_alike(mode):
     assert STOP < STEPS_PER_EPOCH * EPOCHS
     expected = dict(flatten(torch.load(FOLDER / f"{mode}-end.ckpt", weights_only=True)))
     found = dict(flatten(run_to_end(mode, resume_from=FOLDER / f"{mode}.ckpt")))
-    assert found.keys() == expected.keys()
+    assert found.keys() >= expected.keys()  # what later versions keep beside
     for name, value in expected.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             tolerance = TOLERANCE[mode] if value.dtype == torch.float64 else FLOAT32_TOLERANCE

@@ -1,4 +1,4 @@
-"""Which strategies a callback that runs the whole module by itself can work with."""
+"""The strategies under which a callback can run the whole module by itself."""
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -9,11 +9,11 @@ def check_whole_weights(trainer: L.Trainer, reason: str) -> None:
     """Refuse strategies that shard the weights.
 
     Args:
-        trainer: Whose strategy is looked at.
-        reason: What needs all weights, for the message.
+        trainer: The Trainer of the run. Its strategy is looked at.
+        reason: What needs all weights. It ends the error message, such as "the slow copy is of the whole module".
 
     Raises:
-        MisconfigurationException: It does.
+        MisconfigurationException: if the strategy leaves each rank with a part of the weights.
     """
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise MisconfigurationException(

@@ -1,66 +1,82 @@
-"""Negatives from a momentum memory bank, drawn so that likely false ones are rare."""
+"""Negatives from earlier batches, embedded by a slow copy of the model, with likely matches left out."""
 
-import inspect
 from collections.abc import MutableMapping
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_itm.callbacks._strategies import check_whole_weights
-from lightning_itm.checks import check_choice
+from lightning_itm.callbacks._memory_checkpoint import CHECKPOINT_KEY, check_queue_size, memory_state, restore_memory
+from lightning_itm.callbacks._memory_checks import (
+    check_arguments,
+    check_finite,
+    check_memory_fits,
+    warn_if_never_active,
+    warn_of_lost_agreement,
+    warn_of_unused_memory,
+)
 from lightning_itm.embeddings import EmbeddingPairs
-from lightning_itm.functional.false_negatives import Weighting
+from lightning_itm.memory_bank.agreement import Agreement
 from lightning_itm.memory_bank.candidates import MemoryCandidates
+from lightning_itm.memory_bank.diagnostics import memory_diagnostics
 from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
 from lightning_itm.memory_bank.figure import plot_similarities
-from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder, check_momentum
-from lightning_itm.memory_bank.queue import MemoryBank
-
-CHECKPOINT_KEY = "false_negative_elimination"
+from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder
+from lightning_itm.memory_bank.queue import MemoryBank, in_order_of_one_process
 
 
 class FalseNegativeElimination(Callback):
-    """Compare each batch with thousands of earlier pairs, and rarely with those that match in truth (FNE).
+    """Use thousands of earlier pairs as extra negatives, and rarely those that probably match (FNE).
 
-    A slow copy of the module embeds each batch; the embeddings of the last ``queue_size`` pairs stay in a queue. The losses
-    find both in the batch: ``TripletLoss`` draws its negatives there, one an anchor, ``QuintupletLoss`` those of its online
-    term; ``InfoNCELoss`` and ``SigmoidLoss`` take them all as further, weighed candidates (ours), so that the other pairs of
-    the batch are there twice, and their loss is of another size from ``start_epoch`` on. Nothing is added to the module.
+    In plain terms:
+
+    1. A slow copy of the model embeds each batch, too.
+    2. The embeddings of the last ``queue_size`` pairs stay in a queue, the memory bank.
+    3. The loss compares each image and each text with the bank, in a term of its own.
+    4. A pair of the bank that probably matches (a false negative) counts little or not at all. The ``sampler`` decides which.
+
+    Use it to fine-tune a model that matches already, on a training set that is much larger than a batch. The bank fills from
+    the first step on. By default it enters the loss when its embeddings agree with those of the live model, which takes at
+    least twenty steps. It leaves the loss, with a warning, if they no longer do. See
+    :class:`~lightning_itm.memory_bank.Agreement`. The module itself gets no new weights or buffers.
 
     Args:
-        queue_size: Pairs kept, of all processes; at least one global batch.
-        momentum: Share of the old weights that the slow copy keeps at an optimizer step.
-        start_epoch: The first epoch with candidates from memory; before, the batch is all there is.
-        prior: Share of candidates that match though they belong to another image.
-        sharpness: See :class:`~lightning_itm.FalseNegativeSampler` for this and the next five.
-        threshold: The posterior of a likely match.
-        min_count: Positives counted before posteriors are used.
-        weighting: What likely matches weigh.
-        monotone: Let the posterior never fall as the similarity rises.
-        cut_down: Below which similarity candidates weigh nothing.
-        positive: ``"momentum"``: the positives are embeddings of the slow copy, as published, and gradient flows through the
-            anchor alone, so that a locked tower leaves one direction without any; ``"online"``: those of the batch, with
-            gradient (ours). Hinges only.
-        fill_during_warmup: Fill the queue in the epochs before ``start_epoch`` too (ours).
-        seed: Of the draws.
+        queue_size: The number of pairs in the bank, of all processes together. Usual: 1,024 to 65,536, at least one global
+            batch and below the size of the training set. A larger bank has more negatives, but older ones.
+        momentum: The fraction of its old weights that the slow copy keeps at an optimizer step. Usual: 0.99 for runs of some
+            hundred steps, 0.999 for long ones. Lower it if the bank does not enter the loss.
+        start_epoch: The epoch from which on the bank is in the loss, counted from 0. The agreement is then only logged. As
+            published: 1. Default: wait for the agreement instead of an epoch, which is not in the paper.
+        fill_during_warmup: Fill the queue in the epochs before ``start_epoch``, too. Set it to False for runs as published,
+            where the first batches of that epoch meet an empty queue. It has no effect without a ``start_epoch``.
+        sampler: What draws and weighs negatives. Default: ``FalseNegativeSampler()``. Give a
+            :class:`~lightning_itm.FalseNegativeSampler` with other arguments, one for each callback.
 
-    Logs ``memory/fill``, ``memory/positive_mean``, ``memory/positive_std``, ``memory/negative_mean``, ``memory/negative_std``,
-    ``memory/num_positives``; the loss logs ``train/mean_posterior``, ``train/false_negative_rate`` and
-    ``train/fallback_fraction``.
+    It logs ``memory/fill``, ``memory/in_loss``, the two ratios of the agreement (``memory/live_in_stored`` and
+    ``memory/stored_in_stored``, about 1 when all is well), ``memory/cosine`` (between the live and the stored embedding of
+    one input), and the similarities that the sampler has seen (``memory/positive_mean``, ``memory/positive_std``,
+    ``memory/negative_mean``, ``memory/negative_std``, ``memory/num_positives``). The loss logs ``train/memory_cost``,
+    ``train/mean_posterior``, ``train/false_negative_rate`` and ``train/fallback_fraction``.
 
     Raises:
-        ValueError: An argument out of its range; a batch larger than the queue; embeddings that are not finite, at a logging
-            step or at the end of the epoch; a checkpoint with another queue.
-        MisconfigurationException: A module that is no ``DualEncoder``, a loss without ``memory``, a second callback of this
-            kind, or a strategy that shards the weights.
+        ValueError: if an argument is out of its range, a batch is larger than the queue, embeddings are not finite (found at a
+            logging step or at the end of the epoch), or a checkpoint has another queue.
+        TypeError: if ``sampler`` is no FalseNegativeSampler, or a batch is no dict.
+        MisconfigurationException: if the module is no ``DualEncoder``, the loss takes no ``memory``, there is a second
+            callback of this kind, or the strategy shards the weights.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_itm import FalseNegativeElimination, FalseNegativeSampler
+        >>> fne = FalseNegativeElimination(4096, momentum=0.99, sampler=FalseNegativeSampler(weighting="drop"))
+        >>> trainer = L.Trainer(callbacks=[fne], max_epochs=5, accelerator="cpu", logger=False)
 
     References:
         *Your Negative May not Be True Negative: Boosting Image-Text Matching with False Negative Elimination*,
-        arXiv 2308.04380 (2023). Its slow copies are in train mode, and its queue starts with random vectors.
+        arXiv 2308.04380 (2023). Its slow copies are in train mode, and its queue starts with random vectors. As published:
+        ``FalseNegativeElimination(8224, 0.995, start_epoch=1, fill_during_warmup=False)`` with
+        ``TripletLoss(memory="instead", reduction="sum")``.
     """
 
     def __init__(
@@ -68,92 +84,61 @@ class FalseNegativeElimination(Callback):
         queue_size: int = 8192,
         momentum: float = 0.995,
         *,
-        start_epoch: int = 1,
-        prior: float = 1e-4,
-        sharpness: float = 0.5,
-        threshold: float = 1e-3,
-        min_count: int = 200,
-        weighting: Weighting = "exp",
-        monotone: bool = False,
-        cut_down: Literal["global", "per_anchor", "off"] = "global",
-        positive: Literal["momentum", "online"] = "momentum",
-        fill_during_warmup: bool = False,
-        seed: int = 0,
+        start_epoch: int | None = None,
+        fill_during_warmup: bool = True,
+        sampler: FalseNegativeSampler | None = None,
     ) -> None:
-        for name, value, least in (("queue_size", queue_size, 1), ("start_epoch", start_epoch, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"Expected `{name}` to be an integer of at least {least}, got {value}.")
-        check_momentum(momentum)
-        check_choice("positive", positive, ("momentum", "online"))
-        self.queue_size, self.momentum, self.start_epoch = queue_size, momentum, start_epoch
-        self.positive, self.fill_during_warmup = positive, fill_during_warmup
-        self.sampler = FalseNegativeSampler(
-            prior=prior,
-            sharpness=sharpness,
-            threshold=threshold,
-            min_count=min_count,
-            weighting=weighting,
-            monotone=monotone,
-            cut_down=cut_down,
-            seed=seed,
-        )
+        check_arguments(queue_size, momentum, start_epoch, sampler)
+        self.queue_size, self.momentum = queue_size, momentum
+        self.start_epoch, self.fill_during_warmup = start_epoch, fill_during_warmup
+        self.sampler = FalseNegativeSampler() if sampler is None else sampler
+        self.agreement = Agreement()
         self.encoder: MomentumEncoder | None = None
         self.bank: MemoryBank | None = None
-        self._is_fitting, self._is_checked, self._is_told = False, False, False
+        self._is_fitting, self._is_checked, self._is_told, self._is_warned = False, False, False, False
         self._restored: dict[str, Any] | None = None
         self._incoming: EmbeddingPairs | None = None
         self._optimizer_steps = 0
 
     def is_active(self, epoch: int) -> bool:
-        """Return whether the batches of ``epoch`` come with candidates from memory. Override for another schedule."""
-        return epoch >= self.start_epoch
+        """Tell whether the batches of an epoch come with candidates from the memory bank. Override for another schedule.
+
+        Args:
+            epoch: The number of the epoch, counted from 0.
+        """
+        return self.start_epoch is None or epoch >= self.start_epoch
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check what the callback needs."""
+        """Check what the callback needs, and forget an earlier fit."""
+        # Here, before a checkpoint is loaded: `on_load_checkpoint` comes next, and needs to know that this is a fit.
         self._is_fitting = stage == "fit"
         if not self._is_fitting:
             return
-        check_whole_weights(trainer, "the slow copy is of the whole module")
-        if not hasattr(pl_module, "embed"):
-            raise MisconfigurationException(
-                f"Expected a `DualEncoder`, got {type(pl_module).__name__}: the slow copy is asked to `embed` batches."
-            )
-        if sum(isinstance(other, FalseNegativeElimination) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise MisconfigurationException("Expected one `FalseNegativeElimination`, got several. Keep one.")
-        loss = getattr(pl_module, "loss", None)
-        if loss is not None and not _takes_memory(loss):
-            raise MisconfigurationException(
-                f"Expected a loss that takes `memory`, got {type(loss).__name__}. Use TripletLoss, QuintupletLoss, "
-                "InfoNCELoss, SigmoidLoss or a subclass of `PairLoss`."
-            )
-        epochs = range(trainer.max_epochs or 0)
-        if epochs and not trainer.fast_dev_run and not any(map(self.is_active, epochs)):  # type: ignore[attr-defined]
-            rank_zero_warn(
-                f"With `start_epoch={self.start_epoch}` and `max_epochs={trainer.max_epochs}`, no batch is ever compared with "
-                "the memory bank. For a run of one epoch, set `start_epoch=0`."
-            )
-        self._restored, self.encoder, self.bank, self._is_checked, self._is_told = None, None, None, False, False
+        check_memory_fits(trainer, pl_module)
+        warn_if_never_active(trainer, self.is_active, self.start_epoch)
+        self._restored, self.encoder, self.bank, self.agreement = None, None, None, Agreement()
+        self._is_checked, self._is_told, self._is_warned = False, False, False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the module, or go on with the copy of a checkpoint."""
+        # Here and not in `setup`: the weights of a checkpoint are loaded, and the module is on its device.
         restored, self._restored = self._restored, None
         self.encoder = MomentumEncoder(pl_module, self.momentum)
         self.encoder.module.trainer = trainer  # type: ignore[assignment]  # a module may ask for the epoch
+        # Moments are float64, except on a Mac's GPU, which has no float64.
         self.sampler.to(pl_module.device, torch.float32 if pl_module.device.type == "mps" else torch.float64)
+        self.agreement.to(pl_module.device)
         if restored is None:
             self.sampler.start_step(-1, 0)
-            return
-        self.encoder.module.load_state_dict(restored["encoder"], strict=pl_module.strict_loading)
-        self.sampler.load_state_dict(restored["sampler"])
-        if restored["bank"] is not None:
-            image = restored["bank"]["image"]
-            self.bank = MemoryBank(*image.shape).to(image.dtype)  # or float64 would be rounded
-            self.bank.load_state_dict(restored["bank"])
+        else:
+            parts = self.encoder, self.sampler, self.agreement
+            self.bank = restore_memory(restored, *parts, strict=pl_module.strict_loading)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Embed the batch with the slow copy, and put the candidates into it."""
+        # Here: the batch is on the device, transformed, and the training step comes next.
         self._optimizer_steps, self._incoming = trainer.global_step, None
         is_active = self.is_active(trainer.current_epoch) or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if self._is_checked and not (is_active or self.fill_during_warmup):
@@ -162,139 +147,104 @@ class FalseNegativeElimination(Callback):
             raise TypeError(
                 f"Expected the batch to be a dict, got {type(batch).__name__}. Let the dataset return dicts."
             )
+        # Under the precision of the training step, so that live and stored embeddings differ by their weights alone.
         with trainer.precision_plugin.forward_context():
             pairs = self._encoder()(batch)
-        everything = _in_order(pairs.gather(), trainer.world_size)
+        everything = in_order_of_one_process(pairs.gather(), trainer.world_size)
         bank = self._bank(everything)
         bank.check(everything)
-        self._is_checked = True  # at the fit's first batch, which need not be an active one
+        self._is_checked = True  # at the fit's first batch, so that an error does not wait for the first active epoch
         if is_active or self.fill_during_warmup:
             self._incoming = everything
         if is_active:
             self.sampler.start_step(trainer.current_epoch, batch_idx)
-            positive = pairs if self.positive == "momentum" else None
-            batch["memory"] = MemoryCandidates(*bank.with_batch(everything), positive, self.sampler)
+            # A copy: what the loss observes in this step decides about the next one.
+            is_in_loss = self.agreement.is_met.clone() if self.start_epoch is None else None
+            candidates = bank.with_batch(everything)
+            batch["memory"] = MemoryCandidates(*candidates, pairs, self.sampler, self.agreement, is_in_loss)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Enqueue the batch; after an optimizer step, let the slow copy follow."""
+        """Put the batch into the queue and, after an optimizer step, let the slow copy follow."""
+        # Here, after the loss: the batch is a candidate of its own step already, and must not stand in the queue, too.
         if self._incoming is not None:
             bank = self._bank(self._incoming)
             bank.enqueue(self._incoming)
             if "memory" in batch:
                 self._log(pl_module, bank, len(self._incoming))
-                self._check_asked(pl_module)
+                if not (self.sampler.was_asked or self._is_told):
+                    self._is_told = True
+                    warn_of_unused_memory(pl_module)
             self._incoming = None
+        # With accumulated gradients, most batches make no step, and the weights are what they were.
         if trainer.global_step > self._optimizer_steps:
             self._encoder().update(pl_module)
             every = trainer.log_every_n_steps if trainer.loggers else 0  # type: ignore[attr-defined]
             if every and trainer.global_step % every == 0:
-                self._check_finite(trainer)
+                self._check_state(trainer)  # the loggers make the host wait at this step anyway
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raise if an embedding was not finite; between steps, no one would wait for the answer."""
-        self._check_finite(trainer)
+        """Raise if an embedding was not finite, and warn if the bank left the loss."""
+        # Here, for runs without a logger. After each step the host would have to wait for the device.
+        self._check_state(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the device; a checkpoint can be saved and the queue plotted after a fit, too."""
+        """Move the queue, the slow copy and the statistics to the CPU."""
+        # Moved and not dropped: after a fit, too, a checkpoint can be saved and the queue plotted.
         if stage == "fit":
-            for part in (self.encoder, self.bank, self.sampler):
+            for part in (self.encoder, self.bank, self.sampler, self.agreement):
                 if part is not None:
                     part.cpu()
 
     def plot(self) -> Any:
-        """Draw the similarities in the queue, the two fitted densities, and the posterior.
-
-        Returns:
-            A matplotlib figure.
+        """Draw which pairs of the queue the sampler takes for matches: :func:`~lightning_itm.memory_bank.plot_similarities`.
 
         Raises:
-            RuntimeError: There is no queue yet.
+            RuntimeError: if there is no queue yet.
         """
         if self.bank is None:
             raise RuntimeError("Expected a queue to draw, but no batch was put into one. Plot after, or in, a fit.")
         return plot_similarities(self.bank, self.sampler)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the slow copy, the queue and the statistics."""
+        """Save the slow copy, the queue, the statistics and the agreement."""
+        # Not by `state_dict`, whose key is the name of the class: a subclass can go on with the checkpoint.
         if self.encoder is not None:
-            checkpoint[CHECKPOINT_KEY] = {
-                "encoder": self.encoder.module.state_dict(),
-                "bank": None if self.bank is None else self.bank.state_dict(),
-                "sampler": self.sampler.state_dict(),
-                "queue_size": self.queue_size,
-            }
+            parts = self.encoder, self.bank, self.sampler, self.agreement
+            checkpoint[CHECKPOINT_KEY] = memory_state(*parts, self.queue_size)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep what a run that goes on needs.
+        """Keep the state of a checkpoint until the fit starts.
 
         Raises:
-            ValueError: The checkpoint has a queue of another size.
+            ValueError: if the checkpoint has a queue of another size.
         """
+        # It cannot be put in place yet: the slow copy is made in `on_fit_start`.
         restored = checkpoint.get(CHECKPOINT_KEY)
-        if not self._is_fitting or restored is None:
-            return
-        if restored["queue_size"] != self.queue_size:
-            raise ValueError(
-                f"Expected a queue of {self.queue_size} pairs, got one of {restored['queue_size']} in the checkpoint. "
-                f"Resume with `queue_size={restored['queue_size']}`, or start from the weights alone (`load_from_checkpoint`)."
-            )
-        self._restored = restored
+        if self._is_fitting and restored is not None:
+            check_queue_size(restored, self.queue_size)
+            self._restored = restored
 
     def _log(self, pl_module: L.LightningModule, bank: MemoryBank, batch_size: int) -> None:
-        fit = self.sampler.statistics.fit()
-        values = {
-            "fill": bank.fill(),
-            "positive_mean": fit.positive_mean,
-            "positive_std": fit.positive_var.sqrt(),
-            "negative_mean": fit.negative_mean,
-            "negative_std": fit.negative_var.sqrt(),
-            "num_positives": self.sampler.statistics.count[0].clone(),
-        }
+        values = memory_diagnostics(bank, self.sampler, self.agreement, is_always_in=self.start_epoch is not None)
         pl_module.log_dict({f"memory/{name}": value.float() for name, value in values.items()}, batch_size=batch_size)
 
-    def _check_finite(self, trainer: L.Trainer) -> None:
-        if self.bank is not None and (refused := int(self.bank.num_refused)) > 0:
-            raise ValueError(
-                f"Expected finite embeddings, got {refused} pairs with NaN or infinity by epoch {trainer.current_epoch}, step "
-                f"{trainer.global_step}. They are not in the queue; lower the learning rate, or clip gradients."
-            )
-
-    def _check_asked(self, pl_module: L.LightningModule) -> None:
-        if not (self.sampler.was_asked or self._is_told):
-            self._is_told = True
-            rank_zero_warn(
-                f"The memory bank is not used: nothing asked its sampler in `{type(pl_module).__name__}.training_step`. Pass "
-                "`memory=batch['memory']` on to the loss."
-            )
+    def _check_state(self, trainer: L.Trainer) -> None:
+        """Raise if an embedding was not finite, and warn, once, if the bank left the loss. The host waits for the device."""
+        if self.bank is not None:
+            check_finite(trainer, self.bank)
+        if self.start_epoch is None and not self._is_warned and bool(self.agreement.was_lost):
+            self._is_warned = True
+            warn_of_lost_agreement()
 
     def _bank(self, pairs: EmbeddingPairs) -> MemoryBank:
         if self.bank is None:
             self.bank = MemoryBank(self.queue_size, pairs.image_embeddings.shape[1])
-        if (self.bank.image.dtype, self.bank.image.device) != (
-            pairs.image_embeddings.dtype,
-            pairs.image_embeddings.device,
-        ):
-            self.bank.to(pairs.image_embeddings.device, pairs.image_embeddings.dtype)
-        return self.bank
+        # Float64 stays float64. Nothing happens where device and dtype are those of the queue already.
+        return self.bank.to(pairs.image_embeddings.device, pairs.image_embeddings.dtype)
 
     def _encoder(self) -> MomentumEncoder:
         if self.encoder is None:
-            raise RuntimeError("Expected a slow copy; it is made in `on_fit_start`, which did not run.")
+            raise RuntimeError("Expected a slow copy, got None. It is made in `on_fit_start`. Call that first.")
         return self.encoder
-
-
-def _in_order(pairs: EmbeddingPairs, world_size: int) -> EmbeddingPairs:
-    """Undo the split of a ``DistributedSampler``, which deals the pairs out in turn: the queue is that of one process."""
-    return EmbeddingPairs(
-        *(
-            part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)
-            for part in (pairs.image_embeddings, pairs.text_embeddings, pairs.image_id, pairs.text_id)
-        )
-    )
-
-
-def _takes_memory(loss: Any) -> bool:
-    parameters = inspect.signature(getattr(loss, "forward", loss)).parameters.values()
-    return any(one.name == "memory" or one.kind is one.VAR_KEYWORD for one in parameters)

@@ -149,10 +149,10 @@ class GradientNormMonitor(Callback):
         loss, self._loss, self._num_batches = self._loss * correction, None, 0
         self._measured = torch.where(self._measured < 0, self._measured, self._measured * correction)
         values = gather(torch.cat([self._measured.flatten(), loss.view(1)])[None]).mean(dim=0)
-        (norms, sizes), loss, self._measured = values[:-1].view(2, -1), values[-1], None
+        (norms, sensitivities), loss, self._measured = values[:-1].view(2, -1), values[-1], None
         switch = self._switch()
         is_on = switch.is_on.float()  # as it was in this step
-        level = switch.update(sizes, loss, self._margin(pl_module, len(batch["image_id"]) * trainer.world_size))
+        level = switch.update(sensitivities, loss, self._margin(pl_module, len(batch["image_id"]) * trainer.world_size))
         norms = norms.clamp_min(0)
         logged = {f"gradient/{name}_norm": norm for name, norm in zip(self.towers, norms, strict=True)}
         logged |= {f"gradient/{name}_relative": one for name, one in zip(self.towers, switch.relative(), strict=True)}

@@ -43,7 +43,7 @@ class OfflineHardNegativeMining(Callback):
         max_score: Drop negatives that are more similar than this. Default: keep all. Not in the paper.
         absolute_margin: Drop negatives that are more similar than the positive minus this. Default: keep all. The positive of
             an image is the mean over its texts. Not in the paper.
-        relative_margin: Drop negatives that are more similar than ``(1 - relative_margin)`` times the positive. Typical: 0.05.
+        relative_margin: Drop negatives above the positive less this fraction of its absolute value. Typical: 0.05.
             Default: keep all. Not in the paper.
         batch_size: Inputs that are encoded at once. No gradient is kept, so it can be larger than in training.
         num_workers: Worker processes that load the inputs to encode. Default: as many as the datamodule has.

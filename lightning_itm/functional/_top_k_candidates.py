@@ -2,8 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -12,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_itm.functional.grouped_top_k import Shortlist
+from lightning_itm.functional.precision import full_precision_products
 
 
 class TopK(NamedTuple):
@@ -54,7 +53,8 @@ def compare(anchors: Tensor, keys: Tensor, centre: Tensor, candidates: Shortlist
     nothing = rough == -torch.inf
     exact = candidate_products(anchors, keys, index)
     # (anchors,): what subtracting the centre from the keys took from each of an anchor's scores.
-    shift = anchors @ centre
+    with full_precision_products():
+        shift = anchors @ centre
     error = (exact - shift[:, None] - rough).masked_fill(nothing, 0).abs().amax()
     k = min(k, len(keys))
     best = hardest_first(exact.masked_fill(nothing, -torch.inf), index)
@@ -145,17 +145,6 @@ def to_bfloat16(keys: Tensor) -> LowKeys:
     ):
         torch.sub(part, centre, out=into)
     return LowKeys(low, centre)
-
-
-@contextmanager
-def full_precision_products() -> Iterator[None]:
-    """Multiply float32 as float32, whatever ``torch.set_float32_matmul_precision`` says."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 _GROUP = 16

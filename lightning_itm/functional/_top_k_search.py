@@ -14,13 +14,13 @@ from lightning_itm.functional._top_k_candidates import (
     TopK,
     candidate_products,
     compare,
-    full_precision_products,
     hardest_first,
     largest,
     multiplies_bfloat16,
     to_bfloat16,
 )
 from lightning_itm.functional.grouped_top_k import Shortlist, group_keys, group_maxima, grouped_shortlist
+from lightning_itm.functional.precision import full_precision_products
 
 
 class Way(ABC):

@@ -35,7 +35,8 @@ def info_nce_cost(scores: DirectionScores, *, logit_scale: Float[Tensor, ""]) ->
     """
     positive = logit_scale * scores.positive
     negative = _negative_logits(scores, logit_scale).masked_fill(~scores.negative_mask, -torch.inf)
-    return torch.logaddexp(positive, negative.logsumexp(dim=1)) - positive
+    # Not log(e^p + e^n) − p: below 1e-7 that is 0 in float32, without gradient.
+    return softplus(negative.logsumexp(dim=1) - positive)
 
 
 def sigmoid_cost(

@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_itm.functional.precision import products
+
 
 class GroupedKeys(NamedTuple):
     """Keys in groups: what :func:`group_maxima` searches. Made once by :func:`group_keys`, for all anchors."""
@@ -93,12 +95,12 @@ def group_maxima(
     num_groups = grouped.num_groups
     member = torch.arange(group_size, dtype=torch.int32, device=keys.device).repeat(num_groups)
     is_missing = member * num_groups + torch.arange(len(keys), device=keys.device) // group_size >= num_keys
-    wide = keys.float().T
+    wide = keys.float()
     # (depth, anchors, groups), filled chunk by chunk: the scores of all anchors at once would not fit.
     best = torch.empty(depth, len(anchors), num_groups, dtype=torch.int32, device=keys.device)
     num_rows = max(1, memory_budget // (12 * len(keys)))  # the scores, and two copies
     for rows in torch.arange(len(anchors), device=anchors.device).split(num_rows):
-        bits = (anchors[rows].float() @ wide).view(torch.int32)
+        bits = products(anchors[rows].float(), wide).view(torch.int32)
         packed = ((bits & -group_size) | member).view(torch.float32)
         packed.masked_fill_(is_missing, -torch.inf)
         if anchor_id is not None and key_id is not None:

@@ -35,8 +35,7 @@ def quintuplet_cost(
     offline_margin: float = 0.0,
     alpha: float = 0.3,
     beta: float = 1.5,
-    detach_weights: bool = False,
-    clamp_weights: bool = False,
+    as_published: bool = False,
     mask_matched: bool = True,
 ) -> Float[Tensor, " anchors"]:
     r"""Weigh the online cost by how much harder the mined negative is, and punish the mined ones too.
@@ -55,8 +54,8 @@ def quintuplet_cost(
         offline_margin: m', in units of cosine similarity.
         alpha: How much harder the mined negative must be for the weight to fall by one, in units of cosine similarity.
         beta: The weight where both are equally hard.
-        detach_weights: Let no gradient flow through w, as it does in the published code. Not in the paper.
-        clamp_weights: Keep w from falling below 0, where it would reward a violation. Not in the paper.
+        as_published: Let gradient flow through w, and let w fall below 0. Both reward a violation: they pull the anchor
+            towards its mined negative. By default w has no gradient and is at least 0. Not in the paper.
         mask_matched: Skip the unanchored term where it is a true pair. Not in the paper.
 
     Returns:
@@ -68,10 +67,8 @@ def quintuplet_cost(
     # −inf would make the weight infinite, so without an online negative the weight is `beta`.
     comparable = offline.mined & online_negative.isfinite()
     weight = beta - torch.where(comparable, offline.anchored - online_negative, 0) / alpha
-    if clamp_weights:
-        weight = weight.clamp_min(0)
-    if detach_weights:
-        weight = weight.detach()
+    if not as_published:
+        weight = weight.detach().clamp_min(0)
     anchored = (offline_margin + offline.anchored - positive).clamp_min(0)
     unanchored = (offline_margin + offline.unanchored - positive).clamp_min(0)
     unanchored = unanchored.masked_fill(~offline.both_mined, 0)

@@ -6,6 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_itm.functional.precision import products
+
+SMALLEST_NORM = 1e-12
+"""Below it, a row counts as a row of zeros."""
+
 
 class DirectionScores(NamedTuple):
     """What a loss needs to know of one direction (image to text, or text to image)."""
@@ -35,7 +40,10 @@ def unit_norm(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows di
         >>> unit_norm(torch.tensor([[3.0, 4.0]]))
         tensor([[0.6000, 0.8000]])
     """
-    return torch.nn.functional.normalize(full_precision(embeddings), dim=-1)
+    embeddings = full_precision(embeddings)
+    norm = embeddings.norm(dim=-1, keepdim=True)  # (*rows, 1)
+    # A row of zeros is divided by one. Divided by a tiny number instead, its gradient would be of the size of 1e12.
+    return embeddings / torch.where(norm > SMALLEST_NORM, norm, 1)
 
 
 def direction_scores(
@@ -59,7 +67,7 @@ def direction_scores(
             one with the id −1, which stands for nothing.
 
     Returns:
-        The scores, in float32 with autocast off (float64 inputs stay float64).
+        The scores, in float32 whatever autocast and the settings of the process say (float64 inputs stay float64).
 
     Example:
         >>> import torch
@@ -69,14 +77,11 @@ def direction_scores(
         tensor([[False,  True],
                 [ True, False]])
     """
-    # A half-precision product would round differences of 0.001, which decide what is hardest.
-    with torch.autocast(anchor.device.type, enabled=False):
-        anchor, positive, candidate = map(full_precision, (anchor, positive, candidate))
-        return DirectionScores(
-            similarity=anchor @ candidate.T,  # (anchors, candidates)
-            positive=(anchor * positive).sum(dim=-1),  # (anchors,)
-            negative_mask=negative_mask(anchor_id, candidate_id),
-        )
+    return DirectionScores(
+        similarity=products(anchor, candidate),  # (anchors, candidates)
+        positive=(full_precision(anchor) * full_precision(positive)).sum(dim=-1),  # (anchors,)
+        negative_mask=negative_mask(anchor_id, candidate_id),
+    )
 
 
 def negative_mask(

@@ -45,7 +45,7 @@ def top_k_negatives(
         rank_min: Leave out so many of the hardest, of those that the other guards let pass.
         max_score: Leave out what is more similar than this.
         absolute_margin: Leave out what is more similar than ``positive - absolute_margin``.
-        relative_margin: Leave out what is more similar than ``(1 - relative_margin) * positive``.
+        relative_margin: Leave out what is more similar than ``positive - relative_margin * abs(positive)``.
         memory_budget: Bytes that scores may take at once. ``None``: 256 MB on a CPU, where they should stay near the cache,
             and 1 GB elsewhere.
         method: Without a guard, how candidates are chosen. ``"chunked"``: from the scores of a chunk. ``"grouped"``: from the
@@ -111,7 +111,9 @@ def score_ceiling(
     if positive is not None and absolute_margin is not None:
         limits.append(positive.float() - absolute_margin)
     if positive is not None and relative_margin is not None:
-        limits.append(positive.float() * (1 - relative_margin))
+        positive = positive.float()
+        # Not (1 - r) * s: for a negative s this lies above s.
+        limits.append(positive - relative_margin * positive.abs())
     return torch.stack(torch.broadcast_tensors(*limits)).amin(dim=0) if limits else None
 
 

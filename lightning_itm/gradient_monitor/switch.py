@@ -1,4 +1,4 @@
-"""A switch that follows the gradients of several towers; tensors only, so that no host waits."""
+"""A switch that follows the gradients of several towers. Its state is tensors only, so that no host waits."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 HEALTHY = (3.0, 300.0)
-"""Between which the healthy value of a tower's relative gradient lies; the highest seen so far says where."""
+"""The bounds of the healthy value of a tower's relative gradient. Between them, it is the highest value so far."""
 
 
 class Switch(NamedTuple):
@@ -17,19 +17,21 @@ class Switch(NamedTuple):
 
 
 def switched(switch: Switch, level: Tensor, *, low: float, high: float, min_steps: int) -> Switch:
-    """Turn on below ``low``, off above ``high``; in between, and for ``min_steps`` after each turn, stay.
+    """Turn on below ``low`` and off above ``high``. In between, and for ``min_steps`` after each turn, stay.
 
     Args:
-        switch: As it is.
-        level: What decides. One that is not a number changes nothing.
-        low: Below it, the switch turns on.
-        high: Above it, the switch turns off.
-        min_steps: The least number of steps between two turns.
+        switch: The switch before this step.
+        level: The value that decides, a scalar tensor. NaN changes nothing.
+        low: The level below which the switch turns on.
+        high: The level above which the switch turns off.
+        min_steps: The smallest number of steps between two turns.
 
     Returns:
         The switch after one more step.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.gradient_monitor import Switch, switched
         >>> off = Switch(torch.tensor(False), torch.tensor(9))
         >>> switched(off, torch.tensor(0.1), low=0.5, high=0.8, min_steps=5)
         Switch(is_on=tensor(True), age=tensor(0))
@@ -40,21 +42,20 @@ def switched(switch: Switch, level: Tensor, *, low: float, high: float, min_step
 
 
 class GradientSwitch(nn.Module):
-    """Turn on where a tower's gradient, relative to the loss, falls to a fraction of its healthy value; off above another.
+    """Turn on when the relative gradient of a tower falls to a fraction of its healthy value, and off when it recovers.
 
-    And off where the loss itself is below half of the margin: such a model has not collapsed.
-
-    See :class:`~lightning_itm.GradientNormMonitor` for the statistic. All state is tensors on the device.
+    It is also off while the loss is below half of the margin, because such a model has not collapsed.
+    :class:`~lightning_itm.GradientNormMonitor` explains the statistic. All state is tensors on the device.
 
     Args:
-        num_towers: How many are watched.
-        low: The level below which the switch turns on.
-        high: The level above which it turns off.
-        smoothing: Share of the old values that an average keeps.
-        min_steps: The least number of steps before the first turn, and between two.
+        num_towers: The number of towers that are watched, two in a dual encoder.
+        low: The level below which the switch turns on, such as 0.5.
+        high: The level above which it turns off, such as 0.8. It must be larger than ``low`` and at most 1.
+        smoothing: The fraction of its old value that each average keeps at a step, such as 0.9.
+        min_steps: The smallest number of steps before the first turn, and between two turns, such as 5.
 
     Raises:
-        ValueError: An argument out of its range.
+        ValueError: If an argument is out of its range.
     """
 
     size: Tensor
@@ -74,35 +75,37 @@ class GradientSwitch(nn.Module):
         if min_steps < 1:
             raise ValueError(f"Expected `min_steps` to be at least 1, got {min_steps}.")
         self.low, self.high, self.smoothing, self.min_steps = low, high, smoothing, min_steps
-        for name in ("size", "loss", "weight", "highest"):  # averages; that of one is their bias
+        # Exponential averages, and the highest κ so far. `size` is the average of the sensitivity (the key of older
+        # checkpoints stays), and `weight` is the average of the number one, by which the averages are too small at the start.
+        for name in ("size", "loss", "weight", "highest"):
             self.register_buffer(name, torch.zeros(num_towers))
         self.register_buffer("is_on", torch.tensor(False))
         self.register_buffer("age", torch.tensor(0))
         self.register_buffer("num_skipped", torch.tensor(0))
 
     def relative(self) -> Tensor:
-        """Return κ of each tower, `(towers,)`; both parts of the quotient are averaged, over the same steps."""
+        """Return κ of each tower, `(towers,)`. Both parts of the quotient are averages over the same steps."""
         return self.size / self.loss.clamp_min(torch.finfo(self.loss.dtype).tiny)
 
     @torch.no_grad()
-    def update(self, size: Tensor, loss: Tensor, margin: float) -> Tensor:
+    def update(self, sensitivity: Tensor, loss: Tensor, margin: float) -> Tensor:
         """Take in one step, and turn if it is time.
 
         Args:
-            size: `(towers,)`; gradient norm times weight norm of the matrix where it is largest. −1 for a tower that is not
-                trained in this step, which changes nothing of what is known of it.
-            loss: The loss of the step.
-            margin: Of the hinge, in the units of the loss.
+            sensitivity: `(towers,)`: gradient norm times weight norm of the matrix where this product is largest. It is −1
+                for a tower that is not trained in this step, whose averages stay.
+            loss: The loss of the step, a scalar tensor.
+            margin: The margin of the hinge, in the units of the loss.
 
         Returns:
-            The level, the lowest of the towers that are trained. A step that is not finite is counted in ``num_skipped``, and
-            changes nothing; nor does one without any loss.
+            The level, which is the lowest of the trained towers. A step that is not finite is counted in ``num_skipped`` and
+            changes nothing else. A step whose loss is 0 changes nothing.
         """
-        is_finite = size.isfinite().all() & loss.isfinite()
+        is_finite = sensitivity.isfinite().all() & loss.isfinite()
         self.num_skipped += ~is_finite
         counts = is_finite & (loss > 0)
-        is_trained = size >= 0
-        for average, value in ((self.size, size), (self.loss, loss), (self.weight, 1.0)):
+        is_trained = sensitivity >= 0
+        for average, value in ((self.size, sensitivity), (self.loss, loss), (self.weight, 1.0)):
             new = average * self.smoothing + value * (1 - self.smoothing)
             average.copy_(torch.where(counts & is_trained, new, average))
         relative = self.relative()
@@ -118,18 +121,18 @@ class GradientSwitch(nn.Module):
 
 
 def measure_gradient(parameters: list[nn.Parameter], device: torch.device | None = None) -> Tensor:
-    """Return a tower's gradient norm, and the largest of its matrices' gradient norm times weight norm; −1 without any."""
+    """Return a tower's gradient norm, and its sensitivity; −1 for both without any gradient."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     if not trained:
         return torch.full((2,), -1.0, device=device)
-    # Without any matrix, as where biases alone are trained, all of them.
+    # A tower may train biases alone. Without any matrix, all its parameters are compared.
     matrices = [parameter for parameter in trained if parameter.ndim >= 2] or trained
     others = [parameter for parameter in trained if parameter.ndim < 2] if matrices is not trained else []
     of_matrices = _norms([one.grad for one in matrices])
-    size, norm = (of_matrices * _norms(matrices)).max(), of_matrices.norm()
+    sensitivity, norm = (of_matrices * _norms(matrices)).max(), of_matrices.norm()
     if others:
         norm = torch.hypot(norm, _norms([one.grad for one in others]).norm())
-    return torch.stack([norm, size])
+    return torch.stack([norm, sensitivity])
 
 
 def _norms(tensors: list[Any]) -> Tensor:

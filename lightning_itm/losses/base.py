@@ -33,6 +33,9 @@ class PairLoss(nn.Module, ABC):
     3. Candidates of other images are its *negatives*. A candidate of the anchor's own image is never one.
     4. The loss is the mean of the costs of all anchors, over both directions.
 
+    An embedding that was stored earlier, in a memory bank or by the mining pass, is compared only with the *stored* embedding
+    of the anchor's match, in a term of its own. Beside a live positive, the loss could tell positives from negatives by age.
+
     Anchors are the pairs of this rank only. Scores are float32 whatever the autocast dtype.
 
     Args:
@@ -59,36 +62,34 @@ class PairLoss(nn.Module, ABC):
         """Compute the cost of each anchor of one direction.
 
         Args:
-            scores: The similarities of the anchors to their positives and to all candidates. With a memory bank its candidates
-                are among them, and ``scores.log_weight`` is to be added to their logits. A loss that ignores it treats likely
-                false negatives like the others.
+            scores: The similarities of the anchors to their positives and to the candidates: those of the batch, of a memory
+                bank, or mined ones. Where ``scores.log_weight`` is given, it is to be added to the logits of the candidates. A
+                loss that ignores it treats likely false negatives like the others.
             selective: Where the selective rule applies, bool `(anchors,)`, or None, as in :meth:`forward`.
         """
 
-    def memory_cost(
-        self, scores: DirectionScores, direction: MemoryDirection, memory: MemoryCandidates, selective: Tensor | None
-    ) -> DirectionCost:
+    def memory_cost(self, batch: DirectionCost, direction: MemoryDirection, memory: MemoryCandidates) -> DirectionCost:
         """Compute the cost of each anchor of one direction, where there is a memory bank.
 
-        By default, its candidates are further negatives, weighted by its sampler (``scores.log_weight``).
+        By default the cost of the batch plus :meth:`direction_cost` of the stored positive among the stored candidates, which
+        the sampler weighs.
 
         Args:
-            scores: The similarities of the anchors to the pairs of the batch.
-            direction: The anchors of this direction and the candidates of the memory bank.
-            memory: The memory bank, whose ``sampler`` chooses or weights the candidates.
-            selective: Where the selective rule applies, bool `(anchors,)`, or None, as in :meth:`forward`.
+            batch: The cost of the batch.
+            direction: The anchors, their stored positives, and the candidates of the memory bank.
+            memory: The memory bank.
         """
-        further = direction.scores()
-        weights, diagnostics = memory.sampler.weights(further, margin=None)
-        # The batch's candidates come first, then the bank's: (anchors, batch + bank). Those of the batch have the weight 1.
-        everything = DirectionScores(
-            torch.cat([scores.similarity, further.similarity], dim=1),
-            scores.positive,
-            torch.cat([scores.negative_mask, further.negative_mask & (weights > 0)], dim=1),
-            torch.cat([torch.zeros_like(scores.similarity), weights.log()], dim=1),
-        )
-        cost = self.direction_cost(everything, selective)
-        return cost._replace(diagnostics={**cost.diagnostics, **diagnostics})
+        scores = direction.scores()
+        weights, diagnostics = memory.sampler.weights(scores, margin=None)
+        scores = scores._replace(negative_mask=scores.negative_mask & (weights > 0), log_weight=weights.log())
+        return self.with_memory(batch, self.direction_cost(scores, None).cost, memory, diagnostics)
+
+    def with_memory(
+        self, batch: DirectionCost, stored: Tensor, memory: MemoryCandidates, diagnostics: dict[str, Tensor]
+    ) -> DirectionCost:
+        """Add what the memory bank costs each anchor, ``stored`` `(anchors,)`, where it takes part in the loss."""
+        diagnostics = {**batch.diagnostics, **diagnostics, "memory_cost": stored}
+        return batch._replace(cost=memory.if_in_loss(batch.cost + stored, batch.cost), diagnostics=diagnostics)
 
     def forward(
         self,
@@ -104,9 +105,11 @@ class PairLoss(nn.Module, ABC):
         Args:
             pairs: The embeddings of this rank's pairs. Each row is an anchor with its positive.
             candidates: The pairs of all ranks, ``pairs`` among them, as ``pairs.gather()`` returns them. Default: ``pairs``.
-            memory: The candidates of a memory bank. :class:`TripletLoss` draws from them instead of from the batch. In the
-                other losses they are further candidates. Not in the paper.
-            hard: The negatives that were mined for ``pairs``. Those of all ranks become further candidates. Not in the paper.
+            memory: The candidates of a memory bank, with positives of their own. They add a term of their own. Not in the
+                paper, where the bank replaces the batch (``TripletLoss(memory="instead")``).
+            hard: The negatives that were mined for ``pairs``. Those of all ranks are compared with every anchor. Encoded in
+                this step, they are further candidates of the batch. As embeddings of the mining pass, they add a term of their
+                own. Not in the paper.
             selective: Where the selective rule applies, bool `(pairs,)`. It overrides the constructor's choice of rule.
 
         Returns:
@@ -115,39 +118,44 @@ class PairLoss(nn.Module, ABC):
         Raises:
             ValueError: if ``selective`` is given to a loss that has no such rule.
         """
+        self.check_selective(selective)
         candidates = pairs if candidates is None else candidates
-        # Gathered, because candidates are those of all ranks: a run on more ranks must have the same loss.
-        mined = None if hard is None else hard.as_pairs().gather()
-        return self.reduce(*self.costs(pairs, candidates, memory, mined, selective), num_anchors=len(candidates))
+        costs = self.costs(pairs, candidates, memory=memory, hard=hard, selective=selective)
+        return self.reduce(*costs, num_anchors=len(candidates))
+
+    def check_selective(self, selective: Tensor | None) -> None:
+        """Raise a ValueError where a rule is switched that this loss does not have."""
+        if selective is not None and not self.has_selective_rule:
+            # A switch that nothing reads must not pass in silence.
+            raise ValueError(
+                f"Expected `selective` to be None, got a tensor: this {type(self).__name__} has no selective rule to switch. "
+                "Use TripletLoss(negatives='hardest') or 'selective', or leave the GradientNormMonitor out."
+            )
 
     def costs(
         self,
         pairs: EmbeddingPairs,
         candidates: EmbeddingPairs,
-        memory: MemoryCandidates | None,
-        mined: EmbeddingPairs | None,
-        selective: Tensor | None,
+        *,
+        memory: MemoryCandidates | None = None,
+        hard: HardNegatives | None = None,
+        selective: Tensor | None = None,
     ) -> tuple[DirectionCost, DirectionCost]:
-        """Compute the costs of both directions. ``mined`` are further candidates, ruled by the memory's sampler if any."""
-        # Here and nowhere else: every loss comes through here, and a switch that nothing reads must not pass in silence.
-        if selective is not None and not self.has_selective_rule:
-            raise ValueError(
-                f"Expected `selective` to be None, got a tensor: this {type(self).__name__} has no selective rule to switch. "
-                "Use TripletLoss(negatives='hardest') or 'selective'."
-            )
-        if memory is None:
-            # Mined pairs are candidates without being anchors. Those with the id −1 are never negatives.
-            extended = candidates if mined is None else candidates + mined
-            i2t, t2i = (self.direction_cost(scores, selective) for scores in both_directions(pairs, extended))
-            return i2t, t2i
-        # Before the first draw, and with the pairs of all ranks, so that every rank draws with the same statistics.
-        memory.sampler.observe(candidates)
-        i2t, t2i = (
-            self.memory_cost(scores, direction, memory, selective)
-            for scores, direction in zip(
-                both_directions(pairs, candidates), memory.directions(pairs, mined), strict=True
-            )
-        )
+        """Compute the costs of both directions, images first. For the arguments, see :meth:`forward`."""
+        # Gathered, because candidates are those of all ranks: a run on more ranks must have the same loss.
+        mined = None if hard is None else hard.as_pairs().gather()
+        is_stored = hard is not None and hard.positive is not None
+        live = candidates if mined is None or is_stored else candidates + mined
+        costs = [self.direction_cost(scores, selective) for scores in both_directions(pairs, pairs, live)]
+        if hard is not None and hard.positive is not None and mined is not None:
+            for number, scores in enumerate(both_directions(pairs, hard.positive, mined)):
+                stored = self.direction_cost(scores, None).cost
+                costs[number] = costs[number]._replace(cost=costs[number].cost + stored)
+        if memory is not None:
+            memory.observe(pairs, candidates)
+            for number, direction in enumerate(memory.directions(pairs)):
+                costs[number] = self.memory_cost(costs[number], direction, memory)
+        i2t, t2i = costs
         return i2t, t2i
 
     def reduce(self, i2t: DirectionCost, t2i: DirectionCost, *, num_anchors: int) -> dict[str, Tensor]:
@@ -170,13 +178,20 @@ class PairLoss(nn.Module, ABC):
         return {"loss": loss, **diagnostics}
 
 
-def both_directions(pairs: EmbeddingPairs, candidates: EmbeddingPairs) -> tuple[DirectionScores, DirectionScores]:
-    """Compare images with texts, and texts with images: two matrices of scores, each `(pairs, candidates)`."""
-    # Image ids in both directions: they also tell which texts belong together, namely those of one image.
-    ids = {"anchor_id": pairs.image_id, "candidate_id": candidates.image_id}
+def both_directions(
+    anchors: EmbeddingPairs, positives: EmbeddingPairs, candidates: EmbeddingPairs
+) -> tuple[DirectionScores, DirectionScores]:
+    """Compare images with texts, and texts with images.
+
+    Args:
+        anchors: `(pairs, dim)` twice.
+        positives: Row by row the matches of the anchors: the anchors themselves, or what an earlier pass made of them.
+        candidates: All that the anchors are compared with.
+    """
+    ids = {"anchor_id": anchors.image_id, "candidate_id": candidates.image_id}
     return (
-        direction_scores(pairs.image_embeddings, pairs.text_embeddings, candidates.text_embeddings, **ids),
-        direction_scores(pairs.text_embeddings, pairs.image_embeddings, candidates.image_embeddings, **ids),
+        direction_scores(anchors.image_embeddings, positives.text_embeddings, candidates.text_embeddings, **ids),
+        direction_scores(anchors.text_embeddings, positives.image_embeddings, candidates.image_embeddings, **ids),
     )
 
 

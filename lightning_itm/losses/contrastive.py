@@ -6,11 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative
 from lightning_itm.losses.base import DirectionCost, PairLoss
-from lightning_itm.memory_bank.candidates import MemoryCandidates
 
 
 class ScaledLoss(PairLoss):
@@ -50,17 +48,9 @@ class ScaledLoss(PairLoss):
             self.logit_scale.clamp_(0, self.max_logit_scale)
         return self.logit_scale.exp()
 
-    def forward(
-        self,
-        pairs: EmbeddingPairs,
-        candidates: EmbeddingPairs | None = None,
-        *,
-        memory: MemoryCandidates | None = None,
-        hard: HardNegatives | None = None,
-        selective: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Compute the loss of a batch as :meth:`PairLoss.forward` does, and add the factor to what is logged."""
-        outputs = super().forward(pairs, candidates, memory=memory, hard=hard, selective=selective)
+    def reduce(self, i2t: DirectionCost, t2i: DirectionCost, *, num_anchors: int) -> dict[str, Tensor]:
+        """Average, or sum, the costs, and log the factor ``logit_scale``."""
+        outputs = super().reduce(i2t, t2i, num_anchors=num_anchors)
         # Logged after the step's costs, which have brought the logarithm back into its range.
         return {**outputs, "logit_scale": self.logit_scale.detach().exp()}
 

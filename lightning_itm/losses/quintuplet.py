@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
@@ -31,7 +32,9 @@ class QuintupletLoss(PairLoss):
     .. math:: w\,[m + \max_j s_{1j} - s^+]_+ + [m' + s(I_1, T_3) - s^+]_+ + [m' + s(I_3, T_3) - s^+]_+
 
     and text to image the same with :math:`s(I_3, T_1)` and :math:`s(I_4, T_4)`. Without mined negatives (a batch without
-    ``hard``, or a row with the id −1) it is the online loss alone.
+    ``hard``, or a row with the id −1) it is the online loss alone. Where the mined negatives are embeddings of the mining
+    pass, the positive of hinge 2 is the match as *that pass* embedded it, and hinge 3, which has no gradient then, is left
+    out. Not in the paper, which encodes them anew.
 
     Args:
         online: The loss of the negatives in the batch, with its own margin and rule. Its ``reduction`` is not used. Default:
@@ -41,9 +44,9 @@ class QuintupletLoss(PairLoss):
         alpha: How much harder the mined negative must be than the hardest of the batch for w to fall by one, in units of
             cosine similarity. The default, 0.3, is the paper's.
         beta: The weight w where both are equally hard. The default, 1.5, is the paper's.
-        detach_weights: Whether to stop the gradient through w, so that w only weights. Not in the paper.
-        clamp_weights: Whether to keep w from falling below 0. It falls below where the mined negative is harder by more than
-            alpha · beta = 0.45, and the loss then rewards a violation. Not in the paper.
+        as_published: Whether to let gradient flow through w, and to let w fall below 0, which happens where the mined negative
+            is harder by more than alpha · beta = 0.45. Both pull the anchor towards its mined negative. By default w has no
+            gradient and is at least 0, which is not in the paper.
         mask_matched: Whether to skip hinge 3 where the mined image and the mined text are a true pair. Turn it off to
             reproduce the published code. Not in the paper.
         reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
@@ -56,8 +59,8 @@ class QuintupletLoss(PairLoss):
         TypeError: if ``online`` is not a :class:`TripletLoss`.
 
     References:
-        *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669. Its negatives are mined once;
-        here by a callback, by default before each epoch.
+        *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669. Its negatives are mined once.
+        Here a callback mines them, by default before each epoch.
     """
 
     def __init__(
@@ -67,8 +70,7 @@ class QuintupletLoss(PairLoss):
         offline_margin: float = 0.0,
         alpha: float = 0.3,
         beta: float = 1.5,
-        detach_weights: bool = False,
-        clamp_weights: bool = False,
+        as_published: bool = False,
         mask_matched: bool = True,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
@@ -86,8 +88,7 @@ class QuintupletLoss(PairLoss):
             "offline_margin": offline_margin,
             "alpha": alpha,
             "beta": beta,
-            "detach_weights": detach_weights,
-            "clamp_weights": clamp_weights,
+            "as_published": as_published,
             "mask_matched": mask_matched,
         }
 
@@ -100,11 +101,9 @@ class QuintupletLoss(PairLoss):
         """Compute the online cost, which is all there is without mined negatives."""
         return self.online.direction_cost(scores, selective)
 
-    def memory_cost(
-        self, scores: DirectionScores, direction: MemoryDirection, memory: MemoryCandidates, selective: Tensor | None
-    ) -> DirectionCost:
+    def memory_cost(self, batch: DirectionCost, direction: MemoryDirection, memory: MemoryCandidates) -> DirectionCost:
         """Compute the online cost with a draw from the memory bank."""
-        return self.online.memory_cost(scores, direction, memory, selective)
+        return self.online.memory_cost(batch, direction, memory)
 
     def forward(
         self,
@@ -118,33 +117,14 @@ class QuintupletLoss(PairLoss):
         """Compute the loss of a batch as :meth:`PairLoss.forward` does, but with mined negatives for their own row only."""
         if hard is None:  # before the first mining, and in a run without the callback
             return super().forward(pairs, candidates, memory=memory, selective=selective)
+        self.check_selective(selective)
         candidates = pairs if candidates is None else candidates
-        # (pairs,) each. The id −1 stands for "none was mined", and such a row is left to the online loss.
-        text_there, image_there = hard.image_id_of_text >= 0, hard.image_id >= 0
-        pair = text_there & image_there, hard.image_id == hard.image_id_of_text
-        offline = (
-            OfflineScores(
-                row_similarity(pairs.image_embeddings, hard.text_embeddings),
-                row_similarity(hard.image_embeddings, hard.text_embeddings),
-                text_there,
-                *pair,
-            ),
-            OfflineScores(
-                row_similarity(hard.image_embeddings, pairs.text_embeddings),
-                row_similarity(hard.image_of_text_embeddings, hard.text_of_image_embeddings),
-                image_there,
-                *pair,
-            ),
-        )
-        # The positive is the same in both directions, and its gradient flows into both.
-        positive = row_similarity(pairs.image_embeddings, pairs.text_embeddings)
+        # Mined negatives are not passed on: the online loss must not see them, or w would compare them with themselves.
+        of_batch = self.costs(pairs, candidates, memory=memory, selective=selective)
         i2t, t2i = (
-            self._quintuplet_cost(online, of_direction, positive)
-            for online, of_direction in zip(
-                # Not passed on as candidates: the online loss must not see them, or w would compare them with themselves.
-                self.costs(pairs, candidates, memory, None, selective),
-                offline,
-                strict=True,
+            self._quintuplet_cost(online, offline, positive)
+            for online, offline, positive in zip(
+                of_batch, _offline_scores(pairs, hard), _positives(pairs, hard), strict=True
             )
         )
         return self.reduce(i2t, t2i, num_anchors=len(candidates))
@@ -159,3 +139,35 @@ class QuintupletLoss(PairLoss):
     def extra_repr(self) -> str:
         """Show the arguments in the model summary."""
         return ", ".join(f"{name}={value}" for name, value in (*self.options.items(), ("reduction", self.reduction)))
+
+
+def _positives(pairs: EmbeddingPairs, hard: HardNegatives) -> tuple[Tensor, Tensor]:
+    """Return s⁺ of both directions, `(pairs,)` each: to the match of the encoder that the mined negatives come from."""
+    match = pairs if hard.positive is None else hard.positive
+    return (
+        row_similarity(pairs.image_embeddings, match.text_embeddings),
+        row_similarity(pairs.text_embeddings, match.image_embeddings),
+    )
+
+
+def _offline_scores(pairs: EmbeddingPairs, hard: HardNegatives) -> tuple[OfflineScores, OfflineScores]:
+    """Compare the anchors with their mined negatives, and these with each other, in both directions."""
+    # (pairs,) each. The id −1 stands for "none was mined", and such a row is left to the online loss.
+    text_there, image_there = hard.image_id_of_text >= 0, hard.image_id >= 0
+    # Two embeddings of the mining pass have no gradient: their term would pull on the positive alone.
+    both_there = text_there & image_there if hard.positive is None else torch.zeros_like(text_there)
+    pair = both_there, hard.image_id == hard.image_id_of_text
+    return (
+        OfflineScores(
+            row_similarity(pairs.image_embeddings, hard.text_embeddings),
+            row_similarity(hard.image_embeddings, hard.text_embeddings),
+            text_there,
+            *pair,
+        ),
+        OfflineScores(
+            row_similarity(hard.image_embeddings, pairs.text_embeddings),
+            row_similarity(hard.image_of_text_embeddings, hard.text_of_image_embeddings),
+            image_there,
+            *pair,
+        ),
+    )

@@ -32,6 +32,8 @@ class TripletLoss(PairLoss):
         negatives: Which negative counts, ``"hardest"``, ``"selective"`` or ``"mean"``, as above.
         epsilon: How close the similarities of the positive and the hardest negative must be for ``"selective"`` to take the
             mean. The default, 0.01, is the paper's.
+        memory: What a memory bank does. ``"added"``: the hinge of the negative drawn from it is added to that of the batch.
+            Not in the paper. ``"instead"``: it replaces that of the batch, as FNE is published.
         reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
             pairs on all ranks. Use ``"sum"`` only with a learning rate that was published for it.
 
@@ -39,7 +41,7 @@ class TripletLoss(PairLoss):
     ``averaged_fraction``, the fraction of anchors that took the mean.
 
     Raises:
-        ValueError: if ``margin`` or ``epsilon`` is not positive, or if ``negatives`` is none of the three.
+        ValueError: if ``margin`` or ``epsilon`` is not positive, or ``negatives``, ``memory`` or ``reduction`` is unknown.
 
     Example:
         >>> import torch
@@ -61,14 +63,16 @@ class TripletLoss(PairLoss):
         negatives: Literal["hardest", "selective", "mean"] = "hardest",
         *,
         epsilon: float = 0.01,
+        memory: Literal["added", "instead"] = "added",
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__(reduction=reduction)
+        check_choice("memory", memory, ("added", "instead"))
         check_choice("negatives", negatives, ("hardest", "selective", "mean"))
         for name, value in (("margin", margin), ("epsilon", epsilon)):
             if not value > 0:
                 raise ValueError(f"Expected `{name}` to be positive, got {value}.")
-        self.margin, self.negatives, self.epsilon = margin, negatives, epsilon
+        self.margin, self.negatives, self.epsilon, self.memory = margin, negatives, epsilon, memory
 
     @property
     def has_selective_rule(self) -> bool:
@@ -88,27 +92,27 @@ class TripletLoss(PairLoss):
             cost = hardest_cost(scores, margin=self.margin)
         return DirectionCost(cost, {"active_fraction": cost > 0, **rule}, hardest_negative(scores))
 
-    def memory_cost(
-        self, scores: DirectionScores, direction: MemoryDirection, memory: MemoryCandidates, selective: Tensor | None
-    ) -> DirectionCost:
-        """Compute the hinge cost of each anchor's draw from the memory bank.
+    def memory_cost(self, batch: DirectionCost, direction: MemoryDirection, memory: MemoryCandidates) -> DirectionCost:
+        """Compute the hinge of each anchor's draw from the memory bank, added to the batch's or instead of it.
 
-        Where the selective rule is on, an anchor whose hardest negative *in the batch* is as similar as its positive takes the
-        mean over the batch instead. Not in the paper.
+        Instead of it, an anchor whose hardest negative *in the batch* is as similar as its positive keeps the mean over the
+        batch where the selective rule is on. Not in the paper.
         """
         # One candidate per anchor, (anchors, dim). Where none could be drawn, -inf makes the hinge zero.
-        drawn, rule = memory.sampler.draw(direction, margin=self.margin)
-        negative = row_similarity(direction.anchor, direction.take(drawn.candidate_index))
-        # Filled before the hinge, so that its gradient is zero there, too.
-        negative = negative.masked_fill(~drawn.is_negative, -torch.inf)
-        cost = (self.margin - direction.positive_similarity() + negative).clamp_min(0)
-        if self._is_selective(selective):
-            # Judged on the batch: the gradient vanishes between the live embeddings, and those of the bank have none.
-            of_batch, averaged = selective_cost(scores, margin=self.margin, epsilon=self.epsilon, enabled=selective)
-            cost = torch.where(averaged, of_batch, cost)
-            negative = torch.where(averaged, hardest_negative(scores), negative)
-            rule = {**rule, "averaged_fraction": averaged}
-        return DirectionCost(cost, {"active_fraction": cost > 0, **rule}, negative)
+        drawn, diagnostics = memory.sampler.draw(direction, margin=self.margin)
+        negative = row_similarity(direction.anchor, direction.candidate[drawn.candidate_index])
+        negative = negative.masked_fill(~drawn.is_negative, -torch.inf)  # (anchors,)
+        stored = (self.margin - direction.positive_similarity() + negative).clamp_min(0)
+        if self.memory == "added":
+            return self.with_memory(batch, stored, memory, diagnostics)
+        is_averaged = batch.diagnostics.get("averaged_fraction")
+        if is_averaged is not None and batch.negative is not None:
+            stored = torch.where(is_averaged, batch.cost, stored)
+            negative = torch.where(is_averaged, batch.negative, negative)
+        cost = memory.if_in_loss(stored, batch.cost)
+        of_batch = negative if batch.negative is None else batch.negative
+        diagnostics = {**batch.diagnostics, **diagnostics, "active_fraction": cost > 0}
+        return DirectionCost(cost, diagnostics, memory.if_in_loss(negative, of_batch))
 
     def _is_selective(self, selective: Tensor | None) -> bool:
         return self.negatives == "selective" or selective is not None
@@ -116,5 +120,6 @@ class TripletLoss(PairLoss):
     def extra_repr(self) -> str:
         """Show the arguments in the model summary."""
         return (
-            f"margin={self.margin}, negatives={self.negatives!r}, epsilon={self.epsilon}, reduction={self.reduction!r}"
+            f"margin={self.margin}, negatives={self.negatives!r}, epsilon={self.epsilon}, memory={self.memory!r}, "
+            f"reduction={self.reduction!r}"
         )

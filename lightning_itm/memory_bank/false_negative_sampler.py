@@ -15,7 +15,7 @@ from lightning_itm.functional.false_negatives import (
     match_odds,
     sampling_weights,
 )
-from lightning_itm.functional.similarity import DirectionScores, negative_mask
+from lightning_itm.functional.similarity import DirectionScores
 from lightning_itm.memory_bank.candidates import MemoryDirection
 from lightning_itm.memory_bank.similarity_statistics import SimilarityStatistics, row_chunks
 from lightning_itm.randomness import uniform
@@ -102,8 +102,7 @@ class FalseNegativeSampler(nn.Module):
         weigh = self._weigher(margin)
         drawn, watched = [], []
         for rows in row_chunks(len(similarity), similarity.shape[1], similarity.device):
-            mask = negative_mask(direction.anchor_id[rows], direction.candidate_id)
-            scores = DirectionScores(similarity[rows], positive[rows], mask)
+            scores = DirectionScores(similarity[rows], positive[rows], direction.negative_mask(rows))
             weights, diagnostics = weigh(scores)
             drawn.append(draw_negative(scores, weights, numbers[rows]))
             watched.append(diagnostics)

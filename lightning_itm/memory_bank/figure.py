@@ -10,20 +10,27 @@ from lightning_itm.functional.false_negatives import MIN_VARIANCE, false_negativ
 from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
 from lightning_itm.memory_bank.queue import MemoryBank
 
-MAX_PAIRS = 2048  # of the queue; four million similarities
-LOW, BINS = -0.5, 150
+MAX_PAIRS = 2048  # more pairs give the same picture: these have four million similarities
+LOW, BINS = -0.5, 150  # lower cosines fall into the first bin
 
 
 def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
-    """Draw histograms of the pairs of the queue, the two fitted densities, and the posterior.
+    """Draw which candidates the sampler takes for matches.
+
+    One figure shows histograms of the similarities of the pairs in the queue (matching ones and all others), the two fitted
+    densities, and the posterior with its threshold. The posterior should rise only where matching pairs are.
 
     Args:
-        bank: The queue.
-        sampler: Its statistics are those of the running epoch.
+        bank: The queue to draw. Of a large one, 2,048 pairs are drawn.
+        sampler: What estimates the posterior. Its statistics are those of the running epoch.
 
     Returns:
-        A matplotlib figure.
+        A matplotlib figure. Save it with ``figure.savefig("similarities.png")``.
+
+    Raises:
+        ImportError: if matplotlib is not installed. It comes with ``pip install "lightning_itm[plot]"``.
     """
+    # Here, because matplotlib is an extra that a run without figures does not need.
     import matplotlib.pyplot as plt
 
     fit = [value.cpu().double() for value in sampler.statistics.fit()]
@@ -31,13 +38,15 @@ def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     kinds = (("negatives", "tab:red", "hardest negatives, fitted"), ("positives", "tab:blue", "positives, fitted"))
     counts = sampler.statistics.count.flip(0).tolist()
-    for place, (similarities, (name, color, label)) in enumerate(zip(_similarities(bank), kinds, strict=True)):
+    for index, (similarities, (name, color, label)) in enumerate(zip(_similarities(bank), kinds, strict=True)):
         if len(similarities):
+            # Counts to a density: the area of all bars is 1, as that of the fitted curves.
             heights = similarities.clamp(LOW, 1).histc(BINS, LOW, 1) * (BINS / (1 - LOW) / len(similarities))
             edges = torch.linspace(LOW, 1, BINS + 1)
             axes.stairs(heights, edges, fill=True, color=color, alpha=0.25, label=f"all {name} in the queue")
-        if counts[place] > 1:
-            mean, variance = fit[2 - 2 * place], fit[3 - 2 * place].clamp_min(MIN_VARIANCE)
+        if counts[index] > 1:
+            # The fit names the positives first, and the negatives are drawn first.
+            mean, variance = fit[2 - 2 * index], fit[3 - 2 * index].clamp_min(MIN_VARIANCE)
             axes.plot(grid, Normal(mean, variance.sqrt()).log_prob(grid).exp(), color=color, label=label)
     axes.set(xlabel="cosine similarity", ylabel="density", ylim=(0, None), title="Which candidates are likely matches?")
     right = axes.twinx()
@@ -54,7 +63,8 @@ def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
 
 
 def _similarities(bank: MemoryBank) -> tuple[Tensor, Tensor]:
+    """Return the similarities in the queue: those of other images, then those of matching pairs."""
     kept = bank.valid.nonzero().squeeze(1)[:MAX_PAIRS]
     image, text, image_id = bank.image[kept].float(), bank.text[kept].float(), bank.image_id[kept]
-    similarity = image @ text.T
+    similarity = image @ text.T  # (kept, kept)
     return similarity[image_id[:, None] != image_id].cpu(), similarity.diagonal().cpu()

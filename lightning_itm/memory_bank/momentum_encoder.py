@@ -1,4 +1,4 @@
-"""A slow copy of a module."""
+"""A slow copy of a module, whose embeddings stay comparable over many steps."""
 
 import copy
 from typing import Any
@@ -10,21 +10,37 @@ from lightning_itm.embeddings import EmbeddingPairs
 
 
 class MomentumEncoder(nn.Module):
-    r"""Embed batches with weights that follow those of a module slowly.
+    r"""Embed batches with a slow copy of a module, which follows its weights a little at each update.
 
     .. math:: \theta' \leftarrow \mu\,\theta' + (1 - \mu)\,\theta
 
-    The copy is in eval mode (ours), so that it changes no statistics and draws no dropout masks. Its buffers are those of the
-    module, as far as both have them in one shape. Other attributes stay what they were when it was made.
+    Here :math:`\theta` are the weights of the module, and :math:`\theta'` those of the copy. The embeddings of the copy
+    change so little per step that those of some hundred steps ago can still be compared with those of today.
+
+    The copy takes over the buffers of the module, such as batch statistics, where both have them in the same shape. Its other
+    attributes stay what they were when it was made. The copy is always in eval mode, so that it changes no statistics and
+    draws no dropout masks. Not in the paper.
 
     Args:
         module: A :class:`~lightning_itm.DualEncoder`, or any module with ``embed(batch)``. It is copied, and not kept.
-        momentum: μ, the share of old weights kept at an update.
+        momentum: μ, the fraction of old weights that an update keeps, at least 0 and below 1. Usual: 0.99 for runs of some
+            hundred steps, 0.999 for long ones. 0 makes the copy equal to the module at each update.
 
     Raises:
-        ValueError: ``momentum`` is outside [0, 1).
-        TypeError: A module that cannot be copied; trained weights of half precision, whose average would stand still; or, at
-            the first batch, a copy that runs weights of the module itself.
+        ValueError: if ``momentum`` is outside [0, 1).
+        TypeError: if the module cannot be copied, if it has trained weights of half precision (their average would stand
+            still), or, at the first batch, if the copy runs weights of the module itself.
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm.memory_bank import MomentumEncoder
+        >>> module = torch.nn.Linear(1, 1)
+        >>> encoder = MomentumEncoder(module, momentum=0.75)
+        >>> _ = torch.nn.init.ones_(module.weight), torch.nn.init.zeros_(encoder.module.weight)
+        >>> encoder.update(module)
+        >>> encoder.module.weight
+        Parameter containing:
+        tensor([[0.2500]])
 
     References:
         He et al., *Momentum Contrast for Unsupervised Visual Representation Learning*, CVPR 2020, eq. 2.
@@ -49,11 +65,15 @@ class MomentumEncoder(nn.Module):
         self.momentum, self._is_checked = momentum, False
 
     def forward(self, batch: Any) -> EmbeddingPairs:
-        """Embed a batch, without gradient."""
+        """Embed a batch, without gradient.
+
+        Raises:
+            TypeError: if the embeddings of the first batch come from weights of the module itself.
+        """
         if self._is_checked:
             with torch.no_grad():
                 return self._embed(batch)
-        # Nothing in the copy requires a gradient, so that one can come from the module itself alone.
+        # With gradients this once. Nothing in the copy requires one, so embeddings that do were made with the module itself.
         with torch.enable_grad():
             pairs = self._embed(batch)
         for name in ("image", "text"):
@@ -71,7 +91,14 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move towards the weights of the module, and take over its buffers."""
+        """Move the weights towards those of the module, and take over its buffers.
+
+        Args:
+            module: The module that was copied, after an optimizer step.
+
+        Raises:
+            RuntimeError: if the module has gained or lost parameters since the copy was made.
+        """
         live = dict(module.named_parameters())
         slow = dict(self.module.named_parameters())
         if live.keys() != slow.keys():
@@ -79,16 +106,18 @@ class MomentumEncoder(nn.Module):
                 f"Expected the module to keep its parameters, got {sorted(live.keys() ^ slow.keys())[:4]} new or gone since "
                 "the slow copy was made. Change modules before the fit, in `configure_model`."
             )
+        # One call for all weights: a loop over hundreds of small tensors would start as many kernels.
         torch._foreach_lerp_([*slow.values()], [live[name] for name in slow], 1 - self.momentum)
         buffers = dict(module.named_buffers())
         for name, buffer in self.module.named_buffers():
+            # Some are made late, or grow, such as a cache of positions. The copy keeps its own then.
             if name in buffers and buffers[name].shape == buffer.shape:
                 buffer.copy_(buffers[name])
 
 
 def check_momentum(momentum: float) -> None:
-    """Raise a ValueError for a share that is none."""
+    """Raise a ValueError if ``momentum`` is not in [0, 1)."""
     if not 0 <= momentum < 1:
         raise ValueError(
-            f"Expected `momentum` to be in [0, 1), got {momentum}. It is the share of old weights kept, such as 0.995."
+            f"Expected `momentum` to be in [0, 1), got {momentum}. It is the fraction of old weights kept, such as 0.995."
         )

@@ -1,4 +1,4 @@
-"""A queue of embeddings of earlier batches."""
+"""A queue of the embeddings of earlier batches."""
 
 from typing import Any
 
@@ -9,16 +9,28 @@ from lightning_itm.embeddings import EmbeddingPairs
 
 
 class MemoryBank(nn.Module):
-    """Keep the embeddings of the last pairs, the oldest overwritten first. Batches may be of any size up to the queue's.
+    """Keep the embeddings of the last pairs in a queue. The oldest are overwritten first.
+
+    Batches may be of any size up to that of the queue.
 
     Args:
-        size: How many pairs it holds.
-        dim: The width of the embeddings.
+        size: The number of pairs to hold. Usual: 1,024 to 65,536.
+        dim: The width of the embeddings, such as 512.
 
     Raises:
-        ValueError: A count that is not positive.
+        ValueError: if ``size`` or ``dim`` is not positive.
+
+    Attributes:
+        image: `(size, dim)`, the image embeddings, zeros in empty places.
+        text: `(size, dim)`, row by row the matching text embeddings.
+        image_id: int64 `(size,)`, the image that each row belongs to, −1 in empty places.
+        valid: bool `(size,)`, False in empty places and where an embedding was not finite.
+        num_refused: int64 `()`, the pairs that came with an embedding that is not finite.
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.embeddings import EmbeddingPairs
+        >>> from lightning_itm.memory_bank import MemoryBank
         >>> bank, ids = MemoryBank(size=4, dim=2), torch.arange(3)
         >>> bank.enqueue(EmbeddingPairs(torch.ones(3, 2), torch.ones(3, 2), ids, ids))
         >>> bank.image_id
@@ -36,21 +48,25 @@ class MemoryBank(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if value < 1:
                 raise ValueError(f"Expected `{name}` to be positive, got {value}.")
-        self.position = 0  # on the host, which would have to ask the device otherwise
+        self.position = 0  # on the host: as a tensor, each step would wait for the device to read it
         for name in ("image", "text"):
             self.register_buffer(name, torch.zeros(size, dim))
         self.register_buffer("image_id", torch.full((size,), -1))
         self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
+        # Not in the checkpoint: a resumed run must not fail for what happened before.
         self.register_buffer("num_refused", torch.zeros((), dtype=torch.long), persistent=False)
 
     def __len__(self) -> int:
         return len(self.image)
 
     def check(self, pairs: EmbeddingPairs) -> None:
-        """Say so if a batch does not fit.
+        """Raise if a batch does not fit the queue.
+
+        Args:
+            pairs: The pairs of all ranks that would be put into it.
 
         Raises:
-            ValueError: It is larger than the queue, or of another width.
+            ValueError: if there are more pairs than places, or the embeddings have another width than those in the queue.
         """
         if len(pairs) > len(self):
             raise ValueError(
@@ -64,7 +80,15 @@ class MemoryBank(nn.Module):
             )
 
     def with_batch(self, pairs: EmbeddingPairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return image and text embeddings, image ids and validity, of the pairs first and then of the whole queue."""
+        """Return the candidates of a step: its own pairs first, and then the whole queue.
+
+        Args:
+            pairs: The pairs of all ranks, `(pairs, dim)` twice, as the slow copy embeds them.
+
+        Returns:
+            Image embeddings and text embeddings `(pairs + size, dim)`, their image ids `(pairs + size,)`, and a bool mask of
+            the same shape that is False for empty places and for embeddings that are not finite.
+        """
         pairs, valid = _finite(pairs)
         return (
             torch.cat([pairs.image_embeddings, self.image]),
@@ -75,18 +99,19 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, pairs: EmbeddingPairs) -> None:
-        """Put pairs in the place of the oldest.
+        """Put pairs into the queue, in the places of the oldest.
 
-        Those with an embedding that is not finite take their places as invalid, and are counted in ``num_refused``.
+        A pair with an embedding that is not finite takes its place as invalid, and is counted in ``num_refused``.
 
         Args:
-            pairs: The pairs of all ranks, in the same order on each.
+            pairs: The pairs of all ranks, `(pairs, dim)` twice, in the same order on each rank.
 
         Raises:
-            ValueError: More pairs than the queue has places, or embeddings of another width.
+            ValueError: if there are more pairs than places, or the embeddings have another width than those in the queue.
         """
         self.check(pairs)
         pairs, valid = _finite(pairs)
+        # (pairs,), from the oldest on and round the end. No index comes twice, so that the order of writing is no matter.
         places = (torch.arange(len(pairs), device=valid.device) + self.position) % len(self)
         self.image[places] = pairs.image_embeddings.to(self.image.dtype)
         self.text[places] = pairs.text_embeddings.to(self.text.dtype)
@@ -96,22 +121,40 @@ class MemoryBank(nn.Module):
         self.position = (self.position + len(pairs)) % len(self)
 
     def fill(self) -> Tensor:
-        """Return the share of places that hold a pair."""
+        """Return the fraction of places that hold a pair, `()`."""
         return self.valid.float().mean()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return where the next pair goes."""
+        """Return where the next pair goes, for the checkpoint: it is no tensor."""
         return {"position": self.position}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on there."""
+        """Let the next pair go where the checkpoint says."""
         self.position = state["position"]
 
 
 def _finite(pairs: EmbeddingPairs) -> tuple[EmbeddingPairs, Tensor]:
-    """Put zeros where an embedding is not finite, and say where that is not so."""
+    """Put zeros where an embedding is not finite. Return the pairs, and which of them are finite, bool `(pairs,)`."""
     valid = pairs.image_embeddings.isfinite().all(dim=1) & pairs.text_embeddings.isfinite().all(dim=1)
     image, text = (
         torch.where(valid[:, None], part.detach(), 0) for part in (pairs.image_embeddings, pairs.text_embeddings)
     )
     return EmbeddingPairs(image, text, pairs.image_id, pairs.text_id), valid
+
+
+def in_order_of_one_process(pairs: EmbeddingPairs, world_size: int) -> EmbeddingPairs:
+    """Order gathered pairs as one process would have them, so that the queue does not depend on the number of ranks.
+
+    A ``DistributedSampler`` deals pairs out in turn: of two ranks, the first has pairs 0, 2, 4, … and the second 1, 3, 5, …
+
+    Args:
+        pairs: The pairs of all ranks, rank by rank, equally many from each.
+        world_size: The number of ranks. With 1, the order stays as it is.
+    """
+    return EmbeddingPairs(
+        *(
+            # (ranks, rows, ...) -> (rows, ranks, ...) -> (rows * ranks, ...)
+            part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)
+            for part in (pairs.image_embeddings, pairs.text_embeddings, pairs.image_id, pairs.text_id)
+        )
+    )

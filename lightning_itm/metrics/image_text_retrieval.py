@@ -38,7 +38,7 @@ class ImageTextRetrieval(Metric):
 
     Raises:
         ValueError: if ``recall_at`` or ``folds`` is not positive. ``compute`` raises it if nothing was seen, or if one id
-            stands for two different images or texts.
+            stands for two different images or texts, or if an embedding is not finite.
 
     Example:
         >>> import torch
@@ -113,7 +113,9 @@ class ImageTextRetrieval(Metric):
             raise ValueError("Expected at least one batch before `compute`, got none. Call `update` first.")
         rows_id, text_id = dim_zero_cat(self.image_id), dim_zero_cat(self.text_id)
         image, image_id, _, _ = _first_of_each("image_id", dim_zero_cat(self.image_embeddings), rows_id)
-        text, _, row, group = _first_of_each("text_id", dim_zero_cat(self.text_embeddings), text_id)
+        text, unique_text_id, row, group = _first_of_each("text_id", dim_zero_cat(self.text_embeddings), text_id)
+        _check_finite("image", image, image_id)
+        _check_finite("text", text, unique_text_id)
         text_image_id = rows_id[row]  # (texts,): the image of the first row of each text
         if bool((other := text_image_id[group] != rows_id).any()):
             raise ValueError(
@@ -207,4 +209,16 @@ def _first_of_each(name: str, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, 
     return first, unique, row, group
 
 
+def _check_finite(kind: str, embeddings: Tensor, ids: Tensor) -> None:
+    bad = ids[~embeddings.isfinite().all(dim=1)].tolist()
+    if bad:  # one such text would be a wrong result for every image, and recall would be 0 for no reason that is seen
+        shown = ", ".join(map(str, bad[:_NUM_SHOWN])) + (", …" if len(bad) > _NUM_SHOWN else "")
+        raise ValueError(
+            f"Expected `{kind}_embeddings` to be finite, got NaN or infinity in {len(bad)} of {len(ids)} for {kind}_id "
+            f"{shown}. Look at these inputs if they are few. If they are many, the {kind} tower has diverged: lower the "
+            "learning rate, clip gradients, or use bfloat16 in place of float16."
+        )
+
+
+_NUM_SHOWN = 5
 _SAME = 0.9  # the same input twice, in bfloat16 and in another batch, is above 0.99

@@ -9,6 +9,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from lightning_itm.functional.precision import products
 from lightning_itm.functional.similarity import unit_norm
 
 TEMPLATES = ("a photo of a {}.",)
@@ -101,5 +102,4 @@ def _as_in_evaluation(module: nn.Module) -> Iterator[None]:
 
 def _nearest(module: Any, images: Any, names: Tensor) -> Tensor:
     image = unit_norm(module.encode_image(images))
-    with torch.autocast(image.device.type, enabled=False):  # near names would tie in half precision
-        return (image @ names).argmax(dim=1).cpu()
+    return products(image, names.T).argmax(dim=1).cpu()  # in half precision, near names would tie

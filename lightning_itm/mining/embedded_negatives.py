@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_itm.data.evaluation_items import TextsOfImages
-from lightning_itm.embeddings import HardNegatives
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from lightning_itm.mining.negative_table import draw_from_rows
 from lightning_itm.randomness import uniform
 
@@ -69,4 +69,12 @@ class EmbeddedNegatives:
             image_embeddings=self.image_embeddings[mined_image],
             text_of_image_embeddings=self.text_embeddings[text_of_image],
             image_id=torch.where(has_image, mined_image, -1),
+            positive=self._positive(image_id, text_id),
         )
+
+    def _positive(self, image_id: Tensor, text_id: Tensor) -> EmbeddingPairs:
+        """Return the pairs of a batch as the mining pass embedded them."""
+        # `fast_dev_run` mines some pairs of the set. The others have no negatives, so that any row stands in for them.
+        image_row = image_id.clamp_max(len(self.image_embeddings) - 1)
+        text_row = text_id.clamp_max(len(self.text_embeddings) - 1)
+        return EmbeddingPairs(self.image_embeddings[image_row], self.text_embeddings[text_row], image_id, text_id)

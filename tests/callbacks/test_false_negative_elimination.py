@@ -1,3 +1,5 @@
+import csv
+
 import lightning as L
 import pytest
 import torch
@@ -9,15 +11,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_itm import (
     FalseNegativeElimination,
+    FalseNegativeSampler,
     InfoNCELoss,
     OfflineHardNegativeMining,
     QuintupletLoss,
     SigmoidLoss,
     TripletLoss,
 )
-from tests.helpers.tiny import SILENT, Tiny, tiny_data
+from lightning_itm.memory_bank.agreement import MIN_STEPS
+from tests.helpers.tiny import NUM_IMAGES, SILENT, Tiny, tiny_data
 
-EPOCHS, STEPS = 3, 12  # 46 pairs in batches of four, the last of two
+NUM_PAIRS, BATCH_SIZE, QUEUE_SIZE, EPOCHS = 2 * NUM_IMAGES, 4, 16, 3
+STEPS = -(-NUM_PAIRS // BATCH_SIZE)  # per epoch, the last batch of two pairs
 LOSSES = {
     "hardest": TripletLoss,
     "selective": lambda: TripletLoss(negatives="selective"),
@@ -31,7 +36,7 @@ class Watch(Callback):
     """Keep what reaches each step, and the weights around it. Stands after the callback it watches."""
 
     def __init__(self):
-        self.memory, self.live, self.slow, self.queued = [], [], [], []
+        self.memory, self.live, self.slow, self.queued, self.losses, self.is_in_loss = [], [], [], [], [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         memory = batch.get("memory")
@@ -43,11 +48,20 @@ class Watch(Callback):
         self.live.append(pl_module.text_encoder.weight.detach().clone())
         self.slow.append(fne.encoder.module.text_encoder.weight.clone())
         self.queued.append([] if fne.bank is None else fne.bank.image_id[fne.bank.valid].tolist())
+        self.losses.append(outputs["loss"].item())
+        self.is_in_loss.append("memory" in batch and batch["memory"].is_in_loss)
 
 
 def fit(fne=None, loss=None, callbacks=(), model=None, **options):
+    """As published, unless asked: the bank is in the loss from epoch 1 on, and the queue starts there."""
     L.seed_everything(0, verbose=False)
-    watch, fne = Watch(), FalseNegativeElimination(**{"queue_size": 16, "min_count": 4, **(fne or {})})
+    published = {
+        "queue_size": QUEUE_SIZE,
+        "start_epoch": 1,
+        "fill_during_warmup": False,
+        "sampler": FalseNegativeSampler(min_count=4),
+    }
+    watch, fne = Watch(), FalseNegativeElimination(**{**published, **(fne or {})})
     model = Tiny(loss) if model is None else model
     trainer = L.Trainer(callbacks=[fne, watch, *callbacks], **{**SILENT, "max_epochs": EPOCHS, **options})
     trainer.fit(model, datamodule=tiny_data())
@@ -62,8 +76,8 @@ class TestOneRun:
             assert (candidates is None) == (epoch == 0)
             if epoch > 0:
                 assert candidates[: len(ids)] == ids
-                assert sorted(candidates[len(ids) :]) == sorted([-1] * (16 - len(queue)) + queue)
-                queue = (queue + ids)[-16:]
+                assert sorted(candidates[len(ids) :]) == sorted([-1] * (QUEUE_SIZE - len(queue)) + queue)
+                queue = (queue + ids)[-QUEUE_SIZE:]
 
     def test_the_queue_may_fill_before(self):
         _, watch, _, _ = fit({"fill_during_warmup": True}, TripletLoss())
@@ -76,7 +90,7 @@ class TestOneRun:
 
     def test_from_the_first_epoch_on(self):
         _, watch, _, _ = fit({"start_epoch": 0}, TripletLoss())
-        assert watch.memory[0][2] == watch.memory[0][1] + [-1] * 16
+        assert watch.memory[0][2] == watch.memory[0][1] + [-1] * QUEUE_SIZE
 
     def test_slow_weights_follow_each_step_also_before_the_start(self):
         model, watch, _, _ = fit({"momentum": 0.8}, TripletLoss())
@@ -91,8 +105,10 @@ class TestOneRun:
         """Windows of five batches, and one of the last two of each epoch."""
         _, watch, _, trainer = fit({"momentum": 0.8}, TripletLoss(), accumulate_grad_batches=5)
         assert trainer.global_step == 9
-        changed = [number for number in range(1, 36) if not torch.equal(watch.slow[number], watch.slow[number - 1])]
-        assert changed == [epoch * 12 + last for epoch in range(3) for last in (4, 9, 11)]
+        changed = [
+            number for number in range(1, EPOCHS * STEPS) if not torch.equal(watch.slow[number], watch.slow[number - 1])
+        ]
+        assert changed == [epoch * STEPS + last for epoch in range(EPOCHS) for last in (4, 9, 11)]
 
     @pytest.mark.parametrize("loss", LOSSES)
     @pytest.mark.parametrize("mining", [None, "samples", "embeddings"])
@@ -101,7 +117,7 @@ class TestOneRun:
         miners = (
             [] if mining is None else [OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=mining)]
         )
-        options = {"weighting": "drop", "monotone": True}
+        options = {"sampler": FalseNegativeSampler(min_count=4, weighting="drop", monotone=True)}
         model, _, fne, trainer = fit(options, LOSSES[loss](), miners, max_epochs=2, precision=precision)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
         assert fne.bank.valid.all()
@@ -140,7 +156,7 @@ class TestOneRun:
         again = Watch()
         L.Trainer(callbacks=[fne, again], max_epochs=2, **SILENT).fit(model, datamodule=tiny_data())
         first = next(candidates for epoch, _, candidates in again.memory if epoch == 1)
-        assert first[4:] == [-1] * 16
+        assert first[4:] == [-1] * QUEUE_SIZE
 
     def test_logs(self, tmp_path):
         _, _, _, trainer = fit(loss=TripletLoss(), logger=CSVLogger(tmp_path), log_every_n_steps=1)
@@ -161,9 +177,9 @@ class TestOneRun:
         plain.fit(Tiny(TripletLoss()), datamodule=tiny_data())
         plain.save_checkpoint(tmp_path / "a.ckpt")
         watch = Watch()
-        trainer = L.Trainer(callbacks=[FalseNegativeElimination(16), watch], max_epochs=2, **SILENT)
+        trainer = L.Trainer(callbacks=[FalseNegativeElimination(QUEUE_SIZE), watch], max_epochs=2, **SILENT)
         trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-        assert watch.memory[0][2] == watch.memory[0][1] + [-1] * 16
+        assert watch.memory[0][2] == watch.memory[0][1] + [-1] * QUEUE_SIZE
 
     @pytest.mark.parametrize("stage", ["validate", "test"])
     def test_evaluation_of_a_checkpoint(self, stage, tmp_path):
@@ -192,9 +208,150 @@ class TestOneRun:
                 return epoch == 2
 
         watch = Watch()
-        trainer = L.Trainer(callbacks=[Later(16), watch], max_epochs=4, **SILENT)
+        trainer = L.Trainer(callbacks=[Later(QUEUE_SIZE), watch], max_epochs=4, **SILENT)
         trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data())
         assert {epoch for epoch, _, candidates in watch.memory if candidates is not None} == {2}
+
+
+ON_AGREEMENT = {"start_epoch": None, "fill_during_warmup": True, "momentum": 0.5}  # a slow copy that soon agrees
+
+
+class Spoil(Callback):
+    """At one step, give the slow copy weights that know nothing, and keep it there."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            fne = trainer.callbacks[0]
+            fne.encoder.momentum = 1.0
+            for parameter in fne.encoder.module.parameters():
+                nn.init.zeros_(parameter)
+
+
+class SaveAt(Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed run saves none
+class TestAgreement:
+    """``start_epoch=None``: the bank enters the loss once its embeddings agree with those of the live model."""
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_until_it_is_met_the_run_is_that_without_a_bank(self, loss):
+        _, watch, fne, _ = fit(ON_AGREEMENT, LOSSES[loss]())
+        joined = [bool(value) for value in watch.is_in_loss].index(True)
+        assert joined == MIN_STEPS  # counted from zero: it is met by the first twenty steps, and in at the next
+        L.seed_everything(0, verbose=False)
+        plain = L.Trainer(callbacks=[kept := Losses()], max_epochs=EPOCHS, **SILENT)
+        plain.fit(Tiny(LOSSES[loss]()), datamodule=tiny_data())
+        assert watch.losses[:joined] == kept.losses[:joined]
+        assert watch.losses[joined] > kept.losses[joined]  # a term more
+        assert fne.agreement.num_steps == EPOCHS * STEPS
+
+    def test_the_bank_fills_from_the_first_step(self):
+        _, watch, _, _ = fit(ON_AGREEMENT, TripletLoss())
+        queue = []
+        for (_, ids, candidates), queued in zip(watch.memory, watch.queued, strict=True):
+            assert sorted(candidates[len(ids) :]) == sorted([-1] * (QUEUE_SIZE - len(queue)) + queue)
+            queue = (queue + ids)[-QUEUE_SIZE:]
+            assert sorted(queued) == sorted(queue)
+
+    def test_a_slow_copy_that_knows_nothing_never_takes_part(self):
+        _, watch, fne, _ = fit(ON_AGREEMENT, TripletLoss(), callbacks=[Spoil(0)])
+        assert not any(watch.is_in_loss)
+        assert not fne.agreement.was_lost
+
+    def test_what_a_step_observes_decides_about_the_next(self):
+        """The flag in the batch is a copy: the loss computes both directions with the same one."""
+        _, watch, fne, trainer = fit(ON_AGREEMENT, TripletLoss(), max_steps=MIN_STEPS)
+        assert fne.agreement.is_met
+        assert not watch.is_in_loss[-1]
+        assert trainer.callback_metrics["memory/in_loss"] == 1  # the state after the step
+
+    def test_with_a_start_epoch_it_is_followed_and_decides_nothing(self):
+        _, watch, fne, trainer = fit({"momentum": 0.5}, TripletLoss())
+        assert watch.is_in_loss == [False] * STEPS + [None] * (EPOCHS - 1) * STEPS
+        assert fne.agreement.num_steps == (EPOCHS - 1) * STEPS
+        assert trainer.callback_metrics["memory/in_loss"] == 1
+
+    def test_logs(self, tmp_path):
+        fit(ON_AGREEMENT, TripletLoss(), logger=CSVLogger(tmp_path), log_every_n_steps=1)
+        with open(next(tmp_path.rglob("metrics.csv")), newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["memory/in_loss"]]
+        assert [float(row["memory/in_loss"]) for row in rows] == [0] * (MIN_STEPS - 1) + [1] * (
+            len(rows) - MIN_STEPS + 1
+        )
+        for name in ("memory/live_in_stored", "memory/stored_in_stored"):
+            assert all(0.5 < float(row[name]) < 2.5 for row in rows), name
+        assert all(0.5 < float(row["memory/cosine"]) < 1 for row in rows)
+        assert all(float(row["train/memory_cost"]) > 0 for row in rows)
+
+    def test_warns_once_where_it_was_lost(self):
+        spoiled = MIN_STEPS + 2
+        with pytest.warns(UserWarning, match="The memory bank has left the loss") as found:
+            _, watch, fne, _ = fit(ON_AGREEMENT, TripletLoss(), callbacks=[Spoil(spoiled)], max_epochs=5)
+        assert sum("has left the loss" in str(warning.message) for warning in found) == 1
+        assert watch.is_in_loss[spoiled]
+        assert not watch.is_in_loss[-1]
+        assert fne.agreement.was_lost
+
+    def test_is_quiet_where_it_was_not_lost(self, recwarn):
+        fit(ON_AGREEMENT, TripletLoss())
+        assert not [warning for warning in recwarn if "memory bank" in str(warning.message)]
+
+    @pytest.mark.parametrize("step", [MIN_STEPS - 3, MIN_STEPS + 3])
+    def test_a_resumed_run_keeps_it_bit_for_bit(self, step, tmp_path):
+        """In the middle of an epoch, before the bank joins and after."""
+        assert step % STEPS > 0
+        model, watch, fne, _ = fit(ON_AGREEMENT, TripletLoss(), callbacks=[SaveAt(step, tmp_path / "a.ckpt")])
+        found, again, resumed = resume(tmp_path / "a.ckpt")
+        assert again.losses == watch.losses[step:]
+        assert again.is_in_loss == watch.is_in_loss[step:]
+        for one, other in ((fne.agreement, resumed.agreement), (fne.bank, resumed.bank), (model, found)):
+            expected = other.state_dict()
+            assert all(torch.equal(x, expected[name]) for name, x in one.state_dict().items() if torch.is_tensor(x))
+
+    def test_an_older_checkpoint_follows_it_anew(self, tmp_path):
+        step = MIN_STEPS + 3
+        fit(ON_AGREEMENT, TripletLoss(), callbacks=[SaveAt(step, tmp_path / "a.ckpt")])
+        checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        assert checkpoint["false_negative_elimination"].pop("agreement")["is_met"]
+        torch.save(checkpoint, tmp_path / "older.ckpt")
+        _, watch, resumed = resume(tmp_path / "older.ckpt")
+        assert not any(watch.is_in_loss)
+        assert resumed.agreement.num_steps == EPOCHS * STEPS - step
+        assert resumed.bank.valid.all()
+
+    def test_a_second_fit_follows_it_anew(self):
+        _, _, fne, _ = fit(ON_AGREEMENT, TripletLoss())
+        assert fne.agreement.is_met
+        L.Trainer(callbacks=[fne, watch := Watch()], max_epochs=1, **SILENT).fit(Tiny(TripletLoss()), tiny_data())
+        assert not any(watch.is_in_loss)
+        assert fne.agreement.num_steps == STEPS
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
+def resume(path):
+    """Go on with a run of ``ON_AGREEMENT`` from a checkpoint, to its end."""
+    fne = FalseNegativeElimination(QUEUE_SIZE, **ON_AGREEMENT, sampler=FalseNegativeSampler(min_count=4))
+    model, watch = Tiny(TripletLoss()), Watch()
+    trainer = L.Trainer(callbacks=[fne, watch], max_epochs=EPOCHS, **SILENT)
+    trainer.fit(model, datamodule=tiny_data(), ckpt_path=path, weights_only=True)
+    return model, watch, fne
 
 
 @pytest.mark.gpu
@@ -210,7 +367,10 @@ def test_no_step_waits_for_the_device(loss):
                 torch.cuda.set_sync_debug_mode("default")
 
     options = {**SILENT, "accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "max_epochs": 2}
-    callbacks = [Forbid(), FalseNegativeElimination(16, min_count=4, monotone=True)]
+    callbacks = [
+        Forbid(),
+        FalseNegativeElimination(QUEUE_SIZE, start_epoch=1, sampler=FalseNegativeSampler(min_count=4, monotone=True)),
+    ]
     try:
         trainer = L.Trainer(callbacks=callbacks, limit_val_batches=0, **options)
         trainer.fit(Tiny(LOSSES[loss]()), datamodule=tiny_data())
@@ -235,7 +395,10 @@ def test_the_host_waits_for_nothing_between_steps(loss):
         def configure_optimizers(self):  # AdamW reads its own count of steps, which is on the CPU
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    callbacks = [Record(), FalseNegativeElimination(16, min_count=4, monotone=True)]
+    callbacks = [
+        Record(),
+        FalseNegativeElimination(QUEUE_SIZE, start_epoch=1, sampler=FalseNegativeSampler(min_count=4, monotone=True)),
+    ]
     if loss == "quintuplet":
         callbacks.append(OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject="embeddings"))
     trainer = L.Trainer(callbacks=callbacks, max_epochs=2, limit_val_batches=0, **SILENT)
@@ -257,7 +420,9 @@ def test_beside_weight_averaging_and_checkpoints(tmp_path):
     assert torch.equal(fne_beside.bank.image, fne.bank.image)
     keys = set(torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"])
     assert keys == set(alone.state_dict())
-    resumed = FalseNegativeElimination(16, min_count=4)
+    resumed = FalseNegativeElimination(
+        QUEUE_SIZE, start_epoch=1, fill_during_warmup=False, sampler=FalseNegativeSampler(min_count=4)
+    )
     trainer = L.Trainer(callbacks=[resumed, EMAWeightAveraging(decay=0.5)], max_epochs=EPOCHS, **SILENT)
     trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
     assert torch.equal(resumed.bank.image, fne.bank.image)
@@ -290,13 +455,15 @@ class Still(Tiny):
 
 @pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
-@pytest.mark.parametrize("positive", ["momentum", "online"])
+@pytest.mark.parametrize("start_epoch", [0, None])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_two_processes_draw_like_one(loss, positive):
+def test_two_processes_draw_like_one(loss, start_epoch):
     """Queue, statistics, draws and so weights, after two epochs of the same global batches."""
     for devices in (1, 2):
         L.seed_everything(0, verbose=False)
-        fne = FalseNegativeElimination(16, start_epoch=0, min_count=4, prior=0.05, positive=positive)
+        fne = FalseNegativeElimination(
+            QUEUE_SIZE, start_epoch=start_epoch, sampler=FalseNegativeSampler(min_count=4, prior=0.05)
+        )
         trainer = L.Trainer(
             devices=devices,
             strategy="ddp_fork" if devices > 1 else "auto",
@@ -318,36 +485,24 @@ def test_two_processes_draw_like_one(loss, positive):
     assert all(torch.equal(value, two[1]["bank"][name]) for name, value in two[0]["bank"].items() if name[0] != "_")
 
 
-def test_plot_draws_densities_posterior_and_histogram():
-    *_, fne, _ = fit(loss=TripletLoss())
-    figure = fne.plot()
-    left, right = figure.axes
-    assert len(left.lines) == 2
-    for histogram in left.patches:
-        heights, edges, _ = histogram.get_data()
-        assert (heights * (edges[1:] - edges[:-1])).sum() == pytest.approx(1, abs=1e-3)
-    assert len(left.patches) == 2
-    assert len(right.lines) == 2
-
-
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             ({"queue_size": 0}, "`queue_size` to be an integer of at least 1, got 0"),
             ({"queue_size": 16.5}, "`queue_size` to be an integer of at least 1, got 16.5"),
-            ({"sharpness": float("nan")}, "`sharpness` not to be negative, got nan"),
             ({"momentum": 1.0}, r"`momentum` to be in \[0, 1\), got 1.0"),
             ({"momentum": -0.1}, r"`momentum` to be in \[0, 1\), got -0.1"),
             ({"start_epoch": -1}, "`start_epoch` to be an integer of at least 0, got -1"),
-            ({"positive": "slow"}, "`positive` to be one of 'momentum', 'online', got 'slow'"),
-            ({"weighting": "none"}, "`weighting` to be one of"),
-            ({"prior": 2.0}, "`prior` to be between 0 and 1, got 2.0"),
         ],
     )
     def test_wrong_arguments(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             FalseNegativeElimination(**arguments)
+
+    def test_a_sampler_of_another_kind(self):
+        with pytest.raises(TypeError, match=r"`sampler` to be a FalseNegativeSampler, got dict. Subclass it"):
+            FalseNegativeElimination(sampler={"prior": 1e-4})
 
     def test_a_queue_smaller_than_a_batch(self):
         with pytest.raises(
@@ -389,7 +544,7 @@ class TestBadInput:
                 return super().encode_text(text)[:, :8]
 
         fit(loss=TripletLoss(), max_epochs=2)[3].save_checkpoint(tmp_path / "a.ckpt")
-        trainer = L.Trainer(callbacks=[FalseNegativeElimination(16)], max_epochs=3, **SILENT)
+        trainer = L.Trainer(callbacks=[FalseNegativeElimination(QUEUE_SIZE)], max_epochs=3, **SILENT)
         with pytest.raises(ValueError, match=r"as wide as the queue's, 16, got 8"):
             trainer.fit(Half(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 

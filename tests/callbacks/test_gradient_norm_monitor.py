@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_itm import (
     FalseNegativeElimination,
+    FalseNegativeSampler,
     GradientNormMonitor,
     InfoNCELoss,
     OfflineHardNegativeMining,
@@ -183,7 +184,9 @@ class TestOneRun:
         ids=["hardest", "selective", "aoq"],
     )
     def test_beside_the_other_callbacks(self, loss, has_memory, mining):
-        callbacks = [FalseNegativeElimination(16, min_count=4, start_epoch=0)] * has_memory
+        callbacks = [
+            FalseNegativeElimination(16, start_epoch=0, sampler=FalseNegativeSampler(min_count=4))
+        ] * has_memory
         if mining:
             callbacks.append(OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=mining))
         model, monitor, _, trainer = fit(loss(), callbacks)

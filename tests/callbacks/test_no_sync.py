@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_itm import (
     FalseNegativeElimination,
+    FalseNegativeSampler,
     GradientNormMonitor,
     ImageTextDataModule,
     ImageTextDataset,
@@ -34,7 +35,9 @@ LOSSES = {
     "sigmoid": SigmoidLoss,
 }
 CALLBACKS = {
-    "memory": lambda: FalseNegativeElimination(16, momentum=0.9, min_count=4, start_epoch=0),
+    "memory": lambda: FalseNegativeElimination(
+        16, momentum=0.9, start_epoch=0, sampler=FalseNegativeSampler(min_count=4)
+    ),
     "mining": lambda: OfflineHardNegativeMining(
         texts_per_image=12, images_per_text=8, inject="embeddings", batch_size=16, num_workers=0
     ),

@@ -24,3 +24,13 @@ def test_an_anchor_without_negatives_pays_for_its_positive_alone():
     assert info_nce_cost(scores, logit_scale=SCALE).tolist() == [0, 0]
     expected = [math.log1p(math.exp(-(10 * positive - 3))) for positive in POSITIVE.tolist()]
     assert sigmoid_cost(scores, logit_scale=SCALE, logit_bias=BIAS).tolist() == pytest.approx(expected)
+
+
+def test_an_anchor_that_is_nearly_right_still_has_a_gradient():
+    """At γ = 100 most costs are below 1e-7, what float32 can tell apart from a sum of about one."""
+    positive = torch.tensor([0.5], requires_grad=True)
+    scores = DirectionScores(torch.tensor([[0.3]]), positive, torch.ones(1, 1, dtype=torch.bool))
+    cost = info_nce_cost(scores, logit_scale=torch.tensor(100.0))
+    cost.sum().backward()
+    assert cost.item() == pytest.approx(math.exp(-20), rel=1e-4)
+    assert positive.grad.item() == pytest.approx(-100 * math.exp(-20), rel=1e-4)

@@ -29,3 +29,11 @@ def test_the_hardest_is_a_negative_or_none():
     assert mask.tolist() == [[True, True, False], [False, False, False]]
     scores = direction_scores(anchor, anchor, candidates, anchor_id=torch.tensor([5, 7]), candidate_id=candidate_id)
     torch.testing.assert_close(hardest_negative(scores), torch.tensor([-0.6, -torch.inf]))
+
+
+def test_a_row_of_zeros_has_no_huge_gradient():
+    """Divided by a small number instead of one, it would be 1e12 and ruin the step of all others."""
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+    (unit_norm(rows) * torch.tensor([[0.0, 5.0], [2.0, -3.0]])).sum().backward()
+    assert rows.grad[1].tolist() == [2, -3]
+    torch.testing.assert_close(rows.grad[0], torch.tensor([-0.48, 0.36]))

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from lightning_itm.functional import top_k_negatives
+from lightning_itm.functional.top_k import score_ceiling
 from tests.helpers.embeddings import embeddings
 
 
@@ -60,11 +61,11 @@ def test_equals_brute_force(method, search):
 )
 def test_guards_equal_brute_force(method, search, rank_min, guard):
     anchors, keys, anchor_id, key_id, k, memory_budget = search
-    positive = torch.rand(len(anchors))
+    positive = 2 * torch.rand(len(anchors)) - 1
     ceiling = {
         "max_score": torch.full_like(positive, 0.3),
         "absolute_margin": positive - 0.3,
-        "relative_margin": 0.7 * positive,
+        "relative_margin": positive - 0.3 * positive.abs(),
     }[guard]
     found = top_k_negatives(
         anchors,
@@ -148,3 +149,9 @@ def test_ids_that_need_64_bits(method):
     far = top_k_negatives(anchors, keys, 9, anchor_id=anchor_id + 2**40, key_id=key_id + 2**40, method=method)
     assert torch.equal(near.index, far.index)
     assert (key_id[near.index] != anchor_id[:, None]).all()
+
+
+def test_a_relative_margin_is_below_the_positive():
+    """Also where that is negative."""
+    ceiling = score_ceiling(torch.tensor([0.5, 0.0, -0.5]), relative_margin=0.1)
+    torch.testing.assert_close(ceiling, torch.tensor([0.45, 0.0, -0.55]))

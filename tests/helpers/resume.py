@@ -7,7 +7,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_itm import FalseNegativeElimination, OfflineHardNegativeMining, ShardDataset, ShardStream
+from lightning_itm import (
+    FalseNegativeElimination,
+    FalseNegativeSampler,
+    OfflineHardNegativeMining,
+    ShardDataset,
+    ShardStream,
+)
 from tests.helpers.tiny import AUGMENTED, NUM_IMAGES, PLAIN, SILENT, Tiny, tiny_data, tokenize
 
 NUM_PAIRS = 2 * NUM_IMAGES
@@ -59,7 +65,9 @@ def fit(
     options = {**SILENT, "max_epochs": EPOCHS, "enable_checkpointing": True, **trainer_options}
     model = model_class()
     miners = [] if mining is None else [OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, **mining)]
-    banks = [] if memory is None else [FalseNegativeElimination(16, min_count=4, **memory)]
+    banks = (
+        [] if memory is None else [FalseNegativeElimination(16, **memory, sampler=FalseNegativeSampler(min_count=4))]
+    )
     trainer = L.Trainer(callbacks=[*banks, watch, *miners, checkpoint], **options)
     data = tiny_data(**{name: value for name, value in loader.items() if name != "shards"})
     if "shards" in loader:

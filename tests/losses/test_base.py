@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_itm import InfoNCELoss, SigmoidLoss, TripletLoss
-from lightning_itm.embeddings import EmbeddingPairs
+from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
 from tests.helpers.pairs import make_pairs
 from tests.reference import losses as reference
 
@@ -104,3 +104,19 @@ def test_a_switch_is_refused_where_there_is_no_rule(loss):
 def test_an_unknown_reduction():
     with pytest.raises(ValueError, match="one of 'mean', 'sum', got 'none'"):
         TripletLoss(reduction="none")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_ids_of_fewer_bits(name, dtype):
+    """In a batch of a user's own loader. Beside mined negatives, some of which are missing and have the id −1."""
+    _, pairs = make_pairs(4, image_id=[0, 0, 1, 2], dtype=torch.float32)
+    narrow = EmbeddingPairs(
+        pairs.image_embeddings, pairs.text_embeddings, pairs.image_id.to(dtype), pairs.text_id.to(dtype)
+    )
+    _, mined = make_pairs(4, dtype=torch.float32)
+    other = torch.tensor([3, -1, 0, -1])
+    texts, images = mined.text_embeddings, mined.image_embeddings
+    hard = HardNegatives(texts, images, other, images, texts, other)
+    loss = CASES[name][0]()
+    assert torch.equal(loss(narrow, hard=hard)["loss"], loss(pairs, hard=hard)["loss"])

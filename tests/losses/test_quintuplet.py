@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch.nn.functional import normalize
 
 from lightning_itm import InfoNCELoss, QuintupletLoss, SigmoidLoss, TripletLoss
 from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
+from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("aoq_*.npz"))
 NAMES = ("image", "text", "hard_image", "hard_text", "hard_text_image", "hard_image_text")
@@ -45,6 +47,7 @@ def test_equals_the_published_code(path):
         offline_margin=float(golden["margin_offline"]),
         alpha=float(golden["alpha"]),
         beta=float(golden["beta"]),
+        as_published=True,
         reduction="sum",
     )
     value = loss(pairs, hard=hard)["loss"]
@@ -103,7 +106,7 @@ IDS = st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 6), st.integers(-1, 
 def test_equals_the_loop(ids, clamp, seed):
     """Rows where nothing was mined, matched mined pairs, groups of one image, a batch of one."""
     vectors, pairs, hard = make_case(*(list(column) for column in zip(*ids, strict=True)), seed=seed)
-    loss = QuintupletLoss(TripletLoss(0.3), offline_margin=0.1, alpha=0.2, beta=1.2, clamp_weights=clamp)
+    loss = QuintupletLoss(TripletLoss(0.3), offline_margin=0.1, alpha=0.2, beta=1.2, as_published=not clamp)
     value = loss(pairs, hard=hard)["loss"]
     value.backward()
     assert value.item() == pytest.approx(loop(pairs, hard, 0.3, 0.1, 0.2, 1.2, clamp), abs=1e-9)
@@ -118,15 +121,42 @@ def test_without_mined_negatives_it_is_the_online_loss():
         assert loss(pairs)["loss"] == online(pairs)["loss"] == loss(pairs, hard=hard)["loss"]
 
 
-def test_detached_weights_change_the_gradient_and_not_the_loss():
-    vectors, pairs, hard = make_case([0, 1, 2], [5, 6, 7], [8, 9, 10])
-    gradients, values = [], []
-    for detach in (False, True):
-        value = QuintupletLoss(TripletLoss(0.9), detach_weights=detach)(pairs, hard=hard)["loss"]
-        gradients.append(torch.autograd.grad(value, vectors["hard_text"])[0])
-        values.append(value)
-    assert values[0] == values[1]
-    assert not torch.allclose(*gradients)
+@pytest.mark.parametrize("as_published", [False, True])
+def test_the_anchor_is_never_pulled_towards_its_mined_negative(as_published):
+    """The batch's negative costs, the mined one is easy. As published, the weight still has a gradient: the defect."""
+    scores = torch.tensor([0.5, 0.4, -0.3], dtype=torch.float64)  # positive, the batch's negative, the mined one
+    anchored = scores[2:].clone().requires_grad_()
+    there = torch.tensor([True])
+    offline = OfflineScores(anchored, torch.tensor([-1.0], dtype=torch.float64), there, there, ~there)
+    cost = quintuplet_cost(
+        0.2 - scores[:1] + scores[1:2],
+        offline,
+        positive=scores[:1],
+        online_negative=scores[1:2],
+        as_published=as_published,
+    )
+    (gradient,) = torch.autograd.grad(cost.sum(), anchored, allow_unused=True)
+    if as_published:
+        assert gradient.item() == pytest.approx(-0.1 / 0.3)
+    else:
+        assert gradient is None or gradient.item() == 0
+
+
+def test_stored_negatives_are_compared_with_the_stored_positive():
+    """And two stored negatives with nothing: their term would have no gradient of its own, and pull on the live positive."""
+    vectors, pairs, hard = make_case([0, 1], [5, 6], [7, -1], dim=6)
+    earlier = [normalize(torch.randn(2, 6, dtype=torch.float64), dim=-1) for _ in range(2)]
+    stored = replace(hard, positive=EmbeddingPairs(*earlier, pairs.image_id, pairs.text_id))
+    online = TripletLoss(0.1)
+    loss = QuintupletLoss(online, offline_margin=2.0, alpha=1e9, beta=1.0)  # w = 1
+    i2t = 2.0 + (pairs.image_embeddings * (hard.text_embeddings - earlier[1])).sum(1)
+    t2i = 2.0 + (pairs.text_embeddings * (hard.image_embeddings - earlier[0])).sum(1)
+    expected = online(pairs)["loss"] + (i2t.sum() + t2i[0]) / 4  # nothing was mined for the second text
+    value = loss(pairs, hard=stored)["loss"]
+    torch.testing.assert_close(value, expected)
+    gradients = torch.autograd.grad(value, [vectors["image"], vectors["text"]])
+    for one, other in zip(gradients, torch.autograd.grad(expected, [vectors["image"], vectors["text"]]), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_true_pairs_among_the_mined_are_skipped():

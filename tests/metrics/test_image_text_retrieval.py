@@ -103,6 +103,39 @@ def test_a_dead_tower_is_no_wrong_id():
     assert measured(ImageTextRetrieval(), EmbeddingPairs(torch.zeros(3, 2), torch.zeros(3, 2), ids, ids))["i2t_r1"] == 0
 
 
+@pytest.mark.parametrize("field", ["image", "text"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_embedding_that_is_not_finite_is_an_error(field, value):
+    """Every score with it counts against the model: one bad text would make every image miss."""
+    *_, pairs = make_pairs([1] * 12)
+    metric = ImageTextRetrieval()
+    for row in (3, 7):
+        getattr(pairs, f"{field}_embeddings")[row, 1] = value
+    metric.update(pairs)
+    message = (
+        rf"`{field}_embeddings` to be finite, got NaN or infinity in 2 of 12 for {field}_id 3, 7\. .*{field} tower"
+    )
+    with pytest.raises(ValueError, match=message):
+        metric.compute()
+
+
+def test_of_many_that_are_not_finite_the_first_are_named():
+    ids = torch.arange(40)
+    metric = ImageTextRetrieval()
+    metric.update(torch.full((40, 2), torch.nan), torch.ones(40, 2), ids, ids)
+    with pytest.raises(ValueError, match=r"in 40 of 40 for image_id 0, 1, 2, 3, 4, …\."):
+        metric.compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_ids_of_fewer_bits(dtype):
+    *_, pairs = make_pairs([2, 1, 3, 1])
+    narrow = pairs.image_id.to(dtype), pairs.text_id.to(dtype)
+    metric = ImageTextRetrieval()
+    metric.update(pairs.image_embeddings, pairs.text_embeddings, *narrow)
+    assert metric.compute() == measured(ImageTextRetrieval(), pairs)
+
+
 def test_nothing_seen():
     metric = ImageTextRetrieval()
     with (

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_itm import (
     DualEncoder,
     FalseNegativeElimination,
+    FalseNegativeSampler,
     GradientNormMonitor,
     InfoNCELoss,
     OfflineHardNegativeMining,
@@ -268,7 +269,7 @@ class Plain(Tiny):
 def fit(model, inject, **options):
     callbacks = [
         OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=inject),
-        FalseNegativeElimination(queue_size=16, min_count=4, start_epoch=0),
+        FalseNegativeElimination(queue_size=16, start_epoch=0, sampler=FalseNegativeSampler(min_count=4)),
         GradientNormMonitor(),
     ]
     trainer = L.Trainer(callbacks=callbacks, **{**SILENT, "max_epochs": 2, **options})

@@ -1,0 +1,244 @@
+"""Does every option that trains, train? Each loss with each source of negatives, from a converged small model.
+
+A small CNN and a bag of character pieces are trained on emoji with InfoNCE. From there, each setting trains for some hundred
+steps. The table has rsum on held-out emoji, its difference to the same loss alone, and the mean cosine of pairs that do not
+match, which shows a collapse. No setting may end more than 4 below its loss alone.
+
+    python benchmarks/every_option.py              # about three minutes on two cores
+    python benchmarks/every_option.py --seeds 0 1 2
+    python benchmarks/every_option.py --only bank  # settings whose name has this in it
+"""
+
+import argparse
+import itertools
+import logging
+import statistics
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from emoji_mining import load_example
+from PIL import Image
+from torch import Tensor, nn
+
+from lightning_itm import (
+    DualEncoder,
+    FalseNegativeElimination,
+    FalseNegativeSampler,
+    GradientNormMonitor,
+    ImageTextDataModule,
+    ImageTextDataset,
+    ImageTextRetrieval,
+    InfoNCELoss,
+    OfflineHardNegativeMining,
+    QuintupletLoss,
+    SigmoidLoss,
+    TripletLoss,
+)
+
+SIDE, WIDTH, DIM, LENGTH, VOCABULARY = 24, 24, 64, 48, 4096
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "InfoNCE": InfoNCELoss,
+    "sigmoid": lambda: SigmoidLoss(2.7, -5.0),
+    "triplet": TripletLoss,
+    "quintuplet": QuintupletLoss,
+}
+SOURCES: dict[str, dict[str, Any]] = {
+    "bank": {},
+    "bank, papers' start": {"start_epoch": 0},
+    "bank, queue 256": {"queue_size": 256},
+    "bank, drop": {"sampler": {"weighting": "drop"}},
+    "bank, complement": {"sampler": {"weighting": "complement"}},
+    "bank, no cut": {"sampler": {"cut_down": "off"}},
+    "samples": {},
+    "samples, uncoupled": {"coupled_ranks": False},
+    "embeddings": {},
+    "embeddings, uncoupled": {"coupled_ranks": False},
+    "monitor": {},
+    "bank, embeddings": {},
+    "bank, samples": {},
+}
+
+
+class Small(DualEncoder):
+    """A CNN and a bag of character pieces."""
+
+    def __init__(self, loss: nn.Module, learning_rate: float = 1e-3, warmup_steps: int = 10) -> None:
+        super().__init__(loss, learning_rate=learning_rate, warmup_steps=warmup_steps)
+        widths = [3, WIDTH, 2 * WIDTH, 4 * WIDTH]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        side = SIDE // 8
+        self.image_encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * WIDTH * side * side, DIM))
+        self.text_encoder = nn.EmbeddingBag(VOCABULARY, DIM, mode="mean", padding_idx=0)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Encode pictures."""
+        return self.image_encoder(image)  # type: ignore[no-any-return]
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Encode character pieces."""
+        return self.text_encoder(text)  # type: ignore[no-any-return]
+
+
+class Outcome(NamedTuple):
+    """What a setting ended with."""
+
+    rsum: float
+    cosine: float
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    """Number the words and their pieces of three letters."""
+    rows = []
+    for text in texts:
+        words = text.lower().replace(":", " ").replace(",", " ").split()
+        pieces = [f"<{word}>"[start : start + 3] for word in words for start in range(len(word))]
+        numbers = [1 + zlib.crc32(piece.encode()) % (VOCABULARY - 1) for piece in [*words, *pieces]]
+        rows.append((numbers + [0] * LENGTH)[:LENGTH])
+    return torch.tensor(rows)
+
+
+def make_data(batch_size: int, seed: int) -> ImageTextDataModule:
+    """Read the emoji into memory, small."""
+    sets = []
+    for items in load_example().split():
+        pictures = []
+        for item in items:
+            with Image.open(item.image) as image:
+                white = Image.new("RGBA", image.size, "white")
+                white.alpha_composite(image.convert("RGBA"))
+                pictures.append(np.asarray(white.convert("RGB").resize((SIDE, SIDE))))
+        sets.append(ImageTextDataset(pictures, [item.name for item in items], tokenizer=tokenize))
+    return ImageTextDataModule(*sets, batch_size=batch_size, num_workers=0, seed=seed)
+
+
+def run(model: Small, data: ImageTextDataModule, epochs: int, callbacks: list[L.Callback]) -> None:
+    """Train."""
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=data)
+
+
+@torch.no_grad()
+def evaluate(model: Small, data: ImageTextDataModule) -> Outcome:
+    """Compute rsum on the test set, and the mean cosine of pairs that do not match."""
+    model.eval()
+    metric, cosines = ImageTextRetrieval(), []
+    for batch in data.test_dataloader():
+        pairs = model.embed(batch)
+        metric.update(pairs)
+        similarity = pairs.image_embeddings @ pairs.text_embeddings.T
+        cosines.append(similarity[~torch.eye(len(pairs), dtype=torch.bool)].mean().item())
+    model.train()
+    return Outcome(float(metric.compute()["rsum"]), statistics.mean(cosines))
+
+
+def make_callbacks(source: str, seed: int) -> list[L.Callback]:
+    """Build the callbacks of a setting."""
+    options = dict(SOURCES.get(source, {}))
+    callbacks: list[L.Callback] = []
+    if "bank" in source:
+        sampler = FalseNegativeSampler(seed=seed, **options.pop("sampler", {}))
+        callbacks.append(FalseNegativeElimination(**{"queue_size": 1024, "momentum": 0.99, **options}, sampler=sampler))
+        options = {}
+    if "samples" in source or "embeddings" in source:
+        inject: Literal["samples", "embeddings"] = "samples" if "samples" in source else "embeddings"
+        callbacks.append(
+            OfflineHardNegativeMining(
+                texts_per_image=30,
+                images_per_text=30,
+                relative_margin=0.05,
+                inject=inject,
+                num_workers=0,
+                seed=seed,
+                **options,
+            )
+        )
+    if source == "monitor":
+        callbacks.append(GradientNormMonitor())
+    return callbacks
+
+
+def settings(only: str) -> Iterator[tuple[str, str]]:
+    """Yield each loss with each source that it can take."""
+    for loss in LOSSES:
+        for source in ("alone", *SOURCES):
+            if source == "alone" or (_differs(loss, source) and only in f"{loss} {source}"):
+                yield loss, source
+
+
+def _differs(loss: str, source: str) -> bool:
+    """Tell whether a source means something for a loss that it does not mean for another one already."""
+    if loss == "quintuplet":  # without mined negatives it is the triplet loss
+        return "samples" in source or "embeddings" in source
+    return source != "monitor" or loss == "triplet"
+
+
+def run_seed(seed: int, epochs: int, only: str = "", batch_size: int = 64) -> dict[tuple[str, str], Outcome]:
+    """Train the start, and each setting from there."""
+    L.seed_everything(seed, verbose=False)
+    data = make_data(batch_size, seed)
+    starts = {}
+    outcomes = {}
+    for loss in ("InfoNCE", "sigmoid"):  # hinges start from InfoNCE
+        starts[loss] = start = Small(LOSSES[loss](), 3e-3)
+        run(start, data, 12, [])
+        outcomes["start", loss] = evaluate(start, data)
+        print(f"seed {seed}, start with {loss}: {outcomes['start', loss]}", flush=True)
+    for loss, source in settings(only):
+        L.seed_everything(seed, verbose=False)
+        model = Small(LOSSES[loss]())
+        weights = starts.get(loss, starts["InfoNCE"]).state_dict()
+        kept = {name: value for name, value in weights.items() if loss in starts or not name.startswith("loss.")}
+        model.load_state_dict(kept, strict=False)
+        began = time.perf_counter()
+        run(model, data, epochs, make_callbacks(source, seed))
+        outcomes[loss, source] = outcome = evaluate(model, data)
+        gain = outcome.rsum - outcomes[loss, "alone"].rsum
+        seconds = time.perf_counter() - began
+        print(
+            f"seed {seed}, {loss:12}{source:24}{outcome.rsum:8.1f}{gain:+8.1f}{outcome.cosine:8.3f}{seconds:7.1f} s",
+            flush=True,
+        )
+    return outcomes
+
+
+def main() -> None:
+    """Run the seeds and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, default=6, help="with each setting (6)")
+    parser.add_argument("--only", default="", help="settings whose name has this in it")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", ""):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    results = [run_seed(seed, args.epochs, args.only) for seed in args.seeds]
+    print(f"\n{'':36}{'rsum':>8}{'beside alone':>16}{'worst':>8}{'cosine':>8}")
+    for key in results[0]:
+        alone = [result.get((key[0], "alone"), result[key]).rsum for result in results]
+        gains = [result[key].rsum - one for result, one in zip(results, alone, strict=True)]
+        spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
+        rsum = statistics.mean(result[key].rsum for result in results)
+        cosine = max(result[key].cosine for result in results)
+        gain = f"{statistics.mean(gains):+8.1f} ± {spread:5.1f}"
+        print(f"{key[0]:12}{key[1]:24}{rsum:8.1f}{gain:>16}{min(gains):8.1f}{cosine:8.3f}")
+
+
+if __name__ == "__main__":
+    main()
