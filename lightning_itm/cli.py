@@ -121,7 +121,7 @@ class Trainer(L.Trainer):
             rank_min: Skip this many of the hardest, where they are likely false negatives. Typical: 0 to 10.
             max_score: Drop negatives whose cosine similarity is higher than this, such as 0.9. Default: keep all.
             absolute_margin: Drop negatives more similar than the positive minus this, such as 0.05. Default: keep all.
-            relative_margin: The same, with this fraction of the positive's absolute value, such as 0.05. Default: keep all.
+            relative_margin: Drop negatives more similar than positive - this * abs(positive), such as 0.05. Default: keep all.
         """
         # These four drop what is probably a false negative. They are not in the paper.
         guards = {"rank_min": rank_min, "max_score": max_score}

@@ -64,14 +64,14 @@ def samples():
 def mined_samples():
     """With negatives as a HardNegativeDataset would add them, one pair without any."""
     data, mined = samples(), samples()[::-1]
-    for place, (sample, negative) in enumerate(zip(data, mined, strict=True)):
+    for index, (sample, negative) in enumerate(zip(data, mined, strict=True)):
         sample["hard"] = {
             "text": negative["text"],
             "image_of_text": negative["image"],
-            "image_id_of_text": 20 + place,
-            "image": mined[place - 1]["image"],
-            "text_of_image": mined[place - 1]["text"],
-            "image_id": 40 + place,
+            "image_id_of_text": 20 + index,
+            "image": mined[index - 1]["image"],
+            "text_of_image": mined[index - 1]["text"],
+            "image_id": 40 + index,
         }
     data[3]["hard"]["image_id_of_text"] = -1
     return data

@@ -66,20 +66,10 @@ def write_shards(
     shards: list[dict[str, Any]] = []
     left_out: list[str] = []
     for number, start in enumerate(range(0, len(pairs.images), images_per_shard)):
-        name, counts = f"{prefix}{number:05d}.tar", {"images": 0, "pairs": 0}
+        name = f"{prefix}{number:05d}.tar"
         part = folder / f"{name}.part"  # not yet a shard: what breaks off in the middle is never read as one
-        # No times, so that the same pairs give the same bytes, and the same SHA-256.
-        with open(part, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
-            for image_id in range(len(pairs.images))[start : start + images_per_shard]:
-                try:
-                    data, ending = encoded_image(pairs.images[image_id])
-                except UnreadableImageError as error:
-                    left_out.append(f"image {image_id}: {error}")
-                    continue
-                ids = text_ids[image_id]
-                facts = {"image_id": image_id, "text_ids": ids, "texts": [pairs.texts[text_id] for text_id in ids]}
-                writer.write({"__key__": f"{image_id:09d}", ending: data, "json": json.dumps(facts).encode()})
-                counts = {"images": counts["images"] + 1, "pairs": counts["pairs"] + len(ids)}
+        image_ids = range(len(pairs.images))[start : start + images_per_shard]
+        counts = _write_shard(part, pairs, {image_id: text_ids[image_id] for image_id in image_ids}, left_out)
         shards.append({"name": name, **counts, "bytes": part.stat().st_size, "sha256": checksum(part)})
     if left_out:
         warnings.warn(
@@ -93,6 +83,24 @@ def write_shards(
     manifest = {**totals, "shards": shards}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+def _write_shard(
+    path: Path, pairs: ImageTextDataset, text_ids: dict[int, list[int]], left_out: list[str]
+) -> dict[str, int]:
+    counts = {"images": 0, "pairs": 0}
+    # No times, so that the same pairs give the same bytes, and the same SHA-256.
+    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+        for image_id, ids in text_ids.items():
+            try:
+                data, ending = encoded_image(pairs.images[image_id])
+            except UnreadableImageError as error:
+                left_out.append(f"image {image_id}: {error}")
+                continue
+            facts = {"image_id": image_id, "text_ids": ids, "texts": [pairs.texts[text_id] for text_id in ids]}
+            writer.write({"__key__": f"{image_id:09d}", ending: data, "json": json.dumps(facts).encode()})
+            counts = {"images": counts["images"] + 1, "pairs": counts["pairs"] + len(ids)}
+    return counts
 
 
 def verify_shards(folder: str | PathLike[str]) -> None:
