@@ -93,7 +93,7 @@ def fne(args: argparse.Namespace) -> Recipe:
     data = ImageTextDataModule(*sets, batch_size=args.batch_size or 128, num_workers=args.num_workers)  # ours
     memory = FalseNegativeElimination(
         queue_size=8224, momentum=0.995, start_epoch=1,  # the paper's
-        sampler=FalseNegativeSampler(prior=1e-4, sharpness=0.5, min_count=200),  # the paper's
+        sampler=FalseNegativeSampler(posterior="published", prior=1e-4, sharpness=0.5, min_count=200),  # the paper's
         fill_during_warmup=True,  # not in the paper
     )  # fmt: skip
     return model, data, [memory], {"max_epochs": 10}  # ours

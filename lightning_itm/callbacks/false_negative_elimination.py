@@ -75,8 +75,8 @@ class FalseNegativeElimination(Callback):
     References:
         *Your Negative May not Be True Negative: Boosting Image-Text Matching with False Negative Elimination*,
         arXiv 2308.04380 (2023). Its slow copies are in train mode, and its queue starts with random vectors. As published:
-        ``FalseNegativeElimination(8224, 0.995, start_epoch=1, fill_during_warmup=False)`` with
-        ``TripletLoss(memory="instead", reduction="sum")``.
+        ``FalseNegativeElimination(8224, 0.995, start_epoch=1, fill_during_warmup=False, sampler=sampler)`` with
+        ``sampler = FalseNegativeSampler(posterior="published")`` and ``TripletLoss(memory="instead", reduction="sum")``.
     """
 
     def __init__(

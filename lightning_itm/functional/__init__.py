@@ -8,6 +8,7 @@ from lightning_itm.functional.false_negatives import (
     false_negative_posterior,
     sampling_weights,
 )
+from lightning_itm.functional.posterior import histogram_posterior
 from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
 from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank
 from lightning_itm.functional.similarity import (
@@ -32,6 +33,7 @@ __all__ = [
     "false_negative_posterior",
     "hardest_cost",
     "hardest_negative",
+    "histogram_posterior",
     "info_nce_cost",
     "mean_cost",
     "negative_mask",

@@ -12,6 +12,7 @@ from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSample
 from lightning_itm.memory_bank.figure import plot_similarities
 from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder
 from lightning_itm.memory_bank.queue import MemoryBank
+from lightning_itm.memory_bank.similarity_histograms import SimilarityHistograms
 from lightning_itm.memory_bank.similarity_statistics import SimilarityStatistics
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "MemoryDirection",
     "MomentumEncoder",
     "NegativeSampler",
+    "SimilarityHistograms",
     "SimilarityStatistics",
     "plot_similarities",
 ]

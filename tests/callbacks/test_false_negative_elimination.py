@@ -60,7 +60,7 @@ def fit(fne=None, loss=None, callbacks=(), model=None, **options):
         "queue_size": QUEUE_SIZE,
         "start_epoch": 1,
         "fill_during_warmup": False,
-        "sampler": FalseNegativeSampler(min_count=4),
+        "sampler": FalseNegativeSampler(posterior="published", min_count=4),
     }
     watch, fne = Watch(), FalseNegativeElimination(**{**published, **(fne or {})})
     model = Tiny(loss) if model is None else model

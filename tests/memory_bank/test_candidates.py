@@ -115,7 +115,7 @@ class TestLosses:
     def test_contrastive_losses_have_a_weighted_term_of_stored_pairs(self, make_loss, kind, weighting):
         pairs = make_pairs(7, image_id=[0, 0, 1, 2, 3, 4, 5])
         pairs.image_embeddings.requires_grad_()
-        sampler = FalseNegativeSampler(min_count=0, weighting=weighting, prior=0.2)
+        sampler = FalseNegativeSampler(posterior="published", min_count=0, weighting=weighting, prior=0.2)
         sampler.observe(make_pairs(20))
         sampler.observe = lambda candidates: None  # what was seen stays as it is
         memory = make_memory(pairs, 12, sampler=sampler)
@@ -130,7 +130,7 @@ class TestLosses:
     def test_triplet_loss_punishes_what_was_drawn(self):
         pairs = make_pairs(8)
         pairs.image_embeddings.requires_grad_()
-        memory = make_memory(pairs)
+        memory = make_memory(pairs, sampler=FalseNegativeSampler(posterior="published", min_count=0))
         outputs = TripletLoss(0.5, memory="instead")(pairs, memory=memory)
         costs = []
         for direction in memory.directions(pairs):

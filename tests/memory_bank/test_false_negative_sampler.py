@@ -30,6 +30,7 @@ class Heaviest(FalseNegativeSampler):
 def test_loss_and_gradients_equal_the_published_code(path):
     for settings, step in golden_steps(path):
         sampler = Heaviest(
+            posterior="published",
             prior=settings["prior"],
             sharpness=settings["tau"],
             threshold=settings["posterior_threshold"],
@@ -62,7 +63,7 @@ class TestSampler:
     def setup_method(self):
         torch.manual_seed(3)
         self.pairs = make_pairs(16, dim=8)
-        self.sampler = FalseNegativeSampler(min_count=2)
+        self.sampler = FalseNegativeSampler(posterior="published", min_count=2)
         self.sampler.observe(self.pairs)
         self.memory = make_memory(self.pairs, 50, sampler=self.sampler, num_images=40)
 
@@ -156,6 +157,7 @@ class TestSampler:
             ({"threshold": 1.0}, "`threshold` to be between 0 and 1, got 1.0"),
             ({"sharpness": -1.0}, "`sharpness` not to be negative, got -1.0"),
             ({"min_count": -1}, "`min_count` not to be negative, got -1"),
+            ({"posterior": "normal"}, "`posterior` to be one of 'histogram', 'published', got 'normal'"),
             ({"weighting": "log"}, "`weighting` to be one of 'exp', 'complement', 'drop', got 'log'"),
             ({"cut_down": "local"}, "`cut_down` to be one of 'global', 'per_anchor', 'off', got 'local'"),
         ],
