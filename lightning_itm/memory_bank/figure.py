@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from lightning_itm.functional.false_negatives import MIN_VARIANCE, false_negative_posterior
+from lightning_itm.functional.posterior import similarity_bin
 from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
 from lightning_itm.memory_bank.queue import MemoryBank
 
@@ -50,9 +51,7 @@ def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
             axes.plot(grid, Normal(mean, variance.sqrt()).log_prob(grid).exp(), color=color, label=label)
     axes.set(xlabel="cosine similarity", ylabel="density", ylim=(0, None), title="Which candidates are likely matches?")
     right = axes.twinx()
-    statistics = dict(zip(("positive_mean", "positive_var", "negative_mean", "negative_var"), fit, strict=True))
-    posterior = false_negative_posterior(grid, **statistics, prior=sampler.prior, monotone=sampler.monotone)
-    right.plot(grid, posterior, color="black", linestyle="--", label="posterior P (right)")
+    right.plot(grid, _posterior(sampler, grid), color="black", linestyle="--", label="posterior P (right)")
     right.axhline(sampler.threshold, color="gray", linewidth=0.8, linestyle=":", label="threshold (right)")
     right.set(ylabel="posterior of a match", yscale="log", ylim=(1e-6, 2))
     lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
@@ -60,6 +59,16 @@ def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
     axes.spines[["top"]].set_visible(False)
     right.spines[["top"]].set_visible(False)
     return figure
+
+
+def _posterior(sampler: FalseNegativeSampler, grid: Tensor) -> Tensor:
+    """Compute P at each similarity of the grid, also before ``min_count`` positives were seen."""
+    if sampler.kind == "histogram":
+        return sampler.histograms.posterior.cpu().double()[similarity_bin(grid).long()]
+    fit = sampler.statistics.fit()
+    names = ("positive_mean", "positive_var", "negative_mean", "negative_var")
+    statistics = {name: value.cpu().double() for name, value in zip(names, fit, strict=True)}
+    return false_negative_posterior(grid, **statistics, prior=sampler.prior, monotone=sampler.monotone)
 
 
 def _similarities(bank: MemoryBank) -> tuple[Tensor, Tensor]:
