@@ -2,13 +2,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from lightning_itm import FalseNegativeSampler, TripletLoss
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.false_negatives import DrawnNegative, false_negative_posterior
 from lightning_itm.memory_bank import MemoryCandidates, similarity_statistics
 from tests.helpers.golden import GOLDEN, golden_steps
-from tests.helpers.memory import make_memory, make_pairs
+from tests.helpers.memory import make_memory, make_pairs, unit
 
 
 class Heaviest(FalseNegativeSampler):
@@ -165,3 +166,99 @@ class TestSampler:
     def test_wrong_arguments(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             FalseNegativeSampler(**arguments)
+
+
+def related_pairs(num_subjects=3000, num_twice=300, dim=64):
+    """Pairs of many subjects, and a subject for each. Some subjects come twice, under two ids."""
+    subject = torch.cat([torch.arange(num_subjects), torch.arange(num_twice)])
+    center = unit(num_subjects, dim)[subject]
+    image, text = (normalize(center + 0.6 * unit(*center.shape), dim=1) for _ in range(2))
+    order = torch.randperm(len(subject))
+    ids = torch.arange(len(subject))
+    return EmbeddingPairs(image[order], text[order], ids, ids), subject[order]
+
+
+class TestPosterior:
+    def recognise(self, batch_size, posterior):
+        """Return the recall of known duplicates, and the fraction of other candidates that is lost."""
+        torch.manual_seed(0)
+        pairs, subject = related_pairs()
+        sampler = FalseNegativeSampler(posterior=posterior)
+        valid = torch.ones(len(pairs), dtype=torch.bool)
+        for rows in torch.arange(2048).split(batch_size):
+            batch = EmbeddingPairs(*(getattr(pairs, name)[rows] for name in EmbeddingPairs.__dataclass_fields__))
+            memory = MemoryCandidates(
+                pairs.image_embeddings, pairs.text_embeddings, pairs.image_id, valid, batch, sampler
+            )
+            sampler.observe(batch)
+            for direction in memory.directions(batch):
+                sampler.weights(direction.scores(), margin=None)
+        sampler.observe(batch)
+        scores = memory.directions(batch)[0].scores()
+        same = (subject[batch.image_id][:, None] == subject) & scores.negative_mask
+        is_likely = sampler.posterior(scores.similarity) > sampler.threshold
+        return is_likely[same].double().mean().item(), is_likely[~same].double().mean().item()
+
+    @pytest.mark.parametrize("batch_size", [32, 256, 1024])
+    def test_recognises_duplicates_whatever_the_batch(self, batch_size):
+        recall, lost = self.recognise(batch_size, "histogram")
+        assert recall > 0.9
+        assert lost < 0.002
+
+    def test_the_published_one_recognises_them_in_small_batches_alone(self):
+        """Its negatives are the hardest of the batch, which a large batch takes duplicates for."""
+        assert self.recognise(32, "published")[0] > self.recognise(1024, "published")[0] + 0.3
+
+    def make_seen(self):
+        torch.manual_seed(3)
+        pairs = make_pairs(16, dim=8)
+        sampler = FalseNegativeSampler(min_count=2)
+        memory = make_memory(pairs, 50, sampler=sampler, num_images=40)
+        for _ in range(2):
+            sampler.observe(pairs)
+            directions = memory.directions(pairs)
+            draws = [sampler.draw(direction, margin=0.2)[0].candidate_index for direction in directions]
+        return sampler, directions, draws
+
+    def test_draws_of_a_step_are_the_same_again(self):
+        """What a draw counts is for the steps to come."""
+        sampler, directions, draws = self.make_seen()
+        for direction, expected in zip(directions, draws, strict=True):
+            assert torch.equal(sampler.draw(direction, margin=0.2)[0].candidate_index, expected)
+
+    def test_never_falls_and_waits_for_enough_positives(self):
+        sampler, _, _ = self.make_seen()
+        found = sampler.posterior(torch.linspace(-1, 1, 999))
+        assert (found.diff() >= 0).all()
+        assert found[-1] > 0
+        sampler.min_count = int(sampler.histograms.num_positives()) + 1
+        assert (sampler.posterior(torch.linspace(-1, 1, 999)) == 0).all()
+
+    def test_state_holds_the_histograms_and_older_states_do_without(self):
+        sampler, _, _ = self.make_seen()
+        state = sampler.state_dict()
+        other = FalseNegativeSampler()
+        other.load_state_dict(state)
+        assert torch.equal(other.histograms.new, sampler.histograms.new)
+        assert torch.equal(other.histograms.posterior, sampler.histograms.posterior)
+        assert sampler.histograms.new.sum() > 0
+        older = {name: value for name, value in state.items() if not name.startswith("histograms.")}
+        older["_extra_state"] = {"epoch": 5}
+        other.load_state_dict(older)
+        assert other.epoch == 5
+        assert other.histograms.num_positives() == 0
+        assert torch.equal(other.statistics.mean, sampler.statistics.mean)
+
+    def test_histograms_outlive_an_epoch_and_end_with_the_run(self):
+        sampler, _, _ = self.make_seen()
+        sampler.start_step(1, 0)
+        assert sampler.statistics.count[0] == 0
+        assert sampler.histograms.num_positives() > 0
+        sampler.start_step(-1, 0)
+        assert sampler.histograms.num_positives() == 0
+
+    def test_counts_nothing_where_it_is_not_asked_to(self):
+        pairs = make_pairs(8)
+        memory = make_memory(pairs, sampler=FalseNegativeSampler(posterior="published", min_count=0))
+        TripletLoss()(pairs, memory=memory)
+        assert all((buffer == 0).all() for buffer in memory.sampler.histograms.buffers())
