@@ -426,9 +426,8 @@ def test_beside_weight_averaging_and_checkpoints(tmp_path):
     assert torch.equal(fne_beside.bank.image, fne.bank.image)
     keys = set(torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"])
     assert keys == set(alone.state_dict())
-    resumed = FalseNegativeElimination(
-        QUEUE_SIZE, start_epoch=1, fill_during_warmup=False, sampler=FalseNegativeSampler(min_count=4)
-    )
+    sampler = FalseNegativeSampler(posterior="published", min_count=4)
+    resumed = FalseNegativeElimination(QUEUE_SIZE, start_epoch=1, fill_during_warmup=False, sampler=sampler)
     trainer = L.Trainer(callbacks=[resumed, EMAWeightAveraging(decay=0.5)], max_epochs=EPOCHS, **SILENT)
     trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
     assert torch.equal(resumed.bank.image, fne.bank.image)
