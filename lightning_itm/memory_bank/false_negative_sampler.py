@@ -28,33 +28,41 @@ DEFAULT_THRESHOLD: dict[Posterior, float] = {"histogram": 0.5, "published": 1e-3
 
 
 class FalseNegativeSampler(nn.Module):
-    r"""Draw negatives that are likely to be negative in truth (FNE).
+    r"""Choose negatives from a memory bank, and rarely those that probably match (FNE).
 
     Args:
-        posterior: How likely a candidate matches. ``"histogram"`` compares how similar matching pairs are with how similar all
-            candidates of the bank are, whatever the batch size, and needs no prior. Not in the paper. ``"published"`` fits
-            two normal distributions: to matching pairs, and to the hardest negative of each in its batch. It recognises most
-            duplicates at batch sizes of 32 to 128, and none from 512 on.
-        prior: π, the fraction of candidates that match though they belong to another image. Typically 1e-4. Only for
-            ``posterior="published"``.
-        sharpness: τ, of the hardness weight :math:`e^{-\tau (s - s^+)^2}`. The paper calls it a temperature.
-        threshold: The posterior above which a candidate is taken for a likely match. ``None``: 0.5 for ``"histogram"``, and
-            0.001, as published, for ``"published"``. Lower it to avoid more duplicates, at the cost of true negatives.
-        min_count: Positives that must be counted before posteriors are used: of both directions with ``"histogram"``, of the
-            running epoch with ``"published"``.
-        weighting: What a likely match weighs: ``"exp"``, :math:`e^{-\tau P}`, as published; ``"complement"``,
-            :math:`1 - P` (ours); ``"drop"``, nothing (ours).
-        monotone: Let the published posterior never fall as the similarity rises. Not in the paper. The other one never does.
-        cut_down: Candidates whose similarity is lower by the margin than: ``"global"``, the mean positive, as published;
-            ``"per_anchor"``, the anchor's own positive (ours), weigh nothing; ``"off"`` (ours): all weigh. Losses
-            without a margin have no cut-down.
-        seed: Of the draws, which are functions of (seed, epoch, step, direction, text id).
+        posterior: How to tell what probably matches. ``"histogram"`` compares the similarity of matching pairs with that of
+            all candidates of the bank, and needs no prior: see :func:`~lightning_itm.functional.histogram_posterior`. It
+            recognises as many duplicates at any batch size. Not in the paper. ``"published"`` fits two normal distributions,
+            to matching pairs and to the hardest negative of each in its batch. It recognises duplicates in batches of 32 to
+            128 pairs, fewer in larger ones, and hardly any from 512 to 1,024 on.
+        prior: π, the fraction of candidates that match, though they belong to another image. Typically 1e-4. Only
+            ``posterior="published"`` uses it.
+        sharpness: τ, the factor in the hardness weight :math:`e^{-\tau (s - s^+)^2}`. The paper calls it a temperature.
+        threshold: The posterior above which a candidate is taken for a likely match. Default: 0.5 for ``"histogram"``, and
+            0.001, as published, for ``"published"``. Lower it to recognise more duplicates, at the cost of hard negatives.
+        min_count: The number of positives that must be counted before anything is taken for a likely match. ``"histogram"``
+            counts those of both directions, ``"published"`` those of the running epoch.
+        weighting: What a likely match weighs. ``"exp"`` gives :math:`e^{-\tau P}`, as published, which is at least 0.61.
+            ``"complement"`` gives :math:`1 - P`, and ``"drop"`` gives nothing. These two are not in the paper.
+        monotone: Let the published posterior never fall as the similarity rises. Not in the paper. The other one never falls.
+        cut_down: Which easy candidates weigh nothing, for losses with a margin: those whose similarity is lower by the margin
+            than the mean positive (``"global"``, as published), or than the anchor's own positive (``"per_anchor"``), or
+            none (``"off"``). The last two are not in the paper.
+        seed: The seed of the draws. A draw depends on seed, epoch, step, direction, and text id.
 
-    Diagnostics: ``mean_posterior``, ``false_negative_rate`` (the share of an anchor's negatives above the threshold) and
-    ``fallback_fraction`` (anchors for whom every negative weighed nothing, so that the hardest was taken).
+    Diagnostics: ``mean_posterior``, ``false_negative_rate`` (the fraction of an anchor's negatives above the threshold) and
+    ``fallback_fraction`` (anchors whose negatives all weighed nothing, so that the hardest was taken).
 
     Raises:
-        ValueError: An argument out of its range.
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm import FalseNegativeSampler
+        >>> sampler = FalseNegativeSampler(weighting="drop")
+        >>> sampler.posterior(torch.tensor([0.2, 0.9]))  # nothing was counted yet
+        tensor([0., 0.])
 
     References:
         *Your Negative May not Be True Negative: Boosting Image-Text Matching with False Negative Elimination*,
@@ -92,7 +100,7 @@ class FalseNegativeSampler(nn.Module):
         self.statistics, self.histograms = SimilarityStatistics(), SimilarityHistograms()
 
     def start_step(self, epoch: int, step: int) -> None:
-        """Say which step comes: statistics are of one epoch, draws of one step, histograms of a run."""
+        """Begin a step. A new epoch empties the statistics, and a new run the histograms, too."""
         if epoch != self.epoch:
             self.statistics.reset()
         if epoch < self.epoch:  # a new run, which begins with another model
@@ -129,8 +137,8 @@ class FalseNegativeSampler(nn.Module):
         """Draw one negative for each anchor.
 
         Args:
-            direction: Anchors and candidates.
-            margin: Of the hinge; ``None``: no cut-down.
+            direction: The anchors and their candidates.
+            margin: The margin of the hinge, which the cut-down needs. ``None`` leaves the cut-down out.
 
         Returns:
             The draws and the diagnostics.
@@ -152,7 +160,7 @@ class FalseNegativeSampler(nn.Module):
 
         Args:
             scores: The scores of one direction.
-            margin: Of the hinge; ``None``: no cut-down.
+            margin: The margin of the hinge, which the cut-down needs. ``None`` leaves the cut-down out.
 
         Returns:
             The weights `(anchors, candidates)`, and the diagnostics.

@@ -15,12 +15,15 @@ DEFAULT_CHUNK_ELEMENTS = 1 << 26
 class SimilarityStatistics(nn.Module):
     r"""Running mean and variance of the similarity of matching pairs, and of their hardest negatives, in float64.
 
-    Pairs count that are the best match of each other, image to text and text to image: they are matches that the model has
+    Only pairs count that are the best match of each other in their batch, because those are matches that the model has
     understood. Such a pair gives one positive value, and two negative ones, the hardest of each direction.
 
     Moments are merged exactly (Chan et al., 1979).
 
     Example:
+        >>> import torch
+        >>> from lightning_itm.embeddings import EmbeddingPairs
+        >>> from lightning_itm.memory_bank import SimilarityStatistics
         >>> statistics = SimilarityStatistics()
         >>> ids = torch.arange(2)
         >>> statistics.update(EmbeddingPairs(torch.eye(2), torch.eye(2), ids, ids))
@@ -29,7 +32,7 @@ class SimilarityStatistics(nn.Module):
 
     References:
         arXiv 2308.04380 (2023). The published variance takes each batch's deviation from the mean *so far* and comes out some
-        percent too small; its hardest negative is never below 0, and may be of the same image.
+        percent too small. Its hardest negative is never below 0, and may be of the same image.
     """
 
     count: Tensor
@@ -53,6 +56,7 @@ class SimilarityStatistics(nn.Module):
         positive = (image * text).sum(dim=1)
         hardest = _hardest(image, text, pairs.image_id)
         mutual = (positive > hardest).all(dim=0) & hardest.isfinite().all(dim=0)
+        # (2, 2 * pairs): a pair has one positive, which counts once, and two negatives.
         values = torch.stack([torch.stack([positive, positive]), hardest]).flatten(1)
         counts = torch.stack([mutual, torch.zeros_like(mutual), mutual, mutual]).view(2, -1)
         self.merge(values, counts)
@@ -62,8 +66,8 @@ class SimilarityStatistics(nn.Module):
         """Take in values.
 
         Args:
-            values: `(2, values)`, positives and negatives.
-            counts: bool `(2, values)`: those that count.
+            values: Similarities of positives in the first row and of negatives in the second, `(2, values)`.
+            counts: True for the values that count, bool `(2, values)`.
         """
         values, counts = values.to(self.mean.dtype), counts & values.isfinite()
         number = counts.sum(dim=1).to(self.mean.dtype)
@@ -76,13 +80,14 @@ class SimilarityStatistics(nn.Module):
         self.count.copy_(total)
 
     def fit(self) -> SimilarityFit:
-        """Return means and variances (n − 1); 0 before there is anything to compute them from."""
+        """Return means and variances (with n − 1). They are 0 before there is anything to compute them from."""
         variance = self.deviation / (self.count - 1).clamp_min(1)
         return SimilarityFit(self.mean[0], variance[0], self.mean[1], variance[1])
 
 
 def _hardest(image: Tensor, text: Tensor, image_id: Tensor) -> Tensor:
-    """Return the hardest negative of each image and of each text, `(2, pairs)`; some rows of similarities at once."""
+    """Return the hardest negative of each image and of each text, `(2, pairs)`."""
+    # Some rows of similarities at a time: all of them would not fit the caches, nor memory where batches are large.
     of_image, of_text = [], image.new_full((len(text),), -torch.inf)
     for rows in row_chunks(len(image), len(text), image.device):
         similarity = products(image[rows], text).masked_fill_(~negative_mask(image_id[rows], image_id), -torch.inf)
