@@ -118,7 +118,7 @@ class TestOneRun:
         miners = (
             [] if mining is None else [OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject=mining)]
         )
-        options = {"sampler": FalseNegativeSampler(min_count=4, weighting="drop", monotone=True)}
+        options = {"sampler": FalseNegativeSampler(min_count=4, weighting="drop")}
         model, _, fne, trainer = fit(options, LOSSES[loss](), miners, max_epochs=2, precision=precision)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
         assert fne.bank.valid.all()
@@ -353,7 +353,8 @@ class Losses(Callback):
 
 def resume(path):
     """Go on with a run of ``ON_AGREEMENT`` from a checkpoint, to its end."""
-    fne = FalseNegativeElimination(QUEUE_SIZE, **ON_AGREEMENT, sampler=FalseNegativeSampler(min_count=4))
+    sampler = FalseNegativeSampler(posterior="published", min_count=4)  # that of `fit`
+    fne = FalseNegativeElimination(QUEUE_SIZE, **ON_AGREEMENT, sampler=sampler)
     model, watch = Tiny(TripletLoss()), Watch()
     trainer = L.Trainer(callbacks=[fne, watch], max_epochs=EPOCHS, **SILENT)
     trainer.fit(model, datamodule=tiny_data(), ckpt_path=path, weights_only=True)
@@ -375,7 +376,7 @@ def test_no_step_waits_for_the_device(loss):
     options = {**SILENT, "accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "max_epochs": 2}
     callbacks = [
         Forbid(),
-        FalseNegativeElimination(QUEUE_SIZE, start_epoch=1, sampler=FalseNegativeSampler(min_count=4, monotone=True)),
+        FalseNegativeElimination(QUEUE_SIZE, start_epoch=1, sampler=FalseNegativeSampler(min_count=4)),
     ]
     try:
         trainer = L.Trainer(callbacks=callbacks, limit_val_batches=0, **options)
@@ -403,7 +404,7 @@ def test_the_host_waits_for_nothing_between_steps(loss):
 
     callbacks = [
         Record(),
-        FalseNegativeElimination(QUEUE_SIZE, start_epoch=1, sampler=FalseNegativeSampler(min_count=4, monotone=True)),
+        FalseNegativeElimination(QUEUE_SIZE, start_epoch=1, sampler=FalseNegativeSampler(min_count=4)),
     ]
     if loss == "quintuplet":
         callbacks.append(OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, inject="embeddings"))

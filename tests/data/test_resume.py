@@ -107,7 +107,7 @@ def test_with_mining_too(loader, mining, stop, tmp_path):
     ("memory", "mining"),
     [
         ({}, None),
-        ({"start_epoch": 0, "weighting": "drop", "monotone": True, "positive": "online"}, None),
+        ({"start_epoch": 0, "posterior": "published"}, None),
         ({"fill_during_warmup": True}, {}),
         ({"start_epoch": 0}, {"inject": "embeddings"}),
     ],

@@ -65,9 +65,11 @@ def fit(
     options = {**SILENT, "max_epochs": EPOCHS, "enable_checkpointing": True, **trainer_options}
     model = model_class()
     miners = [] if mining is None else [OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, **mining)]
-    banks = (
-        [] if memory is None else [FalseNegativeElimination(16, **memory, sampler=FalseNegativeSampler(min_count=4))]
-    )
+    banks = []
+    if memory is not None:
+        memory = dict(memory)
+        sampler = FalseNegativeSampler(posterior=memory.pop("posterior", "histogram"), min_count=4)
+        banks.append(FalseNegativeElimination(16, **memory, sampler=sampler))
     trainer = L.Trainer(callbacks=[*banks, watch, *miners, checkpoint], **options)
     data = tiny_data(**{name: value for name, value in loader.items() if name != "shards"})
     if "shards" in loader:

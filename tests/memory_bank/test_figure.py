@@ -23,7 +23,7 @@ def make_bank(num_pairs=NUM_PAIRS, size=NUM_PAIRS):
 
 class TestPlotSimilarities:
     def test_draws_densities_posterior_and_histograms(self):
-        sampler = FalseNegativeSampler(threshold=1e-3, prior=1e-2)
+        sampler = FalseNegativeSampler(posterior="published", threshold=1e-3, prior=1e-2)
         sampler.observe(make_pairs(NUM_PAIRS, DIM))
         left, right = plot_similarities(make_bank(), sampler).axes
         for drawn in left.patches:

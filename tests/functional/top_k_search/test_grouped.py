@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_the_kernel_in_the_interpreter_equals_the_loop():
         "    torch.testing.assert_close(found, exact, atol=1e-6, rtol=0)\n"
         "print('equal')\n"
     )
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    root = str(Path(__file__).parents[3])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
