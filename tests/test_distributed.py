@@ -25,6 +25,7 @@ LOSSES = {
     "selective": lambda: TripletLoss(0.5, "selective", epsilon=0.3),
     "info_nce": InfoNCELoss,
     "sigmoid": SigmoidLoss,
+    "hardness": lambda: InfoNCELoss(hardness=5.0, relative_margin=0.1),
     "sum": lambda: TripletLoss(0.5, "selective", epsilon=0.3, reduction="sum"),
 }
 

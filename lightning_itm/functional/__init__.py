@@ -1,6 +1,11 @@
 """The mathematics: tensors in, tensors out, with PyTorch alone."""
 
-from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
+from lightning_itm.functional.contrastive import (
+    drop_likely_matches,
+    emphasize_hard,
+    info_nce_cost,
+    sigmoid_cost,
+)
 from lightning_itm.functional.false_negatives import (
     DrawnNegative,
     SimilarityFit,
@@ -30,6 +35,8 @@ __all__ = [
     "TopK",
     "direction_scores",
     "draw_negative",
+    "drop_likely_matches",
+    "emphasize_hard",
     "false_negative_posterior",
     "hardest_cost",
     "hardest_negative",

@@ -1,4 +1,4 @@
-"""InfoNCE and the pairwise sigmoid, per anchor, with candidates of the anchor's own image masked."""
+"""InfoNCE and the pairwise sigmoid, per anchor, and how much each of their negatives counts."""
 
 import torch
 from jaxtyping import Float
@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lightning_itm.functional.similarity import DirectionScores
+from lightning_itm.functional.top_k_search.top_k import score_ceiling
 
 
 def info_nce_cost(scores: DirectionScores, *, logit_scale: Float[Tensor, ""]) -> Float[Tensor, " anchors"]:
@@ -63,6 +64,64 @@ def sigmoid_cost(
     positive = softplus(-(logit_scale * scores.positive + logit_bias))
     negative = softplus(_negative_logits(scores, logit_scale) + logit_bias)
     return positive + negative.masked_fill(~scores.negative_mask, 0).sum(dim=1)
+
+
+def emphasize_hard(scores: DirectionScores, *, hardness: float) -> DirectionScores:
+    r"""Let a negative weigh more, the more similar it is to the anchor.
+
+    .. math:: \log w_{ij} \leftarrow \log w_{ij} + \beta \, \mathrm{sg}(s_{ij})
+
+    where sg stops the gradient: a loss can't get smaller by making its own weights smaller.
+
+    Args:
+        scores: The scores of one direction.
+        hardness: β, typically 3 to 9. A negative of cosine 0.5 weighs :math:`e^{\beta / 2}` times one of cosine 0. At 0,
+            nothing changes.
+
+    Returns:
+        The same scores with ``log_weight``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm.functional import DirectionScores, emphasize_hard
+        >>> scores = DirectionScores(torch.tensor([[0.5, -0.5]]), torch.ones(1), torch.ones(1, 2).bool())
+        >>> emphasize_hard(scores, hardness=4.0).log_weight
+        tensor([[ 2., -2.]])
+
+    References:
+        Lan et al., *LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive Learning*,
+        arXiv 2503.04812 (2025). There, too, the hardness is the model's own cosine. The sigmoid loss has it only here.
+    """
+    log_weight = hardness * scores.similarity.detach()
+    return scores._replace(log_weight=log_weight if scores.log_weight is None else scores.log_weight + log_weight)
+
+
+def drop_likely_matches(scores: DirectionScores, *, relative_margin: float) -> DirectionScores:
+    r"""Leave out negatives that are nearly as similar as the positive, or more: they probably match.
+
+    A negative stays where :math:`s_{ij} \le s^+_i - r |s^+_i|`.
+
+    Args:
+        scores: The scores of one direction.
+        relative_margin: r, typically 0.05. A larger one leaves more out.
+
+    Returns:
+        The same scores with fewer negatives.
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm.functional import DirectionScores, drop_likely_matches
+        >>> scores = DirectionScores(torch.tensor([[0.5, 0.8]]), torch.tensor([0.8]), torch.ones(1, 2).bool())
+        >>> drop_likely_matches(scores, relative_margin=0.05).negative_mask
+        tensor([[ True, False]])
+
+    References:
+        Moreira et al., *NV-Retriever: Improving text embedding models with effective hard-negative mining*, arXiv 2407.15831
+        (2024), which filters mined negatives by it. Here it filters those of the batch.
+    """
+    ceiling = score_ceiling(scores.positive.detach(), relative_margin=relative_margin)  # (anchors,)
+    assert ceiling is not None  # for the type checker: a margin was given
+    return scores._replace(negative_mask=scores.negative_mask & (scores.similarity <= ceiling[:, None]))
 
 
 def _negative_logits(scores: DirectionScores, logit_scale: Tensor) -> Tensor:

@@ -6,13 +6,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_itm.functional.contrastive import info_nce_cost, sigmoid_cost
+from lightning_itm.functional.contrastive import (
+    drop_likely_matches,
+    emphasize_hard,
+    info_nce_cost,
+    sigmoid_cost,
+)
 from lightning_itm.functional.similarity import DirectionScores, hardest_negative
 from lightning_itm.losses.base import DirectionCost, PairLoss
 
 
 class ScaledLoss(PairLoss):
-    """Own a learned scale that multiplies all similarities. Base of the contrastive losses.
+    """Own a learned scale that multiplies all similarities, and weigh negatives by how hard they are. Base of two losses.
 
     ``logit_scale`` is the logarithm of the scale, the negative logarithm of the temperature. It is a parameter of the loss and
     is kept in [0, ln 100], as open_clip keeps it.
@@ -20,18 +25,36 @@ class ScaledLoss(PairLoss):
     Args:
         init_logit_scale: The logarithm to start from, such as 2.66 for a temperature of 0.07. Default: the scale of the
             pretrained model if there is one, else ``default_logit_scale`` of the class.
+        hardness: How much more a similar negative weighs, as in :func:`~lightning_itm.functional.emphasize_hard`.
+        relative_margin: Leave out negatives that probably match, as in
+            :func:`~lightning_itm.functional.drop_likely_matches`.
         reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
             pairs on all ranks. Use ``"sum"`` only with a learning rate that was published for it.
 
     Raises:
-        ValueError: if ``init_logit_scale`` is outside [0, ln 100].
+        ValueError: if ``init_logit_scale`` is outside [0, ln 100], ``hardness`` is negative, or ``relative_margin`` is not
+            between 0 and 1.
     """
 
     default_logit_scale: float
     max_logit_scale = math.log(100)
 
-    def __init__(self, init_logit_scale: float | None = None, *, reduction: Literal["mean", "sum"] = "mean") -> None:
+    def __init__(
+        self,
+        init_logit_scale: float | None = None,
+        *,
+        hardness: float = 0.0,
+        relative_margin: float | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
         super().__init__(reduction=reduction)
+        if not 0 <= hardness < math.inf:
+            raise ValueError(f"Expected `hardness` to be at least 0, got {hardness}. Typical: 3 to 9.")
+        if relative_margin is not None and not 0 <= relative_margin < 1:
+            raise ValueError(
+                f"Expected `relative_margin` to be in [0, 1), got {relative_margin}. It is a fraction. Typical: 0.05."
+            )
+        self.hardness, self.relative_margin = hardness, relative_margin
         start = self.default_logit_scale if init_logit_scale is None else init_logit_scale
         if not 0 <= start <= self.max_logit_scale:
             raise ValueError(
@@ -40,6 +63,12 @@ class ScaledLoss(PairLoss):
             )
         self.takes_pretrained_scale = init_logit_scale is None  # a start that was asked for is not overwritten
         self.logit_scale = nn.Parameter(torch.tensor(start))
+
+    def weigh(self, scores: DirectionScores) -> DirectionScores:
+        """Leave out negatives that probably match, and let hard ones weigh more."""
+        if self.relative_margin is not None:
+            scores = drop_likely_matches(scores, relative_margin=self.relative_margin)
+        return scores if self.hardness == 0 else emphasize_hard(scores, hardness=self.hardness)
 
     def scale(self) -> Tensor:
         """Return the factor itself, after its logarithm is brought back into [0, ln 100] if a step led out of it."""
@@ -69,6 +98,10 @@ class InfoNCELoss(ScaledLoss):
     Args:
         init_logit_scale: ln γ at the start, learned from there. Default: the scale of the pretrained model if there is one,
             which is mostly near ln 100, else ln(1/0.07). Set it to begin with a softer or sharper comparison.
+        hardness: Let a negative of cosine s weigh :math:`e^{\beta s}`, with this β. Typical: 3 to 9. Set it where items are
+            alike (icons, products, faces) and a batch holds few hard negatives. At 0 all weigh the same. Not in the paper.
+        relative_margin: Leave out negatives that are more similar than the positive less this fraction of its absolute value:
+            they probably match. Typical: 0.05, where captions fit several images. Default: keep all. Not in the paper.
         reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
             pairs on all ranks. Use ``"sum"`` only with a learning rate that was published for it.
 
@@ -76,7 +109,8 @@ class InfoNCELoss(ScaledLoss):
     ``logit_scale``.
 
     Raises:
-        ValueError: if ``init_logit_scale`` is outside [0, ln 100].
+        ValueError: if ``init_logit_scale`` is outside [0, ln 100], ``hardness`` is negative, or ``relative_margin`` is not
+            between 0 and 1.
 
     Example:
         >>> import torch
@@ -88,7 +122,7 @@ class InfoNCELoss(ScaledLoss):
 
     References:
         Radford et al., *Learning Transferable Visual Models From Natural Language Supervision*, 2021. There, pairs of the
-        same image are negatives of each other; here they are not.
+        same image are negatives of each other; here they are not. ``hardness``: LLaVE, arXiv 2503.04812 (2025).
     """
 
     default_logit_scale = math.log(1 / 0.07)
@@ -96,7 +130,7 @@ class InfoNCELoss(ScaledLoss):
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the cross-entropy of each anchor with :func:`lightning_itm.functional.info_nce_cost`."""
         hit = hardest_negative(scores) < scores.positive
-        return DirectionCost(info_nce_cost(scores, logit_scale=self.scale()), {"batch_accuracy": hit})
+        return DirectionCost(info_nce_cost(self.weigh(scores), logit_scale=self.scale()), {"batch_accuracy": hit})
 
 
 class SigmoidLoss(ScaledLoss):
@@ -114,6 +148,10 @@ class SigmoidLoss(ScaledLoss):
             else ln 10.
         init_logit_bias: b at the start, learned from there. It says how rare a match is. Default: the bias of the pretrained
             model if there is one, else −10, because nearly all pairs of a batch do not match.
+        hardness: Let a negative of cosine s weigh :math:`e^{\beta s}`, with this β. Typical: 3 to 9. Set it where items are
+            alike (icons, products, faces) and a batch holds few hard negatives. At 0 all weigh the same. Not in the paper.
+        relative_margin: Leave out negatives that are more similar than the positive less this fraction of its absolute value:
+            they probably match. Typical: 0.05, where captions fit several images. Default: keep all. Not in the paper.
         reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
             pairs on all ranks. Use ``"sum"`` only with a learning rate that was published for it.
 
@@ -121,7 +159,8 @@ class SigmoidLoss(ScaledLoss):
     ``logit_scale``.
 
     Raises:
-        ValueError: if ``init_logit_scale`` is outside [0, ln 100].
+        ValueError: if ``init_logit_scale`` is outside [0, ln 100], ``hardness`` is negative, or ``relative_margin`` is not
+            between 0 and 1.
 
     References:
         Zhai et al., *Sigmoid Loss for Language Image Pre-Training*, ICCV 2023. There, pairs of the same image are negatives
@@ -135,9 +174,11 @@ class SigmoidLoss(ScaledLoss):
         init_logit_scale: float | None = None,
         init_logit_bias: float | None = None,
         *,
+        hardness: float = 0.0,
+        relative_margin: float | None = None,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
-        super().__init__(init_logit_scale, reduction=reduction)
+        super().__init__(init_logit_scale, hardness=hardness, relative_margin=relative_margin, reduction=reduction)
         # Both or neither: a scale and a bias are learned together, and one of them alone would not fit the other.
         self.takes_pretrained_scale = init_logit_scale is None and init_logit_bias is None
         self.logit_bias = nn.Parameter(torch.tensor(-10.0 if init_logit_bias is None else float(init_logit_bias)))
@@ -145,5 +186,5 @@ class SigmoidLoss(ScaledLoss):
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the cost of each anchor with :func:`lightning_itm.functional.sigmoid_cost`."""
         hit = hardest_negative(scores) < scores.positive
-        cost = sigmoid_cost(scores, logit_scale=self.scale(), logit_bias=self.logit_bias)
+        cost = sigmoid_cost(self.weigh(scores), logit_scale=self.scale(), logit_bias=self.logit_bias)
         return DirectionCost(cost, {"batch_accuracy": hit})

@@ -22,6 +22,18 @@ CASES = {
     ),
     "info_nce": (lambda: InfoNCELoss(1.5), partial(reference.info_nce, scale=np.exp(1.5))),
     "sigmoid": (lambda: SigmoidLoss(1.5, -3.0), partial(reference.sigmoid, scale=np.exp(1.5), bias=-3.0)),
+    "info_nce, hardness": (
+        lambda: InfoNCELoss(1.5, hardness=4.0),
+        partial(reference.info_nce, scale=np.exp(1.5), hardness=4.0),
+    ),
+    "info_nce, both": (
+        lambda: InfoNCELoss(1.5, hardness=4.0, relative_margin=0.3),
+        partial(reference.info_nce, scale=np.exp(1.5), hardness=4.0, relative_margin=0.3),
+    ),
+    "sigmoid, both": (
+        lambda: SigmoidLoss(1.5, -3.0, hardness=4.0, relative_margin=0.3),
+        partial(reference.sigmoid, scale=np.exp(1.5), bias=-3.0, hardness=4.0, relative_margin=0.3),
+    ),
 }
 
 
@@ -59,7 +71,7 @@ def test_without_any_negative(name, image_id):
     value = CASES[name][0]().double()(pairs)["loss"]
     value.backward()
     assert torch.isfinite(vectors.grad).all()
-    assert (value > 0) if name == "sigmoid" else (value == 0)
+    assert (value > 0) if "sigmoid" in name else (value == 0)
 
 
 @pytest.mark.parametrize("name", CASES)

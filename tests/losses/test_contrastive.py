@@ -1,9 +1,12 @@
+import math
+
 import numpy as np
 import open_clip
 import pytest
 import torch
 
 from lightning_itm import InfoNCELoss, SigmoidLoss
+from lightning_itm.functional import DirectionScores
 from tests.helpers.pairs import make_pairs
 
 
@@ -35,3 +38,35 @@ def test_a_step_out_of_range_is_undone():
 def test_a_start_out_of_range():
     with pytest.raises(ValueError, match=r"in \[0, ln 100 = 4.605\], got 14.3"):
         InfoNCELoss(init_logit_scale=14.3)
+
+
+@pytest.mark.parametrize("make_loss", [InfoNCELoss, SigmoidLoss])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hardness": -1.0}, r"`hardness` to be at least 0, got -1.0"),
+        ({"hardness": float("nan")}, r"`hardness` to be at least 0, got nan"),
+        ({"relative_margin": 1.0}, r"`relative_margin` to be in \[0, 1\), got 1.0"),
+        ({"relative_margin": -0.1}, r"`relative_margin` to be in \[0, 1\), got -0.1"),
+    ],
+)
+def test_hardness_and_margin_out_of_range(make_loss, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_loss(**options)
+
+
+@pytest.mark.parametrize("make_loss", [InfoNCELoss, SigmoidLoss])
+def test_the_weight_of_hard_negatives_has_no_gradient_of_its_own(make_loss):
+    """With a gradient through the weight, that of each negative would be larger by the factor (γ + β) / γ."""
+    _, pairs = make_pairs(5)
+    loss = make_loss(math.log(10), hardness=4.0).double()
+    similarity = (pairs.image_embeddings @ pairs.text_embeddings.T).detach()
+    log_weight = (4.0 * similarity).requires_grad_()
+    scores = DirectionScores(similarity.requires_grad_(), similarity.diagonal(), ~torch.eye(5, dtype=torch.bool))
+    own = loss.direction_cost(scores, None).cost.sum()
+    (of_own,) = torch.autograd.grad(own, similarity)
+    by_hand = make_loss(math.log(10)).double().direction_cost(scores._replace(log_weight=log_weight), None).cost.sum()
+    of_similarity, of_weight = torch.autograd.grad(by_hand, [similarity, log_weight])
+    torch.testing.assert_close(own, by_hand)
+    torch.testing.assert_close(of_own, of_similarity)
+    assert of_weight.abs().max() > 0

@@ -26,15 +26,25 @@ def selective(positive, negatives, margin, epsilon):
     return hardest(positive, negatives, margin)
 
 
-def info_nce(positive, negatives, scale):
-    return -math.log(math.exp(scale * positive) / sum(math.exp(scale * score) for score in [positive, *negatives]))
+def info_nce(positive, negatives, scale, hardness=0.0, relative_margin=None):
+    right = math.exp(scale * positive)
+    wrong = [math.exp((scale + hardness) * score) for score in kept(positive, negatives, relative_margin)]
+    return -math.log(right / sum([right, *wrong]))
 
 
-def sigmoid(positive, negatives, scale, bias):
+def sigmoid(positive, negatives, scale, bias, hardness=0.0, relative_margin=None):
     def log_sigmoid(x):
         return -math.log1p(math.exp(-x))
 
-    return -log_sigmoid(scale * positive + bias) - sum(log_sigmoid(-scale * score - bias) for score in negatives)
+    negatives = kept(positive, negatives, relative_margin)
+    wrong = sum(log_sigmoid(-(scale + hardness) * score - bias) for score in negatives)
+    return -log_sigmoid(scale * positive + bias) - wrong
+
+
+def kept(positive, negatives, relative_margin):
+    if relative_margin is None:
+        return negatives
+    return [score for score in negatives if score <= positive - relative_margin * abs(positive)]
 
 
 def loss(image, text, image_id, anchor_cost):
