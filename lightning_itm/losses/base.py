@@ -82,7 +82,16 @@ class PairLoss(nn.Module, ABC):
         scores = direction.scores()
         weights, diagnostics = memory.sampler.weights(scores, margin=None)
         scores = scores._replace(negative_mask=scores.negative_mask & (weights > 0), log_weight=weights.log())
-        return self.with_memory(batch, self.direction_cost(scores, None).cost, memory, diagnostics)
+        stored = self.direction_cost(self.balance(scores), None).cost
+        return self.with_memory(batch, stored, memory, diagnostics)
+
+    def balance(self, stored: DirectionScores) -> DirectionScores:
+        """Weigh the candidates of a memory bank anew. Override it where a cost depends on how many there are.
+
+        Args:
+            stored: The anchors, their stored positives and the candidates, with ``log_weight``.
+        """
+        return stored
 
     def with_memory(
         self, batch: DirectionCost, stored: Tensor, memory: MemoryCandidates, diagnostics: dict[str, Tensor]

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_itm.distributed import world_size
 from lightning_itm.functional.contrastive import (
     drop_likely_matches,
     emphasize_hard,
@@ -141,6 +142,8 @@ class SigmoidLoss(ScaledLoss):
 
     When to use it: for fine-tuning SigLIP and other models that were trained with it, and for small batches.
 
+    With a memory bank, all its candidates together weigh as much as one batch, because the bias is learned for so many.
+
     .. math:: -\log \sigma(\gamma s^+ + b) - \sum_j \log \sigma(-\gamma s_j - b)
 
     Args:
@@ -188,3 +191,15 @@ class SigmoidLoss(ScaledLoss):
         hit = hardest_negative(scores) < scores.positive
         cost = sigmoid_cost(self.weigh(scores), logit_scale=self.scale(), logit_bias=self.logit_bias)
         return DirectionCost(cost, {"batch_accuracy": hit})
+
+    def balance(self, stored: DirectionScores) -> DirectionScores:
+        """Let all candidates of a memory bank together weigh as much as one batch.
+
+        The cost sums over candidates, and the learned bias says how rare a match is among those of a batch. A queue of
+        thousands would push all embeddings apart.
+        """
+        batch_size = len(stored.positive) * world_size()  # of all ranks, whose pairs are the candidates of a batch
+        num_negatives = stored.negative_mask.sum(dim=1, keepdim=True).clamp_min(1)  # (anchors, 1)
+        log_ratio = math.log(batch_size) - num_negatives.to(stored.similarity.dtype).log()
+        log_weight = log_ratio if stored.log_weight is None else stored.log_weight + log_ratio
+        return stored._replace(log_weight=log_weight.expand_as(stored.similarity))

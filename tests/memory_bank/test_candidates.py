@@ -101,6 +101,8 @@ def reference_contrastive(pairs, memory, loss, kind):
                 for k in range(weights.shape[1])
                 if memory.valid[k] and memory.image_id[k] != pairs.image_id[i] and weights[i, k] > 0
             ]
+            if kind == "sigmoid":  # all of the bank weighs as much as a batch
+                stored = [(score, weight * len(pairs) / len(stored)) for score, weight in stored]
             # Two terms: live beside live, stored beside stored.
             total += term(float(anchor[i] @ own[i]), of_batch, loss, kind)
             total += term(float(anchor[i] @ direction.positive[i]), stored, loss, kind)
