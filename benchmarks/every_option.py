@@ -62,6 +62,15 @@ SOURCES: dict[str, dict[str, Any]] = {
     "monitor": {},
     "bank, embeddings": {},
     "bank, samples": {},
+    "batches": {},
+    "batches of 16": {"group_size": 16},
+    "batches, training": {"encode": "training"},
+    "bank, batches": {},
+    "hardness": {},
+}
+HARDNESS: dict[str, Callable[[], nn.Module]] = {
+    "InfoNCE": lambda: InfoNCELoss(hardness=5.0),
+    "sigmoid": lambda: SigmoidLoss(2.7, -5.0, hardness=5.0),
 }
 
 
@@ -156,19 +165,11 @@ def make_callbacks(source: str, seed: int) -> list[L.Callback]:
         sampler = FalseNegativeSampler(seed=seed, **options.pop("sampler", {}))
         callbacks.append(FalseNegativeElimination(**{"queue_size": 1024, "momentum": 0.99, **options}, sampler=sampler))
         options = {}
-    if "samples" in source or "embeddings" in source:
-        inject: Literal["samples", "embeddings"] = "samples" if "samples" in source else "embeddings"
-        callbacks.append(
-            OfflineHardNegativeMining(
-                texts_per_image=30,
-                images_per_text=30,
-                relative_margin=0.05,
-                inject=inject,
-                num_workers=0,
-                seed=seed,
-                **options,
-            )
-        )
+    modes: tuple[Literal["samples", "embeddings", "batches"], ...] = ("samples", "embeddings", "batches")
+    common: dict[str, Any] = {"texts_per_image": 30, "images_per_text": 30, "relative_margin": 0.05, "num_workers": 0}
+    callbacks += [
+        OfflineHardNegativeMining(inject=mode, seed=seed, **common, **options) for mode in modes if mode in source
+    ]
     if source == "monitor":
         callbacks.append(GradientNormMonitor())
     return callbacks
@@ -186,6 +187,10 @@ def _differs(loss: str, source: str) -> bool:
     """Tell whether a source means something for a loss that it does not mean for another one already."""
     if loss == "quintuplet":  # without mined negatives it is the triplet loss
         return "samples" in source or "embeddings" in source
+    if source == "hardness":
+        return loss in HARDNESS
+    if "batches" in source:  # the sigmoid loss refuses them
+        return loss == "InfoNCE" or (loss == "triplet" and source == "batches")
     return source != "monitor" or loss == "triplet"
 
 
@@ -202,7 +207,7 @@ def run_seed(seed: int, epochs: int, only: str = "", batch_size: int = 64) -> di
         print(f"seed {seed}, start with {loss}: {outcomes['start', loss]}", flush=True)
     for loss, source in settings(only):
         L.seed_everything(seed, verbose=False)
-        model = Small(LOSSES[loss]())
+        model = Small((HARDNESS if source == "hardness" else LOSSES)[loss]())
         weights = starts.get(loss, starts["InfoNCE"]).state_dict()
         kept = {name: value for name, value in weights.items() if loss in starts or not name.startswith("loss.")}
         model.load_state_dict(kept, strict=False)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lightning_itm.distributed import gather, gather_with_gradient
 
+RETURN_EMBEDDINGS = "return_embeddings"
+"""The key by which a batch asks ``training_step`` for its embeddings, and under which they come back."""
+
 
 @dataclass  # not frozen: Lightning moves what it holds to other devices
 class EmbeddingPairs:

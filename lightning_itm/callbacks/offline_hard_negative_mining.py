@@ -4,26 +4,24 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.callbacks._strategies import check_whole_weights
-from lightning_itm.checks import check_choice
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.mining.attach import attach_draws, clear_draws, detach_draws, pairs_to_mine
+from lightning_itm.embeddings import RETURN_EMBEDDINGS
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
 from lightning_itm.mining.figure import contact_sheet
-from lightning_itm.mining.mine import check_at_least, mine_into
+from lightning_itm.mining.hard_negative_dataset import pairs_to_mine
+from lightning_itm.mining.mine import Mining, check_at_least, check_ways
 from lightning_itm.mining.negative_table import NegativeTable
-from lightning_itm.mining.state import check_state, fingerprint
+from lightning_itm.mining.training_embeddings import step_embeddings
 
 
 class OfflineHardNegativeMining(Callback):
     """Mine the hardest texts of each image, and the hardest images of each text, over the whole training set (AOQ).
 
     Before an epoch every image and every text is encoded once, with evaluation transforms, in eval mode and under the
-    Trainer's precision, split over the ranks. Each pair of the epoch then comes with negatives drawn from what was mined.
-    :class:`~lightning_itm.QuintupletLoss` is the loss for it. The other losses take the mined pairs as further candidates.
+    Trainer's precision, split over the ranks. What was mined reaches the training steps in one of three ways (``inject``).
 
     Args:
         dataset: The set that is mined. Default: the datamodule's ``train_dataset``. Without a datamodule, give the
@@ -34,28 +32,37 @@ class OfflineHardNegativeMining(Callback):
         images_per_text: Most images that are kept per text. The published ratio of the two is 5, the texts of an image.
         every_n_epochs: Mine anew after this many epochs. Raise it where mining takes long. ``None``: mine once, as published.
         start_epoch: The first epoch with mined negatives, from 0. Raise it for a model that starts from random weights.
-        inject: ``"samples"``: negatives are loaded with their pair and encoded with gradient, so a step
-            encodes three times as much. ``"embeddings"``: they come as the embeddings of the mining pass, at nearly no cost
-            and without gradient. The second is not in the paper.
+        inject: ``"samples"``, as published: negatives are loaded with their pair and encoded with gradient, so a step encodes
+            three times as much. Use :class:`~lightning_itm.QuintupletLoss`, or another loss, which takes them as further
+            candidates. ``"embeddings"``: they come as embeddings of the mining pass, at nearly no cost and without gradient.
+            ``"batches"``: pairs that are hard for each other share a batch, each pair once per epoch, with any loss and at no
+            cost in the steps. See :func:`~lightning_itm.mining.compose_batches`. The last two are not in the paper.
+        encode: ``"pass"``: encode the whole set before the epoch. ``"training"``: mine the embeddings that the training steps
+            of the last epoch computed, which costs only the search. The first epoch then has no mined negatives. It keeps two
+            float16 vectors per pair on the device, and can't be used with ``inject="embeddings"``. Not in the paper.
+        group_size: Number of pairs that are hard for each other, with ``inject="batches"``. It must divide the pairs per batch
+            on all ranks together. Typical: 4. Try 16 on a large set of fine-grained items.
         coupled_ranks: Draw one rank for both text and image, as published. False: draw two, which gives more combinations.
         rank_min: Leave out this many of the hardest, which are the likeliest false negatives. Typical: 0 to 10. This guard and
             the next three work as in :func:`~lightning_itm.functional.top_k_negatives`. Not in the paper.
         max_score: Drop negatives that are more similar than this. Default: keep all. Not in the paper.
         absolute_margin: Drop negatives that are more similar than the positive minus this. Default: keep all. The positive of
             an image is the mean over its texts. Not in the paper.
-        relative_margin: Drop negatives above the positive less this fraction of its absolute value. Typical: 0.05.
-            Default: keep all. Not in the paper.
+        relative_margin: Drop negatives above the positive less this fraction of its absolute value. None keeps all. Default:
+            0.05 with ``inject="batches"``, and None otherwise. Not in the paper.
         batch_size: Inputs that are encoded at once. No gradient is kept, so it can be larger than in training.
         num_workers: Worker processes that load the inputs to encode. Default: as many as the datamodule has.
         seed: Another seed gives other draws among the embeddings. Samples are drawn with the random numbers of the loader.
 
     Logs ``mining/encode_seconds``, ``mining/search_seconds``, ``mining/gap`` (mean similarity of the matching pairs minus that
     of the hardest negatives), ``mining/rejected_share`` (the fraction that a guard dropped) and ``mining/changed_share`` (the
-    fraction of the table that differs from the one before).
+    fraction of the table that differs from the one before). With ``inject="batches"`` also ``mining/compose_seconds`` and
+    ``mining/grouped_share`` (the fraction of pairs that share their group with another).
 
     Raises:
-        ValueError: if a count is too small, a checkpoint is of another training set, or an embedding is not finite.
-        MisconfigurationException: if there are no pairs to mine, no loader reads the draws, or the weights are sharded.
+        ValueError: if a count is too small, groups do not fit into batches, a checkpoint is of another set, or an embedding is
+            not finite.
+        MisconfigurationException: if there are no pairs to mine, no batch would be reached, or the weights are sharded.
 
     References:
         *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669. It mines once, with a model
@@ -70,33 +77,50 @@ class OfflineHardNegativeMining(Callback):
         images_per_text: int = 60,
         every_n_epochs: int | None = 1,
         start_epoch: int = 0,
-        inject: Literal["samples", "embeddings"] = "samples",
+        inject: Literal["samples", "embeddings", "batches"] = "samples",
+        encode: Literal["pass", "training"] = "pass",
+        group_size: int = 4,
         coupled_ranks: bool = True,
         rank_min: int = 0,
         max_score: float | None = None,
         absolute_margin: float | None = None,
-        relative_margin: float | None = None,
+        relative_margin: float | Literal["auto"] | None = "auto",
         batch_size: int = 256,
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
         check_at_least(1, texts_per_image=texts_per_image, images_per_text=images_per_text, batch_size=batch_size)
-        check_at_least(1, every_n_epochs=every_n_epochs)
+        check_at_least(1, every_n_epochs=every_n_epochs, group_size=group_size)
         check_at_least(0, start_epoch=start_epoch, rank_min=rank_min)
-        check_choice("inject", inject, ("samples", "embeddings"))
-        self.dataset = dataset
-        self.texts_per_image, self.images_per_text = texts_per_image, images_per_text
-        self.every_n_epochs, self.start_epoch = every_n_epochs, start_epoch
-        self.inject, self.coupled_ranks = inject, coupled_ranks
-        margins = {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
-        self.guards: dict[str, Any] = {"rank_min": rank_min, "max_score": max_score, **margins}
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.pairs: ImageTextDataset | None = None
-        self.table: NegativeTable | None = None
-        self.mined_embeddings: EmbeddedNegatives | None = None
+        check_ways(inject, encode)
+        if relative_margin == "auto":
+            relative_margin = 0.05 if inject == "batches" else None
+        self.dataset, self.every_n_epochs, self.start_epoch = dataset, every_n_epochs, start_epoch
+        self.inject, self.encode = inject, encode
+        self._counts = {"texts_per_image": texts_per_image, "images_per_text": images_per_text}
+        self._ways = {"coupled_ranks": coupled_ranks, "seed": seed, "group_size": group_size}
+        guards = {"rank_min": rank_min, "max_score": max_score, "absolute_margin": absolute_margin}
+        encoding = {"batch_size": batch_size, "num_workers": num_workers}
+        self._options: dict[str, Any] = {**encoding, **guards, "relative_margin": relative_margin}
+        self._mining: Mining | None = None
         self._epoch, self._is_finished, self._is_fitting = 0, False, False
         self._restored: dict[str, Any] | None = None
         self._unlogged: dict[str, float] = {}
+
+    @property
+    def pairs(self) -> ImageTextDataset | None:
+        """The set that is mined. None before a fit."""
+        return None if self._mining is None else self._mining.pairs
+
+    @property
+    def table(self) -> NegativeTable | None:
+        """What was mined last. None before a fit."""
+        return None if self._mining is None else self._mining.table
+
+    @property
+    def mined_embeddings(self) -> EmbeddedNegatives | None:
+        """What is drawn from with ``inject="embeddings"``. None in other modes, and before anything was mined."""
+        return None if self._mining is None else getattr(self._mining.injection, "mined", None)
 
     def is_due(self, epoch: int) -> bool:
         """Return whether ``epoch`` begins with a new table. Override for another schedule."""
@@ -111,43 +135,37 @@ class OfflineHardNegativeMining(Callback):
         if not self._is_fitting:
             return
         check_whole_weights(trainer, "mining encodes with the whole module")
-        source = self.dataset, trainer.datamodule  # type: ignore[attr-defined]
-        self.pairs = pairs = pairs_to_mine(*source)
-        counts = {"texts_per_image": self.texts_per_image, "images_per_text": self.images_per_text}
-        self.table = NegativeTable(len(pairs.images), len(pairs.texts), **counts)
-        self.table.is_pending = True  # a fit's first workers may ask before `on_fit_start`, and wait
-        self._epoch, self._is_finished, self._restored, self.mined_embeddings = 0, False, None, None
-        if self.inject == "embeddings":
-            clear_draws(*source)
-        else:
-            attach_draws(*source, self.table, coupled_ranks=self.coupled_ranks)
+        self._epoch, self._is_finished, self._restored, self._unlogged = 0, False, None, {}
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        pairs, ways = pairs_to_mine(self.dataset, datamodule), {"inject": self.inject, "encode": self.encode}
+        self._mining = Mining(pairs, self.dataset, **ways, counts=self._counts, ways=self._ways)
+        self._mining.injection.attach(datamodule, trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the datamodule as it was, and no file behind. The table stays, to be looked at."""
-        if stage == "fit" and self.table is not None:
-            detach_draws(self.dataset, trainer.datamodule, self.table)  # type: ignore[attr-defined]
-            self.table.remove()
+        if stage == "fit" and self._mining is not None:
+            self._mining.injection.detach(trainer.datamodule)  # type: ignore[attr-defined]
+            self._mining.table.remove()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the datamodule as it was."""
+        if self._is_fitting:
+            self.teardown(trainer, pl_module, "fit")  # Lightning itself does not call it after an exception
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mine for the first epoch, or go on with the restored table."""
         # Checkpoints are restored by now. `on_train_epoch_start` is too late: workers load the first batches before it.
-        table, restored, self._restored = _attached(self.table), self._restored, None
-        self._epoch = 0 if restored is None else int(restored["epoch"]) + bool(restored["is_finished"])
-        if trainer.limit_train_batches == 0:
-            table.is_pending = False
-        elif self._epoch != trainer.max_epochs and self._has_to_mine(self._epoch, restored):
-            self._mine(trainer, pl_module)
-        else:
-            table.is_pending = False
-            if restored is not None and restored["embeddings"] is not None and self.inject == "embeddings":
-                self._embed(*(part.to(pl_module.device) for part in restored["embeddings"]))
-
-    def _has_to_mine(self, epoch: int, restored: dict[str, Any] | None) -> bool:
-        if restored is None:
-            return self.is_due(epoch)
-        # A run with samples that goes on with embeddings has none of them.
-        has_none = restored["embeddings"] is None and bool((restored["texts"] >= 0).any())
-        return (restored["is_finished"] and self.is_due(epoch)) or (self.inject == "embeddings" and has_none)
+        restored, self._restored, mining = self._restored, None, self._attached()
+        is_new_epoch = restored is None or bool(restored["is_finished"])
+        self._epoch = 0 if restored is None else int(restored["epoch"]) + is_new_epoch
+        has_all = True
+        if restored is not None:
+            mining.injection.resume(restored, pl_module.device)
+            has_all = mining.injection.has_all(restored)
+        has_steps = trainer.limit_train_batches != 0 and self._epoch != trainer.max_epochs
+        if has_steps and (is_new_epoch or not has_all):
+            self._begin_epoch(trainer, pl_module, must_mine=not has_all)
+        mining.table.is_pending = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the first mining."""
@@ -160,15 +178,20 @@ class OfflineHardNegativeMining(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Put the drawn embeddings into the batch."""
+        """Put what was mined into the batch, and ask the step for its embeddings if they are to be mined."""
         # Here the batch is on the device already. With samples it came with its negatives from the loader.
-        if self.mined_embeddings is not None:
-            batch["hard"] = self.mined_embeddings.draw(batch["image_id"], batch["text_id"], trainer.current_epoch)
+        mining = self._attached()
+        mining.injection.to_batch(batch, trainer.current_epoch)
+        if mining.training_embeddings is not None:
+            batch[RETURN_EMBEDDINGS] = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember whether the epoch is finished."""
+        """Keep the embeddings of the step, and remember whether the epoch is finished."""
+        embeddings = self._attached().training_embeddings
+        if embeddings is not None and outputs:  # a step that returned None has none
+            embeddings.update(*step_embeddings(outputs))
         # A checkpoint of the last batch is written before `on_train_epoch_end`. A run resumed from it skips that hook.
         self._is_finished = trainer.is_last_batch
 
@@ -179,8 +202,7 @@ class OfflineHardNegativeMining(Callback):
         if epoch <= self._epoch or epoch == trainer.max_epochs:
             return  # `trainer.should_stop` is no reason: with `min_epochs`, Lightning goes on
         self._epoch, self._is_finished = epoch, False
-        if self.is_due(epoch):
-            self._mine(trainer, pl_module)
+        self._begin_epoch(trainer, pl_module)
 
     def plot(self, n: int = 8, *, num_negatives: int = 4, seed: int = 0) -> Any:
         """Draw some pairs with the hardest texts and images that were mined for them, as a matplotlib figure.
@@ -190,22 +212,14 @@ class OfflineHardNegativeMining(Callback):
             num_negatives: Number of texts and images shown per pair, the hardest first.
             seed: Another seed shows other pairs.
         """
-        table = _attached(self.table)
-        return contact_sheet(_attached(self.pairs), table, n, num_negatives=num_negatives, seed=seed)
+        mining = self._attached()
+        return contact_sheet(mining.pairs, mining.table, n, num_negatives=num_negatives, seed=seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the table, the embeddings where they are injected, and which epoch they are for."""
-        if self.table is None:
+        """Return what is mined, and which epoch it is for."""
+        if self._mining is None:
             return {}
-        mined = self.mined_embeddings
-        return {
-            "texts": self.table.texts.clone(),
-            "images": self.table.images.clone(),
-            "embeddings": mined and [mined.image_embeddings.cpu(), mined.text_embeddings.cpu()],
-            "epoch": self._epoch,
-            "is_finished": bool(self._is_finished),
-            "fingerprint": fingerprint(_attached(self.pairs)),
-        }
+        return {**self._mining.state_dict(), "epoch": self._epoch, "is_finished": bool(self._is_finished)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Publish the table of a checkpoint, in a run that goes on.
@@ -214,37 +228,23 @@ class OfflineHardNegativeMining(Callback):
             ValueError: if it is of another training set, or has other numbers of negatives.
         """
         # Lightning calls this hook in validate, test and predict as well.
-        if self.table is None or not self._is_fitting or not state_dict:
-            return
-        check_state(state_dict, _attached(self.pairs), self.table)
-        self._restored = state_dict
-        if not (state_dict["is_finished"] and self.is_due(int(state_dict["epoch"]) + 1)):
-            self.table.publish(state_dict["texts"], state_dict["images"])
+        if self._mining is not None and self._is_fitting and state_dict:
+            is_replaced = state_dict["is_finished"] and self.is_due(int(state_dict["epoch"]) + 1)
+            self._mining.load_state_dict(state_dict, is_replaced=is_replaced)
+            self._restored = state_dict
+
+    def _begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule, *, must_mine: bool = False) -> None:
+        mining = self._attached()
+        if must_mine or self.is_due(self._epoch):
+            self._unlogged = mining.mine(trainer, pl_module, self._epoch, **self._options)
         else:
-            self.table.texts.copy_(state_dict["texts"])  # what the next mining is compared with
-            self.table.images.copy_(state_dict["images"])
-
-    def _mine(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        options = {"batch_size": self.batch_size, "num_workers": self.num_workers, **self.guards}
-        table, pairs = _attached(self.table), _attached(self.pairs)
-        encoded, self._unlogged = mine_into(table, pairs, trainer, pl_module, **options)
-        if self.inject == "embeddings":
-            self._embed(encoded.image_embeddings, encoded.text_embeddings)
-
-    def _embed(self, image_embeddings: Tensor, text_embeddings: Tensor) -> None:
-        table, text_image_id = _attached(self.table), _attached(self.pairs).text_image_id[: len(text_embeddings)]
-        # Clones: the table is written anew at the end of the epoch, the draws of this epoch are of the earlier one.
-        rows = table.texts.clone(), table.images.clone()
-        options: dict[str, Any] = {"coupled_ranks": self.coupled_ranks, "seed": self.seed}
-        self.mined_embeddings = EmbeddedNegatives(image_embeddings, text_embeddings, *rows, text_image_id, **options)
+            self._unlogged = mining.injection.begin_epoch(self._epoch)
 
     def _log(self, pl_module: L.LightningModule) -> None:
-        if self._unlogged:
-            pl_module.log_dict(self._unlogged, on_step=False, on_epoch=True, sync_dist=True)
+        pl_module.log_dict(self._unlogged, on_step=False, on_epoch=True, sync_dist=True)
         self._unlogged = {}
 
-
-def _attached(value: Any) -> Any:
-    if value is None:
-        raise RuntimeError("Expected to be attached to a Trainer that fits. Nothing was mined yet.")
-    return value
+    def _attached(self) -> Mining:
+        if self._mining is None:
+            raise RuntimeError("Expected to be attached to a Trainer that fits. Nothing was mined yet.")
+        return self._mining

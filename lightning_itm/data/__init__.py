@@ -7,10 +7,18 @@ from lightning_itm.data.files_datamodule import ImageTextFilesDataModule, read_p
 from lightning_itm.data.image import UnreadableImageError, open_clip_transforms, open_rgb, to_tensor
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.region_features import FeatureRows, RegionFeatureDataset, Vocabulary
-from lightning_itm.data.resumable_loader import EpochSampler, ResumableLoader, SeededDataset
+from lightning_itm.data.resumable_loader import (
+    EpochOrder,
+    EpochSampler,
+    OrderedDataset,
+    ResumableLoader,
+    SeededDataset,
+    random_order,
+)
 from lightning_itm.data.shards import ShardDataset, ShardIndex, ShardStream, verify_shards, write_shards
 
 __all__ = [
+    "EpochOrder",
     "EpochSampler",
     "EvaluationItems",
     "FeatureRows",
@@ -18,6 +26,7 @@ __all__ = [
     "ImageTextDataModule",
     "ImageTextDataset",
     "ImageTextFilesDataModule",
+    "OrderedDataset",
     "PaddedSequence",
     "RegionFeatureDataset",
     "ResumableLoader",
@@ -33,6 +42,7 @@ __all__ = [
     "collate_pairs",
     "open_clip_transforms",
     "open_rgb",
+    "random_order",
     "read_pairs",
     "to_tensor",
     "verify_shards",

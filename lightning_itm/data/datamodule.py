@@ -13,7 +13,7 @@ from lightning_itm.data.batch import collate_pairs
 from lightning_itm.data.evaluation_items import KINDS, EvaluationItems
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.position import Position
-from lightning_itm.data.resumable_loader import EpochSampler, ResumableLoader, SeededDataset
+from lightning_itm.data.resumable_loader import EpochOrder, EpochSampler, OrderedDataset, ResumableLoader, SeededDataset
 from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
 from lightning_itm.data.shards.stream import ShardStream
 
@@ -40,6 +40,8 @@ class ImageTextDataModule(L.LightningDataModule):
 
     Attributes:
         predict_split: The set that ``Trainer.predict`` reads: ``"train"``, ``"val"`` or ``"test"``.
+        train_order: The order of each epoch's training pairs, where a callback composes it in its ``setup``. None: a random
+            order.
 
     Raises:
         ValueError: if ``batch_size`` or ``eval_batch_size`` is not positive.
@@ -81,12 +83,17 @@ class ImageTextDataModule(L.LightningDataModule):
         self.drop_last = drop_last
         self.seed = seed
         self.predict_split: Literal["train", "val", "test"] = "test"
+        self.train_order: EpochOrder | None = None
+        self._was_composed = False
         self._position = Position()
 
     def setup(self, stage: str) -> None:
-        """Forget where an earlier run was resumed."""
-        # In this hook, which runs before `load_state_dict`: a checkpoint of this run is not forgotten.
+        """Forget where an earlier run was resumed, and the order that its callbacks composed."""
+        # In this hook, which runs before `load_state_dict`: a checkpoint of this run is not forgotten. It runs before the
+        # `setup` of callbacks, too, and after a fit that ended with an error.
         self._position.forget()
+        if stage == "fit":
+            self.train_order, self._was_composed = None, False
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Return the loader of this rank's part of each epoch. Without a Trainer, it is a plain one."""
@@ -103,13 +110,17 @@ class ImageTextDataModule(L.LightningDataModule):
             seeded,
             self.batch_size,
             self._next_batch,
+            shuffle=self.train_order is None,
             num_replicas=trainer.world_size,
             rank=trainer.global_rank,
             seed=self.seed,
         )
         self._check_one_batch(len(sampler))
+        # A checkpoint may be saved after the fit, when the callback has taken its order back.
+        self._was_composed = self.train_order is not None
+        ordered = seeded if self.train_order is None else OrderedDataset(seeded, self.train_order)
         return ResumableLoader(
-            seeded, self.batch_size, sampler=sampler, drop_last=self.drop_last, **self._loader_options()
+            ordered, self.batch_size, sampler=sampler, drop_last=self.drop_last, **self._loader_options()
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -158,6 +169,7 @@ class ImageTextDataModule(L.LightningDataModule):
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "stream": self.train_dataset.settings() if isinstance(self.train_dataset, ShardStream) else None,
+            "is_composed": self.train_order is not None or self._was_composed,
         }
 
     def _next_batch(self) -> tuple[int, int]:

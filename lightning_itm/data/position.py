@@ -81,8 +81,8 @@ class Position:
 
         Args:
             trainer: The Trainer whose progress is saved.
-            settings: What the order depends on beside seed and ranks: ``batch_size``, ``num_workers`` and ``stream``, which is
-                None where the training set is no stream.
+            settings: What the order depends on beside seed and ranks: ``batch_size``, ``num_workers``, ``stream``, which is
+                None where the training set is no stream, and ``is_composed``, whether a callback composes the order.
         """
         epoch, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
         num_done, num_batches = batches.current.processed, trainer.num_training_batches
@@ -122,6 +122,13 @@ class Position:
                 f"Expected `batch_size` {then[0]} on {then[1]} process(es), as when the run stopped after batch "
                 f"{state['batch']} of epoch {state['epoch']}, got {now[0]} on {now[1]}: pairs would be left out or "
                 "come twice. Resume with the same, or from the end of an epoch."
+            )
+        if state["batch"] > 0 and state.get("is_composed", False) != settings["is_composed"]:
+            orders = {True: "composed by OfflineHardNegativeMining(inject='batches')", False: "random"}
+            raise MisconfigurationException(
+                f"Expected an order of pairs that is {orders[not settings['is_composed']]}, as when the run stopped after "
+                f"batch {state['batch']} of epoch {state['epoch']}, got one that is {orders[settings['is_composed']]}: pairs "
+                "would be left out or come twice. Resume with the same callbacks, or from the end of an epoch."
             )
         if state["batch"] > 0 and state.get("stream") is not None:
             _check_stream(state, settings)

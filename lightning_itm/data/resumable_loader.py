@@ -4,12 +4,74 @@
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_itm.randomness import seeded
+from lightning_itm.shared_integers import SharedIntegers
+
+
+def random_order(num_pairs: int, seed: int, epoch: int) -> Tensor:
+    """Return the order in which :class:`EpochSampler` reads the pairs of an epoch, int64 `(pairs,)`.
+
+    Args:
+        num_pairs: Number of pairs of the set.
+        seed: The seed of the datamodule.
+        epoch: The epoch, from 0. Each has an order of its own.
+    """
+    return torch.randperm(num_pairs, generator=torch.Generator().manual_seed(seed + epoch))
+
+
+class EpochOrder(SharedIntegers):
+    """Hold the order of an epoch's pairs where a callback composes it, in a file that all processes map.
+
+    The sampler then yields positions, and :class:`OrderedDataset` looks up the pair of each in the worker that loads it. So a
+    worker that starts early waits for the order, and one that goes on from epoch to epoch sees the new order.
+
+    Args:
+        num_pairs: Number of pairs of the set, which is the number of positions.
+    """
+
+    missing: ClassVar[str] = "no order was composed before the first batch"
+
+    def __init__(self, num_pairs: int) -> None:
+        super().__init__(((num_pairs,),))
+        self.is_pending = True
+
+    @property
+    def pairs(self) -> Tensor:
+        """int32 `(pairs,)`, the number of the pair at each position of the epoch."""
+        return self.tensors[0]
+
+    def publish(self, pairs: Tensor) -> None:
+        """Write the order of the next epoch, and let waiting workers go on.
+
+        Args:
+            pairs: Integers `(pairs,)`, each pair of the set once.
+        """
+        self.copy_(pairs)
+
+
+class OrderedDataset(Dataset[Any]):
+    """Load the pair that stands at a position of the epoch.
+
+    Args:
+        dataset: Any dataset with random access.
+        order: Which pair stands where. It may be published later, and anew for each epoch.
+    """
+
+    def __init__(self, dataset: Dataset[Any], order: EpochOrder) -> None:
+        self.dataset, self.order = dataset, order
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        self.order.wait()  # a worker may be asked for its first batch before anything is composed
+        return self.dataset[int(self.order.pairs[index])]
 
 
 class SeededDataset(Dataset[Any]):
@@ -40,7 +102,7 @@ class EpochSampler(DistributedSampler[Any]):
         dataset: The dataset that is sampled. It is told the epoch, so that workers that are already running know it, too.
         batch_size: Number of pairs per batch on one rank. So many indices are skipped for each batch that is done.
         position: Returns the epoch, and how many of its batches are done. It is called whenever an iterator is made.
-        shuffle: Draw a new order for each epoch. Turn it off to keep the order of the dataset.
+        shuffle: Draw a new order for each epoch, that of :func:`random_order`. Turn it off to keep the order of the dataset.
         num_replicas: The number of ranks. Each of them gets equally many indices.
         rank: The number of this rank, from 0.
         seed: The seed of the order. It must be the same on all ranks.

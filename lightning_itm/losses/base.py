@@ -47,6 +47,9 @@ class PairLoss(nn.Module, ABC):
         ValueError: if ``reduction`` is neither of the two.
     """
 
+    needs_random_batches: bool = False
+    """Whether batches must be drawn at random, so that hard batches are refused."""
+
     def __init__(self, *, reduction: Literal["mean", "sum"] = "mean") -> None:
         super().__init__()
         check_choice("reduction", reduction, ("mean", "sum"))

@@ -143,6 +143,7 @@ class SigmoidLoss(ScaledLoss):
     When to use it: for fine-tuning SigLIP and other models that were trained with it, and for small batches.
 
     With a memory bank, all its candidates together weigh as much as one batch, because the bias is learned for so many.
+    Hard batches are refused: scale and bias say how rare a match is in a random batch (``needs_random_batches``).
 
     .. math:: -\log \sigma(\gamma s^+ + b) - \sum_j \log \sigma(-\gamma s_j - b)
 
@@ -171,6 +172,7 @@ class SigmoidLoss(ScaledLoss):
     """
 
     default_logit_scale = math.log(10)
+    needs_random_batches = True
 
     def __init__(
         self,

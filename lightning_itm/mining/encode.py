@@ -54,12 +54,14 @@ class EncodedPairs:
         """Return the similarity of the matching pairs.
 
         Returns:
-            For each image the mean over its texts, `(images,)`, and for each text that with its image, `(texts,)`.
+            For each image the mean over its valid texts, `(images,)`, and for each text that with its image, `(texts,)`.
         """
         of_text = (self.image_embeddings[self.text_image_id] * self.text_embeddings).sum(dim=1)  # (texts,)
-        num_images = len(self.image_embeddings)
-        of_image = of_text.new_zeros(num_images).index_add_(0, self.text_image_id, of_text)  # (images,), a sum so far
-        return of_image / torch.bincount(self.text_image_id, minlength=num_images).clamp_min(1), of_text
+        num_images, is_valid = len(self.image_embeddings), self.text_is_valid
+        of_valid = torch.where(is_valid, of_text, 0)
+        of_image = of_text.new_zeros(num_images).index_add_(0, self.text_image_id, of_valid)  # (images,), a sum so far
+        num_valid = torch.bincount(self.text_image_id, weights=is_valid.to(of_text.dtype), minlength=num_images)
+        return of_image / num_valid.clamp_min(1).to(of_text.dtype), of_text
 
 
 class EncodedRows:

@@ -1,13 +1,15 @@
-"""The pairs that come with a draw from a table of mined negatives."""
+"""The pairs that come with a draw from a table of mined negatives, and those that are mined."""
 
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.data.evaluation_items import TextsOfImages
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.shards.stream import ShardStream
 from lightning_itm.mining.negative_table import NegativeTable, draw_from_rows
 
 
@@ -106,3 +108,30 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
     def _random_text(self, image_id: int) -> int:
         index = torch.randint(int(self.texts_of.count[image_id]), ())
         return int(self.texts_of.text_id(torch.tensor(image_id), index))
+
+
+def pairs_to_mine(given: Any, datamodule: Any) -> ImageTextDataset:
+    """Return the pairs of a training set without what wraps them.
+
+    Args:
+        given: The dataset that the user names. ``None``: the datamodule's ``train_dataset``.
+        datamodule: The Trainer's datamodule, or ``None``.
+
+    Raises:
+        MisconfigurationException: if there are no pairs, or fewer than two images.
+    """
+    dataset = train_set(given, datamodule)
+    pairs = dataset.pairs if isinstance(dataset, HardNegativeDataset | ShardStream) else dataset
+    if not isinstance(pairs, ImageTextDataset):
+        raise MisconfigurationException(
+            f"Expected pairs to mine, got {type(pairs).__name__}. Give `dataset=ImageTextDataset(...)`, or fit with an "
+            "ImageTextDataModule that has them as `train_dataset`."
+        )
+    if len(pairs.images) < 2:
+        raise MisconfigurationException(f"Expected at least two images to mine among, got {len(pairs.images)}.")
+    return pairs
+
+
+def train_set(given: Any, datamodule: Any) -> Any:
+    """Return the dataset that the user names, or else the datamodule's training set, with what wraps its pairs."""
+    return getattr(datamodule, "train_dataset", None) if given is None else given

@@ -5,10 +5,13 @@ from typing import Any
 
 import lightning as L
 
+from lightning_itm.checks import check_choice
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.mining.encode import EncodedPairs, encode_pairs, part_of
-from lightning_itm.mining.negative_table import NegativeTable
+from lightning_itm.mining.injection import INJECTIONS
+from lightning_itm.mining.negative_table import NegativeTable, check_state, fingerprint
 from lightning_itm.mining.search import find_negatives, padded_rows
+from lightning_itm.mining.training_embeddings import TrainingEmbeddings
 
 FAST_DEV_RUN_PAIRS = 512
 
@@ -21,8 +24,9 @@ def mine_into(
     *,
     batch_size: int,
     num_workers: int | None,
+    training_embeddings: TrainingEmbeddings | None = None,
     **guards: Any,
-) -> tuple[EncodedPairs, dict[str, float]]:
+) -> tuple[EncodedPairs | None, dict[str, float]]:
     """Mine the negatives of a set with a model as it stands, and publish them. Every rank must call it.
 
     Args:
@@ -32,19 +36,25 @@ def mine_into(
         module: The :class:`~lightning_itm.DualEncoder` that encodes.
         batch_size: Inputs that are encoded at once, such as 256.
         num_workers: Worker processes that load the inputs. ``None``: as many as the datamodule has.
+        training_embeddings: What the training steps computed, which is then mined, and nothing is encoded.
         **guards: As :func:`find_negatives` takes them.
 
     Returns:
-        The embeddings, and what can be logged: seconds, gap, and fractions.
+        The embeddings, and what can be logged: seconds, gap, and fractions. None and nothing where no step was trained so far.
 
     Raises:
         ValueError: if an embedding is not finite.
     """
-    num_texts = min(len(pairs), FAST_DEV_RUN_PAIRS) if trainer.fast_dev_run else len(pairs)  # type: ignore[attr-defined]
-    of_datamodule = getattr(trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
-    options = {"batch_size": batch_size, "num_workers": of_datamodule if num_workers is None else num_workers}
     start = time.perf_counter()
-    encoded = encode_pairs(trainer, module, pairs, num_texts, **options)
+    if training_embeddings is None:
+        num_texts = min(len(pairs), FAST_DEV_RUN_PAIRS) if trainer.fast_dev_run else len(pairs)  # type: ignore[attr-defined]
+        of_datamodule: int = getattr(trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
+        options = {"batch_size": batch_size, "num_workers": of_datamodule if num_workers is None else num_workers}
+        encoded = encode_pairs(trainer, module, pairs, num_texts, **options)
+    elif training_embeddings.rows is None:
+        return None, {}
+    else:
+        encoded = training_embeddings.encoded()
     between = time.perf_counter()
     (num_images, texts_per_image), (num_all_texts, images_per_text) = table.shapes
     mined = find_negatives(encoded, texts_per_image, images_per_text, **part_of(trainer), **guards)
@@ -59,6 +69,80 @@ def mine_into(
         "mining/rejected_share": mined.rejected_fraction,
         "mining/changed_share": num_changed / (texts.numel() + images.numel()),
     }
+
+
+class Mining:
+    """Hold what one fit mines: the pairs, the table, how it reaches the steps, and the embeddings where training has them.
+
+    Args:
+        pairs: The set that is mined.
+        given: The dataset that the user named, which may wrap the pairs, or ``None``.
+        inject: One of the ways of :mod:`~lightning_itm.mining.injection`.
+        encode: ``"pass"`` or ``"training"``.
+        counts: ``texts_per_image`` and ``images_per_text`` of the table.
+        ways: ``coupled_ranks``, ``seed`` and ``group_size``, as the injection takes them.
+    """
+
+    def __init__(
+        self,
+        pairs: ImageTextDataset,
+        given: Any,
+        *,
+        inject: str,
+        encode: str,
+        counts: dict[str, int],
+        ways: dict[str, Any],
+    ) -> None:
+        self.pairs, num_images = pairs, len(pairs.images)
+        self.table = NegativeTable(num_images, len(pairs.texts), **counts)
+        self.table.is_pending = True  # a fit's first workers may ask before `on_fit_start`, and wait
+        self.injection = INJECTIONS[inject](given, self.table, **ways)
+        self.training_embeddings: TrainingEmbeddings | None = None
+        if encode == "training":
+            self.training_embeddings = TrainingEmbeddings(pairs.text_image_id, num_images)
+
+    def mine(self, trainer: L.Trainer, module: L.LightningModule, epoch: int, **options: Any) -> dict[str, float]:
+        """Mine for an epoch. ``options`` are those of :func:`mine_into`, and what is returned can be logged."""
+        of_training = self.training_embeddings
+        encoded, logs = mine_into(self.table, self.pairs, trainer, module, training_embeddings=of_training, **options)
+        return {**logs, **self.injection.begin_epoch(epoch, encoded)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the table, which set it is of, what its injection needs, and the embeddings that are to be mined."""
+        table = {"texts": self.table.texts.clone(), "images": self.table.images.clone()}
+        state: dict[str, Any] = {**table, "fingerprint": fingerprint(self.pairs), **self.injection.state_dict()}
+        if self.training_embeddings is not None:
+            state["training_embeddings"] = self.training_embeddings.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], *, is_replaced: bool) -> None:
+        """Take in the table of a checkpoint. The injection follows with ``resume``, when the model is on its device.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            is_replaced: Whether mining follows at once, so that no worker may see this table.
+
+        Raises:
+            ValueError: if the table is of another training set, or has other numbers of negatives.
+        """
+        check_state(state, self.pairs, self.table)
+        if self.training_embeddings is not None and "training_embeddings" in state:
+            self.training_embeddings.load_state_dict(state["training_embeddings"])
+        self.table.texts.copy_(state["texts"])  # also what the next mining is compared with
+        self.table.images.copy_(state["images"])
+        if not is_replaced:
+            self.table.is_pending = False
+
+
+def check_ways(inject: str, encode: str) -> None:
+    """Raise a ValueError if what was mined can't reach the steps in this way, or the embeddings can't be had so."""
+    check_choice("inject", inject, tuple(INJECTIONS))
+    check_choice("encode", encode, ("pass", "training"))
+    if (inject, encode) == ("embeddings", "training"):
+        raise ValueError(
+            "Expected `encode='pass'` with `inject='embeddings'`, got 'training': a pair that training has not seen yet "
+            "has no embedding to draw. Use `inject='batches'`, which needs none."
+        )
 
 
 def check_at_least(least: int, **counts: int | None) -> None:

@@ -1,18 +1,16 @@
-"""The table of mined negatives, and a draw from its rows."""
+"""The table of mined negatives, a draw from its rows, and which checkpoints of it a run can go on from."""
 
-import multiprocessing
-import os
-import tempfile
-import time
-import weakref
-from pathlib import Path
-from typing import Any
+import hashlib
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.shared_integers import SharedIntegers
 
-class NegativeTable:
+
+class NegativeTable(SharedIntegers):
     """Hold the hardest texts of every image and the hardest images of every text, in a file that all processes map.
 
     Workers that are already running see a new table at once, because it is written into the file that they have mapped.
@@ -22,20 +20,23 @@ class NegativeTable:
         num_texts: Number of texts of the set, which is the number of rows of :attr:`images`.
         texts_per_image: Most texts that are kept per image, such as 300.
         images_per_text: Most images that are kept per text, such as 60.
-
-    Attributes:
-        texts: int32 `(num_images, texts_per_image)`, the hardest first. The rest of a row is −1.
-        images: int32 `(num_texts, images_per_text)`, the hardest first. The rest of a row is −1.
     """
 
+    missing: ClassVar[str] = "nothing was mined before the first batch"
+
     def __init__(self, num_images: int, num_texts: int, *, texts_per_image: int, images_per_text: int) -> None:
-        self.shapes = (num_images, texts_per_image), (num_texts, images_per_text)
-        # A file and not `share_memory_()`: /dev/shm is small in containers.
-        handle, self.path = tempfile.mkstemp(prefix="negative-table-")
-        os.close(handle)
-        self._map()
+        super().__init__(((num_images, texts_per_image), (num_texts, images_per_text)))
         self.clear()
-        self._finalizer = weakref.finalize(self, _remove, self.path, os.getpid())
+
+    @property
+    def texts(self) -> Tensor:
+        """int32 `(num_images, texts_per_image)`, the hardest texts of each image first. The rest of a row is −1."""
+        return self.tensors[0]
+
+    @property
+    def images(self) -> Tensor:
+        """int32 `(num_texts, images_per_text)`, the hardest images of each text first. The rest of a row is −1."""
+        return self.tensors[1]
 
     def clear(self) -> None:
         """Remove all entries."""
@@ -49,52 +50,7 @@ class NegativeTable:
             texts: Integers, shaped as :attr:`texts`.
             images: Integers, shaped as :attr:`images`.
         """
-        self.texts.copy_(texts)
-        self.images.copy_(images)
-        self.is_pending = False  # last: a worker that sees it finds all entries there
-
-    @property
-    def is_pending(self) -> bool:
-        """True while the first table is still to come. A worker that draws has to wait for it."""
-        return bool(self._pending)
-
-    @is_pending.setter
-    def is_pending(self, value: bool) -> None:
-        self._pending.fill_(int(value))
-
-    def remove(self) -> None:
-        """Delete the file, in the process that made it. Processes that have mapped it keep its content."""
-        self._finalizer()
-
-    def wait(self) -> None:
-        """Wait for the first table, in a worker.
-
-        Raises:
-            RuntimeError: if this is the main process, which would wait for itself, or if the main process is gone.
-        """
-        while self.is_pending:
-            main = multiprocessing.parent_process()
-            if main is None or not main.is_alive():
-                raise RuntimeError(
-                    "Expected a table of negatives, found none: nothing was mined before the first batch."
-                )
-            time.sleep(0.002)
-
-    def _map(self) -> None:
-        sizes = [rows * places for rows, places in self.shapes]
-        whole = torch.from_file(self.path, shared=True, size=1 + sum(sizes), dtype=torch.int32)
-        self._pending = whole[0]  # in the file as well, so that workers see it change
-        self.texts, self.images = (
-            part.view(shape) for part, shape in zip(whole[1:].split(sizes), self.shapes, strict=True)
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A spawned worker gets the path and maps the same file. The entries themselves would be a copy.
-        return {"path": self.path, "shapes": self.shapes}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map()
+        self.copy_(texts, images)
 
 
 def draw_from_rows(
@@ -140,6 +96,44 @@ def draw_from_rows(
     return drawn[0], drawn[1]
 
 
-def _remove(path: str, process: int) -> None:
-    if os.getpid() == process:  # not in a worker that was forked
-        Path(path).unlink(missing_ok=True)
+def fingerprint(pairs: ImageTextDataset) -> str:
+    """Return what tells one training set from another: its texts, and which image each belongs to.
+
+    Example:
+        >>> from PIL import Image
+        >>> from lightning_itm import ImageTextDataset
+        >>> from lightning_itm.mining.negative_table import fingerprint
+        >>> images = [Image.new("RGB", (8, 8))]
+        >>> fingerprint(ImageTextDataset(images, ["a"])) == fingerprint(ImageTextDataset(images, ["b"]))
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for text in pairs.texts:
+        digest.update(text.encode() + b"\0")  # a separator, or "a", "b" would be "ab"
+    digest.update(pairs.text_image_id.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_state(state: dict[str, Any], pairs: ImageTextDataset, table: NegativeTable) -> None:
+    """Raise if the state of a checkpoint does not fit the run.
+
+    Args:
+        state: What ``OfflineHardNegativeMining.state_dict`` returned.
+        pairs: The training set of this run.
+        table: The table of this run.
+
+    Raises:
+        ValueError: if the state is of another training set, or of a table with other numbers of negatives.
+    """
+    if state["fingerprint"] != fingerprint(pairs):
+        raise ValueError(
+            "Expected the checkpoint's negatives to be of this training set, got those of another: its images, texts or "
+            "their order differ. Resume with the same data, or start from the weights alone (`load_from_checkpoint`)."
+        )
+    places = state["texts"].shape[1], state["images"].shape[1]
+    expected = table.shapes[0][1], table.shapes[1][1]
+    if places != expected:
+        raise ValueError(
+            f"Expected {expected[0]} texts per image and {expected[1]} images per text, got {places} in the checkpoint. "
+            "Resume with the same `texts_per_image` and `images_per_text`."
+        )

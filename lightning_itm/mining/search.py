@@ -80,6 +80,8 @@ def find_negatives(
     mined_images, rejected_images = _search(
         texts, images, pairs.image_is_valid, pairs.text_image_id, image_id, of_text, images_per_text, **split
     )
+    # What can't be read, or was not seen yet, has an embedding that says nothing.
+    mined_texts, mined_images = _of(mined_texts, pairs.image_is_valid), _of(mined_images, pairs.text_is_valid)
     # Column 0 has the hardest. An anchor without any has −inf there, and no gap.
     gap = torch.cat([of_image - mined_texts.scores[:, 0], of_text - mined_images.scores[:, 0]])
     measured = float(gap[gap.isfinite()].mean()), (rejected_texts + rejected_images) / 2
@@ -114,6 +116,12 @@ def _search(
     scores, index = (gather(torch.cat(part))[: len(anchors)] for part in zip(*parts, strict=True))
     index = torch.where(index < 0, -1, kept[index.clamp_min(0)])  # (anchors, k), ids of the whole set again
     return TopK(scores, index), _rejected_fraction(anchors, keys, anchor_id, key_id, positive, k, **guards)
+
+
+def _of(mined: TopK, anchor_is_valid: Tensor) -> TopK:
+    """Leave rows empty for anchors that are not valid."""
+    scores = mined.scores.masked_fill(~anchor_is_valid[:, None], -torch.inf)  # (anchors, k)
+    return TopK(scores, mined.index.masked_fill(~anchor_is_valid[:, None], -1))
 
 
 def _rejected_fraction(

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_itm.data.batch import check_batch
-from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
+from lightning_itm.embeddings import RETURN_EMBEDDINGS, EmbeddingPairs, HardNegatives
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
@@ -152,19 +152,27 @@ class DualEncoder(ResumableModule):
         (kind,) = alone
         return {**batch, kind: self._unit_vectors(kind, batch[kind])}
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Compute the loss of a batch, against the candidates of all ranks."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | dict[str, Any]:
+        """Compute the loss of a batch, against the candidates of all ranks.
+
+        Returns:
+            The loss. Where a callback asks for the embeddings, a dict of the loss and those of all ranks, without gradient.
+        """
         pairs = self.embed(batch)
+        candidates = pairs.gather()
         # Callbacks and the loss share nothing but these entries, so that the step needs no Trainer.
         inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
         if isinstance(inputs.get("hard"), Mapping):  # samples; embeddings need no further forward pass
             inputs["hard"] = self.embed_hard_negatives(inputs["hard"])
-        outputs: dict[str, Tensor] = self.loss(pairs, pairs.gather(), **inputs)
+        outputs: dict[str, Tensor] = self.loss(pairs, candidates, **inputs)
         if not isinstance(outputs, dict) or "loss" not in outputs:
             raise TypeError(f"Expected the loss to return a dict with 'loss', got {type(outputs).__name__}.")
         if self._trainer is not None:  # a test may hand in a batch without a Trainer
             # Nothing on the progress bar: it would wait for the device at every step.
             self.log_dict({f"train/{name}": value.detach() for name, value in outputs.items()}, batch_size=len(pairs))
+        if batch.get(RETURN_EMBEDDINGS):
+            embeddings = candidates.image_embeddings.detach(), candidates.text_embeddings.detach(), candidates.text_id
+            return {"loss": outputs["loss"], RETURN_EMBEDDINGS: embeddings}
         return outputs["loss"]
 
     def configure_retrieval(self, stage: str) -> ImageTextRetrieval:

@@ -42,11 +42,14 @@ CALLBACKS = {
         texts_per_image=12, images_per_text=8, inject="embeddings", batch_size=16, num_workers=0
     ),
     "samples": lambda: OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, batch_size=16, num_workers=0),
+    "batches": lambda: OfflineHardNegativeMining(
+        texts_per_image=12, images_per_text=8, inject="batches", encode="training", group_size=2
+    ),
     "monitor": GradientNormMonitor,
 }
-COMBINATIONS = [(), ("memory",), ("mining",), ("memory", "mining")]
+COMBINATIONS = [(), ("memory",), ("mining",), ("batches",), ("memory", "mining")]
 # Only hinges that have a selective rule can be switched.
-CASES = [(loss, names) for loss in LOSSES for names in COMBINATIONS] + [
+CASES = [(loss, names) for loss in LOSSES for names in COMBINATIONS if (loss, names) != ("sigmoid", ("batches",))] + [
     (loss, (*names, "monitor")) for loss in ("hardest", "selective", "quintuplet") for names in COMBINATIONS
 ]
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}

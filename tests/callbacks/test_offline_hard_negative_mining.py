@@ -24,6 +24,7 @@ from tests.helpers.tiny import AUGMENTED, NUM_IMAGES, PLAIN, SILENT, Tiny, tiny_
 EPOCHS = 3
 NUM_TEXTS, STEPS_PER_EPOCH = 2 * NUM_IMAGES, 12
 TABLE = {"texts_per_image": 12, "images_per_text": 8}
+BATCHES = {"inject": "batches", "group_size": 2, "relative_margin": None}
 
 
 class Watch(Callback):
@@ -118,10 +119,17 @@ def test_schedule(mining, mined):
         assert all((value >= 0) == (epoch >= mined[0]) for value in (*image_id_of_text, *mined_image_id))
 
 
-@pytest.mark.parametrize("loss", [QuintupletLoss, TripletLoss, InfoNCELoss, SigmoidLoss])
-@pytest.mark.parametrize("inject", ["samples", "embeddings"])
+@pytest.mark.parametrize(
+    ("loss", "inject"),
+    [
+        (loss, inject)
+        for loss in (QuintupletLoss, TripletLoss, InfoNCELoss, SigmoidLoss)
+        for inject in ("samples", "embeddings", "batches")
+        if (loss, inject) != (SigmoidLoss, "batches")
+    ],
+)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_every_loss_in_both_modes(loss, inject, precision):
+def test_every_loss_in_every_mode(loss, inject, precision):
     model, *_ = fit({"inject": inject}, loss=loss(), max_epochs=2, precision=precision)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
@@ -267,6 +275,88 @@ def test_plot_shows_what_was_mined():
         OfflineHardNegativeMining().plot()
 
 
+class TestHardBatches:
+    @pytest.mark.parametrize("encode", ["pass", "training"])
+    def test_pairs_that_are_hard_for_each_other_share_a_batch(self, encode):
+        _, watch, miner, _ = fit({**BATCHES, "encode": encode})
+        owner, first_mined = miner.pairs.text_image_id, {"pass": 0, "training": 1}[encode]
+        for epoch in range(EPOCHS):
+            texts, images = watch.tables[epoch]
+            steps = [step for step in watch.steps if step[0] == epoch]
+            assert sorted(pair for step in steps for pair in step[2]) == list(range(NUM_TEXTS)), "each pair once"
+            hard = 0
+            for _, _, pairs in steps:
+                for one, other in zip(pairs[::2], pairs[1::2], strict=True):
+                    hard += other in texts[owner[one]].tolist() or owner[other] in images[one].tolist()
+            if epoch < first_mined:
+                assert (texts == -1).all()
+            else:
+                assert hard / (NUM_TEXTS / 2) > 0.7, "the last pairs of an epoch find no unused neighbours"
+
+    def test_workers_see_the_order_of_each_epoch(self):
+        loaders = [{"num_workers": 0}, {"num_workers": 2, "persistent_workers": False}, {"num_workers": 2}]
+        results = [fit(BATCHES, loader=loader)[1].steps for loader in loaders]
+        assert results[0] == results[1] == results[2]
+
+    def test_epochs_before_the_first_table_are_those_of_a_run_without(self):
+        _, watch, *_ = fit({**BATCHES, "start_epoch": 1})
+        plain = Watch()
+        miner = OfflineHardNegativeMining(**TABLE, start_epoch=99)
+        L.seed_everything(0, verbose=False)
+        L.Trainer(callbacks=[miner, plain], max_epochs=2, **SILENT).fit(Tiny(QuintupletLoss()), datamodule=tiny_data())
+        orders = [[step[1:3] for step in run.steps if step[0] == 0] for run in (watch, plain)]
+        assert orders[0] == orders[1]
+        orders = [[step[1:3] for step in run.steps if step[0] == 1] for run in (watch, plain)]
+        assert orders[0] != orders[1]
+
+    def test_an_epoch_between_two_minings_has_an_order_of_its_own(self):
+        _, watch, *_ = fit({**BATCHES, "every_n_epochs": None})
+        assert torch.equal(watch.tables[0][0], watch.tables[2][0])
+        orders = [[step[2] for step in watch.steps if step[0] == epoch] for epoch in range(EPOCHS)]
+        assert orders[0] != orders[1]
+
+    def test_logs(self, tmp_path):
+        *_, trainer = fit(BATCHES, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+        assert trainer.callback_metrics["mining/grouped_share"] > 0.7
+        assert trainer.callback_metrics["mining/compose_seconds"] > 0
+
+    def test_where_a_guard_leaves_nothing_the_order_is_random_with_a_warning(self):
+        with pytest.warns(UserWarning, match=r"Nothing was mined for epoch 0: all negatives are above a guard"):
+            _, watch, *_ = fit({**BATCHES, "max_score": -2.0}, max_epochs=1)
+        assert sorted(pair for step in watch.steps for pair in step[2]) == list(range(NUM_TEXTS))
+
+    def test_a_guard_is_on_by_default(self):
+        assert OfflineHardNegativeMining(inject="batches")._options["relative_margin"] == 0.05
+        assert OfflineHardNegativeMining()._options["relative_margin"] is None
+
+    def test_after_a_fit_that_failed_the_datamodule_draws_its_order(self):
+        class Fails(Callback):
+            def on_train_batch_end(self, *_):
+                raise RuntimeError("on purpose")
+
+        data = tiny_data()
+        trainer = L.Trainer(callbacks=[OfflineHardNegativeMining(**BATCHES), Fails()], max_epochs=1, **SILENT)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            trainer.fit(Tiny(), datamodule=data)
+        assert data.train_order is None
+        L.Trainer(max_epochs=1, **SILENT).fit(Tiny(), datamodule=data)
+
+    def test_a_loss_that_needs_random_batches(self):
+        with pytest.raises(Exception, match=r"got SigmoidLoss, which learns how rare a match is in a random batch"):
+            fit(BATCHES, loss=SigmoidLoss())
+
+    @pytest.mark.parametrize("now", ["batches", "samples"])
+    def test_the_rest_of_an_epoch_has_no_other_order(self, now, tmp_path):
+        """Pairs would be left out, and others would come twice."""
+        then = "samples" if now == "batches" else "batches"
+        *_, trainer = fit({**BATCHES, "inject": then}, max_steps=5)
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        miner = OfflineHardNegativeMining(**TABLE, **{**BATCHES, "inject": now})
+        again = L.Trainer(callbacks=[miner], max_epochs=2, **SILENT)
+        with pytest.raises(Exception, match=r"as when the run stopped after batch 5 of epoch 0.*come twice"):
+            again.fit(Tiny(QuintupletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+
 class TestNothingIsMined:
     def test_without_training(self):
         _, _, miner, _ = fit(limit_train_batches=0)
@@ -324,7 +414,13 @@ class TestBadInput:
             ({"texts_per_image": 0}, "`texts_per_image` to be at least 1, got 0"),
             ({"every_n_epochs": 0}, "`every_n_epochs` to be at least 1, got 0"),
             ({"start_epoch": -1}, "`start_epoch` to be at least 0, got -1"),
-            ({"inject": "images"}, "`inject` to be one of 'samples', 'embeddings', got 'images'"),
+            ({"inject": "images"}, "`inject` to be one of 'samples', 'embeddings', 'batches', got 'images'"),
+            ({"encode": "once"}, "`encode` to be one of 'pass', 'training', got 'once'"),
+            (
+                {"inject": "embeddings", "encode": "training"},
+                "`encode='pass'` with `inject='embeddings'`, got 'training'",
+            ),
+            ({"group_size": 0}, "`group_size` to be at least 1, got 0"),
         ],
     )
     def test_wrong_arguments(self, arguments, message):
@@ -358,3 +454,51 @@ def test_two_processes_mine_the_table_of_one():
     expected = torch.load("table-1-0.pt")
     for rank in range(2):
         assert all(torch.equal(a, b) for a, b in zip(torch.load(f"table-2-{rank}.pt"), expected, strict=True))
+
+
+class Linear(Tiny):
+    """Without batch statistics, dropout and noise, which differ between ranks."""
+
+    def __init__(self):
+        super().__init__(InfoNCELoss(), warmup_steps=0)
+        self.image_encoder = nn.Sequential(nn.Flatten(), nn.Linear(768, 16))
+
+    def encode_image(self, image):
+        return self.image_encoder(image)
+
+
+class SaveOrders(Callback):
+    def __init__(self):
+        self.orders = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.orders.append(trainer.datamodule.train_order.pairs.clone())
+
+    def on_train_end(self, trainer, pl_module):
+        weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        torch.save((self.orders, weights), f"orders-{trainer.world_size}-{trainer.global_rank}.pt")
+
+
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
+@pytest.mark.parametrize("encode", ["pass", "training"])
+def test_two_processes_compose_the_epochs_of_one(encode):
+    for devices in (1, 2):
+        L.seed_everything(0, verbose=False)
+        miner = OfflineHardNegativeMining(**TABLE, **BATCHES, encode=encode, batch_size=7)
+        trainer = L.Trainer(
+            devices=devices,
+            strategy="ddp_fork" if devices > 1 else "auto",
+            callbacks=[miner, SaveOrders()],
+            max_epochs=2,
+            precision="64-true",  # a bit in the last place would change which pair is the hardest
+            **SILENT,
+        )
+        trainer.fit(Linear(), datamodule=tiny_data(batch_size=4 // devices))
+    orders, weights = torch.load("orders-1-0.pt")
+    assert not torch.equal(*orders)
+    for rank in range(2):
+        own_orders, own_weights = torch.load(f"orders-2-{rank}.pt")
+        assert all(torch.equal(one, other) for one, other in zip(own_orders, orders, strict=True))
+        for name, value in weights.items():
+            torch.testing.assert_close(own_weights[name], value, atol=1e-6, rtol=1e-5)

@@ -36,6 +36,7 @@ LOADERS = {
     "workers": {"num_workers": 2, "persistent_workers": False},
     "persistent workers": {"num_workers": 2, "persistent_workers": True},
 }
+ENCODINGS = ("pass", "training")
 STOPS = {
     "end of an epoch": ({"every_n_epochs": 1}, STEPS, {}),
     "end of validation": ({"save_on_train_epoch_end": False}, STEPS, {}),
@@ -95,6 +96,12 @@ class Quintuplet(Tiny):
         ("persistent workers", {}),
         ("persistent workers", {"every_n_epochs": 2, "relative_margin": 0.01}),
         ("no workers", {"inject": "embeddings"}),
+        *(
+            (loader, {"inject": "batches", "group_size": 2, "encode": encode})
+            for loader in LOADERS
+            for encode in ENCODINGS
+        ),
+        ("workers", {"inject": "batches", "group_size": 4, "every_n_epochs": 2, "relative_margin": None}),
     ],
 )
 def test_with_mining_too(loader, mining, stop, tmp_path):
@@ -110,6 +117,7 @@ def test_with_mining_too(loader, mining, stop, tmp_path):
         ({"start_epoch": 0, "posterior": "published"}, None),
         ({"fill_during_warmup": True}, {}),
         ({"start_epoch": 0}, {"inject": "embeddings"}),
+        ({"start_epoch": 0}, {"inject": "batches", "group_size": 2, "encode": "training"}),
     ],
 )
 def test_with_a_memory_bank_too(memory, mining, stop, tmp_path):
@@ -133,7 +141,9 @@ def test_streams_too(loader, mining, stop, tmp_path):
     check_resumed(Quintuplet, loader, stop, tmp_path, shards=tmp_path / "shards", mining=mining)
 
 
-@pytest.mark.parametrize("mining", [{}, {"inject": "embeddings"}])
+@pytest.mark.parametrize(
+    "mining", [{}, {"inject": "embeddings"}, *({"inject": "batches", "encode": encode} for encode in ENCODINGS)]
+)
 def test_mining_goes_on_after_the_last_epoch(mining, tmp_path):
     expected, _ = fit(PlainQuintuplet, {}, tmp_path / "whole", mining=mining, max_epochs=3)
     fit(PlainQuintuplet, {}, tmp_path, mining=mining, max_epochs=2, save={"every_n_epochs": 1})

@@ -1,6 +1,3 @@
-import pickle
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -8,9 +5,11 @@ from torch.utils.data import DataLoader
 from lightning_itm import HardNegativeDataset
 from lightning_itm.data import collate_pairs
 from lightning_itm.mining import NegativeTable, draw_from_rows
+from lightning_itm.mining.negative_table import check_state, fingerprint
 from tests.helpers.tiny import NUM_IMAGES, tiny_pairs
 
 NUM_TEXTS = 2 * NUM_IMAGES
+COUNTS = {"texts_per_image": 12, "images_per_text": 8}
 
 
 def small_table():
@@ -24,15 +23,6 @@ def dataset_that_waits():
 
 
 class TestTable:
-    def test_is_one_memory_for_a_process_that_unpickles_it(self):
-        """A spawned worker gets it by pickle, and sees what is published later."""
-        table = small_table()
-        copy = pickle.loads(pickle.dumps(table))
-        texts, images = torch.arange(6).view(3, 2), torch.arange(4).view(4, 1)
-        table.publish(texts, images)
-        assert torch.equal(copy.texts, texts.int())
-        assert torch.equal(copy.images, images.int())
-
     def test_clear_removes_all_entries(self):
         table = small_table()
         table.publish(torch.ones(3, 2), torch.ones(4, 1))
@@ -49,12 +39,6 @@ class TestTable:
         iterator = iter(DataLoader(pairs, 4, num_workers=1, collate_fn=collate_pairs))
         pairs.table.publish(torch.full((NUM_IMAGES, 10), 7), torch.full((NUM_TEXTS, 2), 5))
         assert set(next(iterator)["hard"]["image_id"].tolist()) == {5}
-
-    def test_file_goes_with_it(self):
-        table = small_table()
-        path = table.path
-        del table
-        assert not Path(path).exists()
 
 
 def slow_draw(texts, images, first, second, coupled_ranks):
@@ -92,3 +76,32 @@ class TestDrawFromRows:
         text_id, image_id = draw_from_rows(texts, images, first, first, coupled_ranks=True)
         assert torch.equal(text_id, torch.arange(300))
         assert torch.equal(image_id, torch.arange(300) // 5)
+
+
+def state_of(pairs):
+    texts, images = torch.zeros(NUM_IMAGES, 12), torch.zeros(2 * NUM_IMAGES, 8)
+    return {"fingerprint": fingerprint(pairs), "texts": texts, "images": images}
+
+
+def test_a_state_of_this_set_fits():
+    check_state(state_of(tiny_pairs()), tiny_pairs(), NegativeTable(NUM_IMAGES, 2 * NUM_IMAGES, **COUNTS))
+
+
+@pytest.mark.parametrize("change", ["a text", "an image of a text", "order"])
+def test_a_state_of_another_set(change):
+    pairs, other = tiny_pairs(), tiny_pairs()
+    other.texts, other.text_image_id = list(other.texts), other.text_image_id.clone()
+    if change == "a text":
+        other.texts[0] += "!"
+    elif change == "an image of a text":
+        other.text_image_id[0] = 1
+    else:
+        other.texts.reverse()
+    with pytest.raises(ValueError, match="negatives to be of this training set, got those of another"):
+        check_state(state_of(pairs), other, NegativeTable(NUM_IMAGES, 2 * NUM_IMAGES, **COUNTS))
+
+
+def test_a_state_of_another_size():
+    table = NegativeTable(NUM_IMAGES, 2 * NUM_IMAGES, **{**COUNTS, "texts_per_image": 9})
+    with pytest.raises(ValueError, match=r"Expected 9 texts per image and 8 images per text, got \(12, 8\)"):
+        check_state(state_of(tiny_pairs()), tiny_pairs(), table)

@@ -5,11 +5,8 @@ from torch.nn.functional import normalize
 from lightning_itm.mining import EncodedPairs, find_negatives
 from lightning_itm.mining.search import padded_rows
 
-NUM_IMAGES, NUM_TEXTS, DIM = (
-    30,
-    70,
-    5,
-)  # in five dimensions some cosines are far below 0, and some negatives beat positives
+NUM_IMAGES, NUM_TEXTS = 30, 70
+DIM = 5  # so few that some cosines are far below 0, and some negatives beat positives
 UNREADABLE_IMAGE, UNREADABLE_TEXT = 3, 8
 
 
@@ -42,6 +39,11 @@ def without_empty_places(index):
     return [[value for value in row if value >= 0] for row in index.tolist()]
 
 
+def of_valid(rows, is_valid):
+    """Nothing is mined for an anchor that can't be read."""
+    return [row if valid else [] for row, valid in zip(rows, is_valid.tolist(), strict=True)]
+
+
 @pytest.mark.parametrize("guards", [{}, {"max_score": 0.6}, {"rank_min": 2}, {"max_score": 0.6, "rank_min": 1}])
 def test_equals_a_slow_loop(guards):
     pairs, image_id = encoded(), torch.arange(NUM_IMAGES)
@@ -49,8 +51,8 @@ def test_equals_a_slow_loop(guards):
     images, texts, owner = pairs.image_embeddings, pairs.text_embeddings, pairs.text_image_id
     expected_texts, rejected_texts = slow_search(images, texts, image_id, owner, pairs.text_is_valid, 9, **guards)
     expected_images, rejected_images = slow_search(texts, images, owner, image_id, pairs.image_is_valid, 5, **guards)
-    assert without_empty_places(mined.texts) == expected_texts
-    assert without_empty_places(mined.images) == expected_images
+    assert without_empty_places(mined.texts) == of_valid(expected_texts, pairs.image_is_valid)
+    assert without_empty_places(mined.images) == of_valid(expected_images, pairs.text_is_valid)
     assert mined.rejected_fraction == pytest.approx((rejected_texts + rejected_images) / 2)
 
 
@@ -59,10 +61,10 @@ def test_gap_is_that_of_the_positives_and_the_hardest():
     mined = find_negatives(pairs, 4, 4)
     similarity = pairs.image_embeddings @ pairs.text_embeddings.T
     gaps = []
-    for image_id in range(NUM_IMAGES):
-        own = similarity[image_id][pairs.text_image_id == image_id]
+    for image_id in pairs.image_is_valid.nonzero().squeeze(1).tolist():
+        own = similarity[image_id][(pairs.text_image_id == image_id) & pairs.text_is_valid]
         gaps.append(own.mean() - similarity[image_id, mined.texts[image_id, 0]])
-    for text_id in range(NUM_TEXTS):
+    for text_id in pairs.text_is_valid.nonzero().squeeze(1).tolist():
         own = similarity[pairs.text_image_id[text_id], text_id]
         gaps.append(own - similarity[mined.images[text_id, 0], text_id])
     assert mined.gap == pytest.approx(float(torch.stack(gaps).mean()), abs=1e-6)

@@ -1,0 +1,90 @@
+"""Integers in a file that all processes map, so that workers which already run see a change."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+import weakref
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class SharedIntegers:
+    """Hold int32 tensors in a file that all processes map.
+
+    A worker that is already running sees new entries at once. It got this object by fork or by pickle, and maps the same file.
+
+    Args:
+        shapes: The shape of each tensor, such as ``[(100, 8), (500, 4)]``.
+    """
+
+    missing: ClassVar[str] = "nothing was published before the first batch"
+    """What the error says where the main process asks too early."""
+
+    def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        self.shapes = shapes
+        # A file and not `share_memory_()`: /dev/shm is small in containers.
+        handle, self.path = tempfile.mkstemp(prefix="lightning-itm-")
+        os.close(handle)
+        self._map()
+        self._finalizer = weakref.finalize(self, _remove, self.path, os.getpid())
+
+    @property
+    def is_pending(self) -> bool:
+        """True while the first entries are still to come. A worker that needs them has to wait."""
+        return bool(self._pending)
+
+    @is_pending.setter
+    def is_pending(self, value: bool) -> None:
+        self._pending.fill_(int(value))
+
+    def remove(self) -> None:
+        """Delete the file, in the process that made it. Processes that have mapped it keep its content."""
+        self._finalizer()
+
+    def wait(self) -> None:
+        """Wait for the first entries, in a worker.
+
+        Raises:
+            RuntimeError: if this is the main process, which would wait for itself, or if the main process is gone.
+        """
+        while self.is_pending:
+            main = multiprocessing.parent_process()
+            if main is None or not main.is_alive():
+                raise RuntimeError(f"Expected a {type(self).__name__} with entries: {self.missing}.")
+            time.sleep(0.002)
+
+    def copy_(self, *values: Tensor) -> None:
+        """Write the entries, and let waiting workers go on.
+
+        Args:
+            values: One tensor of integers for each of the shapes.
+        """
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.copy_(value)
+        self.is_pending = False  # last: a worker that sees it finds all entries there
+
+    def _map(self) -> None:
+        sizes = [torch.Size(shape).numel() for shape in self.shapes]
+        whole = torch.from_file(self.path, shared=True, size=1 + sum(sizes), dtype=torch.int32)
+        self._pending = whole[0]  # in the file as well, so that workers see it change
+        parts = whole[1:].split(sizes)
+        self.tensors: tuple[Tensor, ...] = tuple(
+            part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker gets the path and maps the same file. The entries themselves would be a copy.
+        return {"path": self.path, "shapes": self.shapes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+
+def _remove(path: str, process: int) -> None:
+    if os.getpid() == process:  # not in a worker that was forked
+        Path(path).unlink(missing_ok=True)
