@@ -132,7 +132,8 @@ class LowKeys(NamedTuple):
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware does."""
     if device.type == "cpu":
-        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+        is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # older PyTorch can't tell
+        return torch.backends.mkldnn.is_available() and bool(is_supported())
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
