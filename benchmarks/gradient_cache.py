@@ -48,7 +48,8 @@ def step(model: OpenCLIPDualEncoder, batch: Batch, chunk_size: int | None) -> No
     """Compute the gradients of a batch."""
     model.zero_grad()
     model.chunk_size = chunk_size
-    model.training_step(batch, 0).backward()
+    loss: Any = model.training_step(batch, 0)
+    loss.backward()
 
 
 class LiveBytes(TorchDispatchMode):

@@ -15,26 +15,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_itm import DualEncoder
+from lightning_itm import DualEncoder, ImageTextDataset
 from lightning_itm.embeddings import EmbeddingPairs
 
 WIDTH, DIM, LENGTH, VOCABULARY = 32, 128, 48, 16_384
-NUM_TEST, MIN_OCCURRENCES = 3000, 6
+NUM_TEST, NUM_VAL, MIN_OCCURRENCES = 3000, 1241, 6
 
 
-class IconPairs(Dataset[dict[str, Any]]):
-    """One icon with its name, as pieces of words."""
+class IconPairs(ImageTextDataset):
+    """One icon with its name, as pieces of words. All is in memory, so that loading a pair costs next to nothing."""
 
     def __init__(self, images: Tensor, names: list[str]) -> None:
-        self.images, self.names = images, names
+        self.images: Any = images
+        self.texts, self.text_image_id = names, torch.arange(len(names))
         self.pieces = torch.tensor([pieces(name) for name in names])  # (icons, length)
+        self._set_up(None, None, None)
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def load_image(self, image_id: int) -> Tensor:
+        """Return one icon, `(1, 32, 32)`."""
+        return self.images[image_id][None].float() / 127.5 - 1  # type: ignore[no-any-return]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.images[index][None].float() / 127.5 - 1  # (1, 32, 32)
-        return {"image": image, "text": self.pieces[index], "image_id": index, "text_id": index}
+    def load_text(self, text_id: int) -> Tensor:
+        """Return the pieces of one name, `(length,)`."""
+        return self.pieces[text_id]
 
 
 class IconEncoder(DualEncoder):
@@ -63,9 +66,10 @@ class IconEncoder(DualEncoder):
 
 
 class Icons(NamedTuple):
-    """Pairs to train on and to test with. Names that occur once are in the test set."""
+    """Pairs to train on, to choose by and to test with. Names that occur once are in the last two."""
 
     train: IconPairs
+    val: IconPairs
     test: IconPairs
     caption: Tensor
     """`(icons,)`, the number of each training icon's name."""
@@ -87,11 +91,11 @@ def load_icons(folder: Path) -> Icons:
     is_apart = [count[name] == 1 and all(words[word] >= MIN_OCCURRENCES for word in name.split()) for name in names]
     apart = [index for index, is_one in enumerate(is_apart) if is_one]
     random.Random(0).shuffle(apart)
-    held_out = set(apart[:NUM_TEST])
-    train, test = ([i for i in range(len(names)) if (i in held_out) == is_test] for is_test in (False, True))
-    parts = [IconPairs(images[rows], [names[i] for i in rows]) for rows in (train, test)]
+    held_out = set(apart[: NUM_TEST + NUM_VAL])
+    rows = [i for i in range(len(names)) if i not in held_out], apart[NUM_TEST : NUM_TEST + NUM_VAL], apart[:NUM_TEST]
+    parts = [IconPairs(images[some], [names[i] for i in some]) for some in rows]
     number = {name: place for place, name in enumerate(sorted(count))}
-    return Icons(parts[0], parts[1], torch.tensor([number[name] for name in parts[0].names]))
+    return Icons(parts[0], parts[1], parts[2], torch.tensor([number[name] for name in parts[0].texts]))
 
 
 @torch.no_grad()
