@@ -21,13 +21,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from icons import embed_all
 from lightning.pytorch.callbacks import Callback
 from negatives_settings import METHODS, SETTINGS, Method, Setting, methods_of
+from torch.utils.data import DataLoader
 
-from lightning_itm import ImageTextRetrieval
+from lightning_itm import ImageTextDataset, ImageTextRetrieval
+from lightning_itm.data import EvaluationItems, collate_pairs
+from lightning_itm.data.evaluation_items import KINDS
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional import recall_at_k, retrieval_rank
+from lightning_itm.functional.similarity import unit_norm
 
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 """Student's t for a 95 % interval, by degrees of freedom."""
@@ -36,8 +39,9 @@ T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31,
 class Evaluate(Callback):
     """Compute rsum on both held-out sets after each epoch, and the time of each training step."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting, self.val, self.test = setting, [], []  # type: ignore[var-annotated]
+    def __init__(self) -> None:
+        self.val: list[dict[str, float]] = []
+        self.test: list[dict[str, float]] = []
         self.steps: list[float] = []
         self.start = 0.0
 
@@ -55,13 +59,24 @@ class Evaluate(Callback):
         self.val.append(retrieve(pl_module, data.val_dataset))
         self.test.append(retrieve(pl_module, data.test_dataset))
         pl_module.train()
-        self.setting.after_eval(pl_module)
+
+
+@torch.no_grad()
+def embed_set(model: Any, pairs: ImageTextDataset) -> EmbeddingPairs:
+    """Encode each image and each text of a set once."""
+    model.eval()
+    rows = {}
+    for kind in KINDS:
+        loader = DataLoader(EvaluationItems(pairs, kind), 250, collate_fn=collate_pairs)
+        rows[kind] = torch.cat([unit_norm(getattr(model, f"encode_{kind}")(batch[kind])).float() for batch in loader])
+    owner = pairs.text_image_id
+    return EmbeddingPairs(rows["image"][owner], rows["text"], owner, torch.arange(len(owner)))
 
 
 def retrieve(model: Any, pairs: Any) -> dict[str, float]:
     """Return rsum and R@1 in both directions."""
     metric = ImageTextRetrieval()
-    metric.update(embed_all(model, pairs.evaluation()))
+    metric.update(embed_set(model, pairs))
     values = metric.compute()
     return {name: float(values[name]) for name in ("rsum", "i2t_r1", "t2i_r1")}
 
@@ -70,7 +85,7 @@ def gallery_rsum(model: Any, sets: list[Any]) -> float:
     """Return rsum of the last set, with the pairs of all sets as candidates."""
     parts, offset_image, offset_text = [], 0, 0
     for pairs in sets:
-        found = embed_all(model, pairs.evaluation())
+        found = embed_set(model, pairs)
         ids = found.image_id + offset_image, found.text_id + offset_text
         parts.append(EmbeddingPairs(found.image_embeddings, found.text_embeddings, *ids))
         offset_image, offset_text = offset_image + len(pairs.images), offset_text + len(pairs.texts)
@@ -101,14 +116,15 @@ def run(setting: Setting, name: str, method: Method, seed: int, folder: Path | N
     model = setting.model(method.loss(), rate, folder)
     if start is not None:
         model.load_state_dict(start, strict=False)
-    watch = Evaluate(setting)
+    watch = Evaluate()
     epochs = round(changes.get("epochs", setting.epochs) * method.epochs)
     began = time.perf_counter()
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         gradient_clip_val=setting.clip,
-        callbacks=[*method.callbacks(seed), *setting.callbacks(), watch],
+        limit_train_batches=setting.fraction,
+        callbacks=[*method.callbacks(seed), watch],
         logger=False,
         limit_val_batches=0,
         enable_checkpointing=False,

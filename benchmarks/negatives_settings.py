@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from flickr8k import Towers
 from icons import IconEncoder, load_icons
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -102,8 +103,8 @@ class Setting:
     methods: tuple[str, ...]
     start: Callable[[Path | None, int], dict[str, Any] | None] = lambda _folder, _seed: None
     clip: float | None = None
-    callbacks: Callable[[], list[Callback]] = field(default=list)
-    after_eval: Callable[[Any], None] = lambda _: None
+    fraction: float = 1.0
+    """Of the pairs that an epoch reads."""
 
 
 @functools.cache
@@ -147,6 +148,11 @@ def converged_icons(folder: Path | None, seed: int) -> dict[str, Any]:
     return {name: value for name, value in model.state_dict().items() if not name.startswith("loss.")}
 
 
+def tower_model(loss: nn.Module, rate: float, folder: Path | None) -> Towers:
+    """Make the two towers for photographs and captions."""
+    return Towers(loss, rate)
+
+
 ICON_METHODS = (
     "InfoNCE",
     "hardness 3",
@@ -155,6 +161,15 @@ ICON_METHODS = (
     "batches of 16",
     "batches of 4, training",
     "batches of 4, hardness 9",
+    "bank 4096",
+)
+TOWER_METHODS = (
+    "InfoNCE",
+    "hardness 3",
+    "hardness 9",
+    "batches of 4",
+    "batches of 8",
+    "batches of 4, training",
     "bank 4096",
 )
 RATES = (1e-3, 3e-3, 6e-3)

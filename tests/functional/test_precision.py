@@ -11,6 +11,7 @@ from lightning_itm.memory_bank.agreement import Agreement
 from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection
 
 NUM_ROWS, DIM = 128, 256
+MKLDNN = getattr(torch.backends.mkldnn, "matmul", None)  # older PyTorch has no setting of its own there
 ERROR = 1e-6  # of a float32 sum of a few hundred terms; products in bfloat16 are off by 1e-3
 
 
@@ -21,10 +22,10 @@ def low(name):
     elif not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this PyTorch has the older setting only")
     elif name == "inherited":
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = MKLDNN.fp32_precision = "none"
         torch.backends.fp32_precision = "tf32"
     else:
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = "tf32", "bf16"
+        torch.backends.cuda.matmul.fp32_precision, MKLDNN.fp32_precision = "tf32", "bf16"
 
 
 def settings():
@@ -32,7 +33,7 @@ def settings():
         older = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:  # once the newer ones are used
         older = None
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda.matmul, MKLDNN
     return older, [getattr(part, "fp32_precision", None) for part in backends]
 
 
@@ -47,7 +48,7 @@ def low_precision(request):
 
 
 def _parts():
-    parts = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    parts = torch.backends, torch.backends.cuda.matmul, MKLDNN
     return [part for part in parts if hasattr(part, "fp32_precision")]
 
 
