@@ -54,9 +54,11 @@ def test_first_snippets(tmp_path):
     assert names["trainer"].callback_metrics["mining/gap"] < 2
     assert (tmp_path / "mined.png").stat().st_size > 10_000
     exec(SNIPPETS[3], names)
+    assert names["trainer"].callback_metrics["mining/grouped_share"] > 0.5
+    exec(SNIPPETS[4], names)
     assert set(names["monitor"].curves()["selective"]) <= {0, 1}
     assert (tmp_path / "gradients.png").stat().st_size > 10_000
-    exec(SNIPPETS[4], names)
+    exec(SNIPPETS[5], names)
     assert names["memory"].bank.valid.any()
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
@@ -101,8 +103,8 @@ def test_commands(tmp_path, monkeypatch):
 
 def test_own_encoder_in_ten_lines():
     names = {}
-    exec(SNIPPETS[5], names)
-    assert len([line for line in SNIPPETS[5].split("class MyEncoder")[1].splitlines() if line.strip()]) <= 10
+    exec(SNIPPETS[6], names)
+    assert len([line for line in SNIPPETS[6].split("class MyEncoder")[1].splitlines() if line.strip()]) <= 10
     model = names["MyEncoder"](image_dim=768, learning_rate=1e-3)
     data = ImageTextDataModule(tiny_pairs(), tiny_pairs(), batch_size=8, num_workers=0)
     trainer = L.Trainer(max_epochs=2, **SILENT)
