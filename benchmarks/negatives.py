@@ -1,9 +1,10 @@
 """Which negatives pay, and for whom? InfoNCE, tuned first, against everything else: on icons, emoji and photographs.
 
 Each run prints one line and adds it to a file. So runs may be spread over processes and evenings, and a stopped table goes on
-where it was. The table has rsum on the test set at the end of the run and in the epoch that is best on the validation set,
-R@1, rsum with all pairs of the set as candidates, the difference to InfoNCE for the same seed with its 95 % interval, and the
-time of a step. ``--methods "InfoNCE, 1.5 x"`` is InfoNCE for one and a half times as many epochs, for equal time.
+where it was. The table has rsum on the test set at the end of the run, its difference to InfoNCE for the same seed with the
+95 % interval, rsum in the epoch that is best on the validation set, R@1, rsum with all pairs of the set as candidates, and the
+time of a step and of the whole run beside InfoNCE's. For equal time, ``--methods "InfoNCE, 1.5 x"`` is InfoNCE for one and a
+half times as many epochs.
 
     python benchmarks/negatives.py --setting icons --folder ICONS --methods InfoNCE "batches of 16" --seeds 0 1 2
     python benchmarks/negatives.py --setting icons --table          # the table of what was run so far
@@ -37,13 +38,13 @@ T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31,
 
 
 class Evaluate(Callback):
-    """Compute rsum on both held-out sets after each epoch, and the time of each training step."""
+    """Compute rsum on both held-out sets after each epoch, and measure the time of steps and of evaluation."""
 
     def __init__(self) -> None:
         self.val: list[dict[str, float]] = []
         self.test: list[dict[str, float]] = []
         self.steps: list[float] = []
-        self.start = 0.0
+        self.start, self.evaluation = 0.0, 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start the clock."""
@@ -56,9 +57,11 @@ class Evaluate(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        start = time.perf_counter()
         self.val.append(retrieve(pl_module, data.val_dataset))
         self.test.append(retrieve(pl_module, data.test_dataset))
         pl_module.train()
+        self.evaluation += time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -132,6 +135,7 @@ def run(setting: Setting, name: str, method: Method, seed: int, folder: Path | N
         enable_model_summary=False,
     )
     trainer.fit(model, datamodule=data)
+    seconds = time.perf_counter() - began - watch.evaluation  # of training and mining
     best = max(range(epochs), key=lambda epoch: watch.val[epoch]["rsum"])
     return {
         "setting": setting.name,
@@ -145,7 +149,7 @@ def run(setting: Setting, name: str, method: Method, seed: int, folder: Path | N
         "best": watch.test[best]["rsum"],
         "gallery": gallery_rsum(model, [data.train_dataset, data.val_dataset, data.test_dataset]),
         "step": statistics.median(watch.steps),
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         **changes,
     }
 
@@ -171,11 +175,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         spread = statistics.stdev(rsum) if len(rsum) > 1 else 0.0
         paired = [row["rsum"] - base[row["seed"]]["rsum"] for row in own if row["seed"] in base]
         means = {key: statistics.mean(row[key] for row in own) for key in ("best", "r1", "gallery")}
-        steps = [row["step"] / base[row["seed"]]["step"] for row in own if row["seed"] in base]
-        ratio = f"{statistics.median(steps):5.2f} x" if steps else ""
+        pairs = [(row, base[row["seed"]]) for row in own if row["seed"] in base]
+        costs = [
+            statistics.median(row[key] / one[key] for row, one in pairs) if pairs else 0.0
+            for key in ("step", "seconds")
+        ]
         print(
             f"{name:28}{len(own):6}{statistics.mean(rsum):9.1f} ± {spread:4.1f}{interval(paired) if paired else '':>16}"
-            f"{means['best']:12.1f}{means['r1']:7.1f}{means['gallery']:9.1f}{ratio:>7}"
+            f"{means['best']:12.1f}{means['r1']:7.1f}{means['gallery']:9.1f}{costs[0]:6.2f} x{costs[1]:6.2f} x"
         )
 
 
