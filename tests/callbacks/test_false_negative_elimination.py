@@ -5,7 +5,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -509,24 +508,6 @@ def _check_two_processes(loss, start_epoch, inject=None):
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"queue_size": 0}, "`queue_size` to be an integer of at least 1, got 0"),
-            ({"queue_size": 16.5}, "`queue_size` to be an integer of at least 1, got 16.5"),
-            ({"momentum": 1.0}, r"`momentum` to be in \[0, 1\), got 1.0"),
-            ({"momentum": -0.1}, r"`momentum` to be in \[0, 1\), got -0.1"),
-            ({"start_epoch": -1}, "`start_epoch` to be an integer of at least 0, got -1"),
-        ],
-    )
-    def test_wrong_arguments(self, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            FalseNegativeElimination(**arguments)
-
-    def test_a_sampler_of_another_kind(self):
-        with pytest.raises(TypeError, match=r"`sampler` to be a FalseNegativeSampler, got dict. Subclass it"):
-            FalseNegativeElimination(sampler={"prior": 1e-4})
-
     def test_a_queue_smaller_than_a_batch(self):
         with pytest.raises(
             ValueError, match=r"a queue of at least one batch of all processes, 4 pairs, got a size of 3"
@@ -549,36 +530,6 @@ class TestBadInput:
             fit(loss=TripletLoss(), callbacks=[Breaks()], limit_val_batches=0)
         assert kept == {"valid": 14, "is_finite": True}
 
-    def test_a_checkpoint_with_another_queue(self, tmp_path):
-        fit(loss=TripletLoss(), max_epochs=2)[3].save_checkpoint(tmp_path / "a.ckpt")
-        fne = FalseNegativeElimination(queue_size=20)
-        trainer = L.Trainer(callbacks=[fne], max_epochs=3, **SILENT)
-        with pytest.raises(ValueError, match=r"a queue of 20 pairs, got one of 16 in the checkpoint.*`queue_size=16`"):
-            trainer.fit(Tiny(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-
-    def test_a_checkpoint_with_another_width(self, tmp_path):
-        """The same towers, but the embeddings are cut to half."""
-
-        class Half(Tiny):
-            def encode_image(self, image):
-                return super().encode_image(image)[:, :8]
-
-            def encode_text(self, text):
-                return super().encode_text(text)[:, :8]
-
-        fit(loss=TripletLoss(), max_epochs=2)[3].save_checkpoint(tmp_path / "a.ckpt")
-        trainer = L.Trainer(callbacks=[FalseNegativeElimination(QUEUE_SIZE)], max_epochs=3, **SILENT)
-        with pytest.raises(ValueError, match=r"as wide as the queue's, 16, got 8"):
-            trainer.fit(Half(TripletLoss()), datamodule=tiny_data(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-
-    def test_a_loss_without_memory(self):
-        class Own(nn.Module):
-            def forward(self, pairs, candidates):
-                return {"loss": pairs.image_embeddings.sum()}
-
-        with pytest.raises(Exception, match=r"a loss that takes `memory`, got Own. Use TripletLoss"):
-            fit(loss=Own())
-
     def test_a_step_that_does_not_use_it(self):
         class Forgets(Tiny):
             def training_step(self, batch, batch_idx):
@@ -586,10 +537,6 @@ class TestBadInput:
 
         with pytest.warns(UserWarning, match=r"nothing asked its sampler in `Forgets.training_step`. Pass `memory="):
             fit(model=Forgets(TripletLoss()), max_epochs=2)
-
-    def test_a_run_that_ends_before_it_starts(self):
-        with pytest.warns(UserWarning, match=r"With `start_epoch=1` and `max_epochs=1`, no batch is ever compared"):
-            fit(loss=TripletLoss(), max_epochs=1)
 
     def test_wrong_batches_are_found_at_the_first(self):
         """And not after the epochs before the start."""
@@ -603,21 +550,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match="a queue of at least one batch"):
             fit({"queue_size": 3}, TripletLoss(), callbacks=[Seen()])
         assert Seen.steps == 0
-
-    def test_two_of_them(self):
-        with pytest.raises(Exception, match="Expected one `FalseNegativeElimination`, got several"):
-            fit(loss=TripletLoss(), callbacks=[FalseNegativeElimination()])
-
-    def test_a_module_that_is_no_dual_encoder(self):
-        trainer = L.Trainer(callbacks=[FalseNegativeElimination()], **SILENT)
-        with pytest.raises(Exception, match="Expected a `DualEncoder`, got LightningModule"):
-            trainer.callbacks[0].setup(trainer, L.LightningModule(), "fit")
-
-    def test_sharded_weights(self):
-        trainer = L.Trainer(**SILENT)
-        trainer._accelerator_connector.strategy = FSDPStrategy()  # by itself it starts on CUDA alone
-        with pytest.raises(Exception, match="whose ranks hold all weights, got FSDPStrategy"):
-            FalseNegativeElimination().setup(trainer, Tiny(), "fit")
 
     def test_plot_before_a_fit(self):
         with pytest.raises(RuntimeError, match="Expected a queue to draw"):

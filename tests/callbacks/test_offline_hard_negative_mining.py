@@ -3,7 +3,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -374,12 +373,6 @@ class TestBadInput:
         miner = OfflineHardNegativeMining(tiny_pairs())
         with pytest.raises(Exception, match="No negative would reach a batch"):
             L.Trainer(callbacks=[miner], max_epochs=1, **SILENT).fit(Tiny(), datamodule=tiny_data())
-
-    def test_sharded_weights(self):
-        trainer = L.Trainer(**SILENT)
-        trainer._accelerator_connector.strategy = FSDPStrategy()  # by itself it starts on CUDA alone
-        with pytest.raises(Exception, match="whose ranks hold all weights, got FSDPStrategy"):
-            OfflineHardNegativeMining().setup(trainer, Tiny(), "fit")
 
     def test_embeddings_that_are_not_finite_keep_the_old_table(self):
         class Breaks(Callback):
