@@ -1,6 +1,6 @@
 """The main job with several seeds: mean and standard deviation of every row.
 
-Split, epochs and learning rates are those of examples/train_on_emoji.py and were set before these runs were looked at. The
+Split, epochs and learning rates are those of examples/emoji_from_scratch.py and were set before these runs were looked at. The
 seed is that of the weights and of the order. About five minutes a seed on two cores.
 
     python benchmarks/emoji_seeds.py --seeds 0 1 2
@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_on_emoji.py"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "emoji_from_scratch.py"
 
 
 def main() -> None:

@@ -10,29 +10,24 @@ match, which shows a collapse. No setting may end more than 4 below its loss alo
 """
 
 import argparse
-import itertools
 import logging
 import statistics
+import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
-import numpy as np
 import torch
-from emoji_mining import load_example
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_itm import (
-    DualEncoder,
     FalseNegativeElimination,
     FalseNegativeSampler,
     GradientNormMonitor,
     ImageTextDataModule,
-    ImageTextDataset,
     ImageTextRetrieval,
     InfoNCELoss,
     OfflineHardNegativeMining,
@@ -41,7 +36,10 @@ from lightning_itm import (
     TripletLoss,
 )
 
-SIDE, WIDTH, DIM, LENGTH, VOCABULARY = 24, 24, 64, 48, 4096
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from emoji_data import small_pictures
+from train_on_emoji import Small
+
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "InfoNCE": InfoNCELoss,
     "sigmoid": lambda: SigmoidLoss(2.7, -5.0),
@@ -74,28 +72,6 @@ HARDNESS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class Small(DualEncoder):
-    """A CNN and a bag of character pieces."""
-
-    def __init__(self, loss: nn.Module, learning_rate: float = 1e-3, warmup_steps: int = 10) -> None:
-        super().__init__(loss, learning_rate=learning_rate, warmup_steps=warmup_steps)
-        widths = [3, WIDTH, 2 * WIDTH, 4 * WIDTH]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        side = SIDE // 8
-        self.image_encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * WIDTH * side * side, DIM))
-        self.text_encoder = nn.EmbeddingBag(VOCABULARY, DIM, mode="mean", padding_idx=0)
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Encode pictures."""
-        return self.image_encoder(image)  # type: ignore[no-any-return]
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        """Encode character pieces."""
-        return self.text_encoder(text)  # type: ignore[no-any-return]
-
-
 class Outcome(NamedTuple):
     """What a setting ended with."""
 
@@ -103,29 +79,9 @@ class Outcome(NamedTuple):
     cosine: float
 
 
-def tokenize(texts: list[str]) -> Tensor:
-    """Number the words and their pieces of three letters."""
-    rows = []
-    for text in texts:
-        words = text.lower().replace(":", " ").replace(",", " ").split()
-        pieces = [f"<{word}>"[start : start + 3] for word in words for start in range(len(word))]
-        numbers = [1 + zlib.crc32(piece.encode()) % (VOCABULARY - 1) for piece in [*words, *pieces]]
-        rows.append((numbers + [0] * LENGTH)[:LENGTH])
-    return torch.tensor(rows)
-
-
 def make_data(batch_size: int, seed: int) -> ImageTextDataModule:
     """Read the emoji into memory, small."""
-    sets = []
-    for items in load_example().split():
-        pictures = []
-        for item in items:
-            with Image.open(item.image) as image:
-                white = Image.new("RGBA", image.size, "white")
-                white.alpha_composite(image.convert("RGBA"))
-                pictures.append(np.asarray(white.convert("RGB").resize((SIDE, SIDE))))
-        sets.append(ImageTextDataset(pictures, [item.name for item in items], tokenizer=tokenize))
-    return ImageTextDataModule(*sets, batch_size=batch_size, num_workers=0, seed=seed)
+    return ImageTextDataModule(*small_pictures(), batch_size=batch_size, num_workers=0, seed=seed)
 
 
 def run(model: Small, data: ImageTextDataModule, epochs: int, callbacks: list[L.Callback]) -> None:

