@@ -22,6 +22,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from flickr8k import DIM, Towers, tower_data
 from lightning.pytorch.callbacks import Callback
 
 from lightning_itm import InfoNCELoss, OfflineHardNegativeMining
@@ -48,10 +49,24 @@ class Clock(Callback):
         self.ends.append(time.perf_counter())
 
 
+class FillUp(Callback):
+    """Give every pair an embedding at the start, so that the whole set is searched, as after some epochs."""
+
+    def __init__(self, miner: OfflineHardNegativeMining) -> None:
+        self.miner = miner
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fill."""
+        mining = self.miner._mining
+        assert mining is not None
+        assert mining.training_embeddings is not None
+        number = len(mining.pairs)
+        rows = torch.nn.functional.normalize(torch.randn(2, number, DIM), dim=2)
+        mining.training_embeddings.update(rows[0], rows[1], torch.arange(number))
+
+
 def cost_of_training_embeddings(folder: Path, steps: int, runs: int) -> None:
     """Fine-tune both towers with and without, in turn, and print the ratio of two epochs."""
-    from flickr8k import Towers, tower_data
-
     model = Towers(InfoNCELoss(), 1e-4)
     data = tower_data(folder, 0)
     num_steps = len(data.train_dataset.images) // data.batch_size  # type: ignore[union-attr]
@@ -61,7 +76,8 @@ def cost_of_training_embeddings(folder: Path, steps: int, runs: int) -> None:
         for name in medians:
             clock = Clock()
             options: dict[str, Any] = {"texts_per_image": 60, "images_per_text": 60, "encode": "training"}
-            miners = [OfflineHardNegativeMining(inject="batches", **options)] if name == "with" else []
+            miner = OfflineHardNegativeMining(inject="batches", **options)
+            miners = [miner, FillUp(miner)] if name == "with" else []
             trainer = L.Trainer(
                 max_epochs=2,
                 limit_train_batches=steps,
