@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import open_clip
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -32,7 +32,10 @@ class UnreadableImageError(RuntimeError):
 
 
 def open_rgb(source: ImageSource) -> Image.Image:
-    """Open an image as RGB. Transparent pixels become white, as a browser shows them.
+    """Open an image as RGB, as a viewer shows it.
+
+    Transparent pixels become white. A photograph is turned as its EXIF orientation says. Grey values of 16 bits or of floats
+    are scaled to 8 bits.
 
     Raises:
         UnreadableImageError: if the file is missing, is no image, or breaks off.
@@ -52,7 +55,11 @@ def open_rgb(source: ImageSource) -> Image.Image:
         data = source if isinstance(source, str | PathLike | bytes) else source.read_bytes()
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             return _to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's names for broken files
+    except MemoryError:
+        raise  # that says nothing about the file
+    except (
+        Exception
+    ) as error:  # a broken file can raise anything in PIL's decoders: IndexError, struct.error, EOFError, ...
         name = source if isinstance(source, str | PathLike | ImageFile) else type(source).__name__
         raise UnreadableImageError(f"{name} does not open: {error}") from error
 
@@ -120,7 +127,26 @@ def _is_picture(array: np.ndarray[Any, Any]) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        tops = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0)
+        return _to_8_bits(np.asarray(image, dtype=np.float64), tops).convert("RGB")
     if image.has_transparency_data:  # also a palette's, which has no alpha channel
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray[Any, Any], tops: tuple[float, ...]) -> Image.Image:
+    """Scale grey values `(height, width)` of more than 8 bits, which PIL itself would cut off at 255.
+
+    Args:
+        values: The values of the picture.
+        tops: What white may be. The least that no value exceeds is taken, so that a dark picture stays dark. Where values
+            exceed all, or are below 0, the picture is stretched from its least to its largest value.
+    """
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"its values are from {low} to {high}")
+    top = next((top for top in tops if high <= top), high)
+    return Image.fromarray(((values - low) * (255 / (top - low))).round().astype(np.uint8))  # (height, width)
