@@ -85,19 +85,23 @@ class ImageTextDataModule(L.LightningDataModule):
         self.predict_split: Literal["train", "val", "test"] = "test"
         self.train_order: EpochOrder | None = None
         self._was_composed = False
+        self._fit_trainer: L.Trainer | None = None
         self._position = Position()
 
     def setup(self, stage: str) -> None:
         """Forget where an earlier run was resumed, and the order that its callbacks composed."""
+        if stage != "fit":
+            return  # perhaps of another Trainer, that validates within a fit
         # In this hook, which runs before `load_state_dict`: a checkpoint of this run is not forgotten. It runs before the
         # `setup` of callbacks, too, and after a fit that ended with an error.
         self._position.forget()
-        if stage == "fit":
-            self.train_order, self._was_composed = None, False
+        self.train_order, self._was_composed = None, False
+        # Each Trainer that gets this object writes itself into `self.trainer`. The position is that of the one that fits.
+        self._fit_trainer = self.trainer
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Return the loader of this rank's part of each epoch. Without a Trainer, it is a plain one."""
-        dataset, trainer = _given(self.train_dataset, "train_dataset"), self.trainer
+        dataset, trainer = _given(self.train_dataset, "train_dataset"), self._training()
         if isinstance(dataset, ShardStream):
             return self._stream_loader(dataset, trainer)
         if trainer is None:
@@ -150,7 +154,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training is: the epoch, how many of its batches are done, and how many there ever were."""
-        return self._position.state_dict(_given(self.trainer, "trainer"), self._order_settings())
+        return self._position.state_dict(_given(self._training(), "trainer"), self._order_settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Start where the checkpoint was written, if it is training that is resumed.
@@ -172,8 +176,11 @@ class ImageTextDataModule(L.LightningDataModule):
             "is_composed": self.train_order is not None or self._was_composed,
         }
 
+    def _training(self) -> L.Trainer | None:
+        return self.trainer if self._fit_trainer is None else self._fit_trainer
+
     def _next_batch(self) -> tuple[int, int]:
-        return self._position.next_batch(self.trainer)
+        return self._position.next_batch(self._training())
 
     def _stream_loader(self, stream: ShardStream, trainer: L.Trainer | None) -> StreamLoader:
         world_size, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)

@@ -1,5 +1,8 @@
+import copy
+
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import Subset
 
 from lightning_itm import ImageTextDataModule
@@ -50,6 +53,28 @@ def test_evaluation_takes_its_own_batch_size_and_every_pair_in_order():
     batches = [batch["text_id"].tolist() for batch in data.val_dataloader()]
     assert [len(batch) for batch in batches] == [10, 10, 10, 10, NUM_PAIRS - 40]
     assert [pair for batch in batches for pair in batch] == list(range(NUM_PAIRS))
+
+
+def test_another_trainer_that_validates_within_a_fit_changes_nothing(tmp_path):
+    """It gets the same datamodule, and writes itself into `datamodule.trainer`."""
+
+    class Measure(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 3:
+                other = copy.deepcopy(pl_module)
+                other._trainer = None
+                L.Trainer(**SILENT).validate(other, datamodule=trainer.datamodule, verbose=False)
+
+    seen, states = [], []
+    for callbacks in ([], [Measure()]):
+        watch, data = Watch(), tiny_data()
+        trainer = L.Trainer(callbacks=[watch, *callbacks], max_epochs=3, max_steps=29, **SILENT)
+        trainer.fit(Tiny(warmup_steps=0), datamodule=data)
+        seen.append([(epoch, pairs) for epoch, _, pairs, *_ in watch.seen])
+        states.append(data.state_dict())
+    assert seen[0] == seen[1]
+    assert states[0] == states[1]
+    assert states[0]["batch"] == 29 - 2 * -(-NUM_PAIRS // 4)
 
 
 def test_without_a_validation_set_there_is_no_loader_of_one():
