@@ -11,6 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+_READY, _PENDING, _AT_WORK = range(3)
+_WAY_OUT = (
+    "Perhaps a callback reads a batch before `OfflineHardNegativeMining` has mined, as `LearningRateFinder` does. Put it "
+    "after the mining in the list of callbacks. Use the Tuner without mining."
+)
+
 
 class SharedIntegers:
     """Hold int32 tensors in a file that all processes map.
@@ -23,6 +29,8 @@ class SharedIntegers:
 
     missing: ClassVar[str] = "nothing was published before the first batch"
     """What the error says where the main process asks too early."""
+    patience: ClassVar[float] = 300.0
+    """Seconds that a worker waits for a main process that is not at work on the entries."""
 
     def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
         self.shapes = shapes
@@ -39,7 +47,12 @@ class SharedIntegers:
 
     @is_pending.setter
     def is_pending(self, value: bool) -> None:
-        self._pending.fill_(int(value))
+        self._pending.fill_(_PENDING if value else _READY)
+
+    def announce(self) -> None:
+        """Say that the main process is at work on the first entries, so that workers wait for as long as it takes."""
+        if self.is_pending:
+            self._pending.fill_(_AT_WORK)
 
     def remove(self) -> None:
         """Delete the file, in the process that made it. Processes that have mapped it keep its content."""
@@ -49,12 +62,20 @@ class SharedIntegers:
         """Wait for the first entries, in a worker.
 
         Raises:
-            RuntimeError: if this is the main process, which would wait for itself, or if the main process is gone.
+            RuntimeError: if this is the main process, which would wait for itself, if the main process is gone, or if it does
+                something else for longer than :attr:`patience`.
         """
+        until = time.monotonic() + self.patience
         while self.is_pending:
             main = multiprocessing.parent_process()
             if main is None or not main.is_alive():
-                raise RuntimeError(f"Expected a {type(self).__name__} with entries: {self.missing}.")
+                raise RuntimeError(f"Expected a {type(self).__name__} with entries: {self.missing}. {_WAY_OUT}")
+            if int(self._pending) == _AT_WORK:
+                until = time.monotonic() + self.patience
+            if time.monotonic() > until:
+                raise RuntimeError(
+                    f"Expected a {type(self).__name__} with entries within {self.patience:.0f} s: {self.missing}. {_WAY_OUT}"
+                )
             time.sleep(0.002)
 
     def copy_(self, *values: Tensor) -> None:

@@ -156,12 +156,10 @@ class OfflineHardNegativeMining(Callback):
         """Mine for the first epoch, or go on with the restored table."""
         # Checkpoints are restored by now. `on_train_epoch_start` is too late: workers load the first batches before it.
         restored, self._restored, mining = self._restored, None, self._attached()
+        mining.injection.announce()
         is_new_epoch = restored is None or bool(restored["is_finished"])
         self._epoch = 0 if restored is None else int(restored["epoch"]) + is_new_epoch
-        has_all = True
-        if restored is not None:
-            mining.injection.resume(restored, pl_module.device)
-            has_all = mining.injection.has_all(restored)
+        has_all = restored is None or mining.injection.resume(restored, pl_module.device)
         has_steps = trainer.limit_train_batches != 0 and self._epoch != trainer.max_epochs
         if has_steps and (is_new_epoch or not has_all):
             self._begin_epoch(trainer, pl_module, must_mine=not has_all)

@@ -52,6 +52,10 @@ class Injection:
     def detach(self, datamodule: Any) -> None:
         """Undo :meth:`attach`, where the training set is still as it left it."""
 
+    def announce(self) -> None:
+        """Let workers wait for as long as the first mining takes."""
+        self.table.announce()
+
     def begin_epoch(self, epoch: int, encoded: EncodedPairs | None = None) -> dict[str, float]:
         """Take in what was mined for an epoch, before its first batch is loaded. Return what can be logged.
 
@@ -61,12 +65,9 @@ class Injection:
         """
         return {}
 
-    def has_all(self, state: dict[str, Any]) -> bool:
-        """Return whether the state of a checkpoint has all that the rest of its epoch needs."""
+    def resume(self, state: dict[str, Any], device: torch.device) -> bool:
+        """Take in the state of a checkpoint, and return whether it has all that the rest of its epoch needs."""
         return True
-
-    def resume(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take in the state of a checkpoint. ``begin_epoch`` follows where its epoch is finished."""
 
     def to_batch(self, batch: dict[str, Any], epoch: int) -> None:
         """Put what was mined into a batch that is on its device."""
@@ -131,14 +132,12 @@ class EmbeddingInjection(Injection):
             self._draw_from(encoded.image_embeddings, encoded.text_embeddings)
         return {}
 
-    def has_all(self, state: dict[str, Any]) -> bool:
-        """Return whether the state has the embeddings of its table. One of a run with samples has none."""
-        return state["embeddings"] is not None or not bool((state["texts"] >= 0).any())
-
-    def resume(self, state: dict[str, Any], device: torch.device) -> None:
-        """Draw from the embeddings of a checkpoint."""
+    def resume(self, state: dict[str, Any], device: torch.device) -> bool:
+        """Draw from the embeddings of a checkpoint. One of a run with samples has none."""
         if state["embeddings"] is not None:
             self._draw_from(*(part.to(device) for part in state["embeddings"]))
+            return True
+        return not bool((state["texts"] >= 0).any())
 
     def to_batch(self, batch: dict[str, Any], epoch: int) -> None:
         """Put the drawn embeddings into the batch, without a wait of the host."""
@@ -187,6 +186,10 @@ class BatchInjection(Injection):
                 datamodule.train_order = None
             order.remove()
 
+    def announce(self) -> None:
+        """Let workers wait for as long as the first mining and composing take."""
+        self.order.announce()
+
     def begin_epoch(self, epoch: int, encoded: EncodedPairs | None = None) -> dict[str, float]:
         """Compose the order of an epoch from the table, and publish it."""
         if self.is_fixed and not self.order.is_pending:
@@ -206,16 +209,17 @@ class BatchInjection(Injection):
             )
         return {"mining/compose_seconds": time.perf_counter() - start, "mining/grouped_share": fraction}
 
-    def resume(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on in the order of a checkpoint."""
+    def resume(self, state: dict[str, Any], device: torch.device) -> bool:
+        """Go on in the order of a checkpoint, unless its epoch is over: a worker that waits must not see it."""
         if state["is_finished"]:
-            return  # a worker that waits must not see the order of an epoch that is over
+            return True
         if (
             state.get("order") is None
         ):  # a run without it. The datamodule sees to it that it goes on at the start of an epoch
             self.begin_epoch(int(state["epoch"]))
         else:
             self.order.publish(state["order"])
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the order."""
@@ -238,8 +242,7 @@ def _check_batches_can_be_composed(dataset: Any, pairs: ImageTextDataset, datamo
             f"{type(datamodule).__name__ if not is_ours else 'another set in the datamodule'}. It orders the pairs of an "
             "epoch. For a loader of your own, call `lightning_itm.mining.compose_batches`."
         )
-    loss = getattr(trainer.lightning_module, "loss", None)
-    if getattr(loss, "needs_random_batches", False):
+    if getattr(loss := getattr(trainer.lightning_module, "loss", None), "needs_random_batches", False):
         raise MisconfigurationException(
             "Expected a loss that compares candidates with each other with `inject='batches'`, got "
             f"{type(loss).__name__}, which learns how rare a match is in a random batch. Hard batches made it worse in each "
