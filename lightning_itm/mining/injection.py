@@ -245,6 +245,6 @@ def _check_batches_can_be_composed(dataset: Any, pairs: ImageTextDataset, datamo
     if getattr(loss := getattr(trainer.lightning_module, "loss", None), "needs_random_batches", False):
         raise MisconfigurationException(
             "Expected a loss that compares candidates with each other with `inject='batches'`, got "
-            f"{type(loss).__name__}, which learns how rare a match is in a random batch. Hard batches made it worse in each "
-            "of our runs. Use InfoNCELoss or a TripletLoss, or `inject='samples'`."
+            f"{type(loss).__name__}, which learns how rare a match is in a random batch. Hard batches made it worse in our "
+            "runs. Use InfoNCELoss or a TripletLoss, or `inject='samples'`."
         )
