@@ -213,9 +213,7 @@ class BatchInjection(Injection):
         """Go on in the order of a checkpoint, unless its epoch is over: a worker that waits must not see it."""
         if state["is_finished"]:
             return True
-        if (
-            state.get("order") is None
-        ):  # a run without it. The datamodule sees to it that it goes on at the start of an epoch
+        if state.get("order") is None:  # of a run without one, which goes on at the start of an epoch: see Position
             self.begin_epoch(int(state["epoch"]))
         else:
             self.order.publish(state["order"])
