@@ -1,91 +1,26 @@
-"""The settings and methods that negatives.py compares."""
+"""The settings that negatives.py compares methods in: a set, a model, and how plain InfoNCE was tuned there."""
 
 import functools
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from flickr8k import Towers
+from flickr8k import Towers, tower_data
+from flickr8k_features import grid_data, grid_model, head_data, head_model, trained_heads
 from icons import IconEncoder, load_icons
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_itm import (
-    FalseNegativeElimination,
-    FalseNegativeSampler,
-    ImageTextDataModule,
-    InfoNCELoss,
-    OfflineHardNegativeMining,
-    SigmoidLoss,
-    TripletLoss,
-)
+from lightning_itm import ImageTextDataModule, InfoNCELoss
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from emoji_data import small_pictures  # type: ignore[import-not-found]
+from train_on_emoji import Small  # type: ignore[import-not-found]
 
-@dataclass(frozen=True)
-class Method:
-    """A loss, and callbacks that bring negatives."""
-
-    loss: Callable[[], nn.Module] = InfoNCELoss
-    callbacks: Callable[[int], list[Callback]] = lambda _: []
-    rate: float | None = None
-    """Another rate than that of InfoNCE, where val chose one."""
-    epochs: float = 1.0
-    """So many times the epochs of the setting."""
-
-
-def mining(**options: Any) -> Callable[[int], list[Callback]]:
-    """Return what makes a mining callback."""
-    defaults: dict[str, Any] = {"texts_per_image": 60, "images_per_text": 60, "num_workers": 0}
-    return lambda seed: [OfflineHardNegativeMining(**{**defaults, **options}, seed=seed)]
-
-
-def bank(queue_size: int, **options: Any) -> Callable[[int], list[Callback]]:
-    """Return what makes a memory bank."""
-    return lambda seed: [
-        FalseNegativeElimination(queue_size, **options, sampler=FalseNegativeSampler(weighting="drop", seed=seed))
-    ]
-
-
-def both(*makers: Callable[[int], list[Callback]]) -> Callable[[int], list[Callback]]:
-    """Put callbacks together."""
-    return lambda seed: [callback for maker in makers for callback in maker(seed)]
-
-
-HARD = functools.partial(InfoNCELoss, hardness=9.0)
-METHODS: dict[str, Method] = {
-    "InfoNCE": Method(),
-    "sigmoid": Method(SigmoidLoss),
-    "hardest": Method(TripletLoss),
-    "selective": Method(functools.partial(TripletLoss, negatives="selective")),
-    "hardness 3": Method(functools.partial(InfoNCELoss, hardness=3.0)),
-    "hardness 9": Method(HARD),
-    "batches of 4": Method(callbacks=mining(inject="batches", group_size=4)),
-    "batches of 8": Method(callbacks=mining(inject="batches", group_size=8)),
-    "batches of 16": Method(callbacks=mining(inject="batches", group_size=16)),
-    "batches of 4, training": Method(callbacks=mining(inject="batches", group_size=4, encode="training")),
-    "batches of 16, training": Method(callbacks=mining(inject="batches", group_size=16, encode="training")),
-    "batches of 4, hardness 9": Method(HARD, mining(inject="batches", group_size=4)),
-    "bank 512": Method(callbacks=bank(512)),
-    "bank 4096": Method(callbacks=bank(4096)),
-    "bank 4096, hardness 9": Method(HARD, bank(4096)),
-    "bank 4096, batches of 4": Method(callbacks=both(bank(4096), mining(inject="batches", group_size=4))),
-    "samples": Method(callbacks=mining(relative_margin=0.05)),
-    "embeddings": Method(callbacks=mining(inject="embeddings", relative_margin=0.05)),
-}
-
-
-def methods_of(name: str) -> Method:
-    """Return a method by its name, or for a longer time: ``"InfoNCE, 1.5 x"``."""
-    if name in METHODS:
-        return METHODS[name]
-    method, _, factor = name.rpartition(", ")
-    if method in METHODS and factor.endswith(" x"):
-        return replace(METHODS[method], epochs=float(factor[:-2]))
-    raise ValueError(
-        f"Expected one of {list(METHODS)}, or one of them with a factor such as 'InfoNCE, 1.5 x', got {name!r}."
-    )
+State = dict[str, Any]
+Data = Callable[[Path | None, int], ImageTextDataModule]
 
 
 @dataclass(frozen=True)
@@ -93,18 +28,24 @@ class Setting:
     """A set, a model, and how InfoNCE is tuned on it."""
 
     name: str
-    data: Callable[..., ImageTextDataModule]
-    model: Callable[[nn.Module, float, Path | None], Any]
-    epochs: int
-    rate: float
+    data: Data
+    model: Callable[..., Any]
+    """Called with the loss, the folder, and all knobs but two, ``epochs`` and ``temperature``."""
+    knobs: dict[str, Any]
     """Of InfoNCE, chosen on val."""
-    rates: tuple[float, ...]
-    """Those that were tried."""
+    search: dict[str, tuple[Any, ...]]
+    """The values that were tried, one knob at a time, with the others as in ``knobs``."""
     methods: tuple[str, ...]
-    start: Callable[[Path | None, int], dict[str, Any] | None] = lambda _folder, _seed: None
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Knobs of other methods, where val chose others."""
+    start: Callable[[Path | None, int], State | None] = lambda _folder, _seed: None
     clip: float | None = None
     fraction: float = 1.0
     """Of the pairs that an epoch reads."""
+
+    def knobs_of(self, method: str) -> dict[str, Any]:
+        """Return the knobs of a method: InfoNCE's, and its own."""
+        return {"temperature": None, **self.knobs, **self.own.get(method, {})}
 
 
 @functools.cache
@@ -114,72 +55,139 @@ def _icons(folder: Path | None) -> Any:
     return load_icons(folder)
 
 
-def icon_data(batch_size: int) -> Callable[..., ImageTextDataModule]:
+def icon_data(batch_size: int) -> Data:
     """Return what makes the icons' data."""
 
-    def make(folder: Path | None, seed: int, **_: Any) -> ImageTextDataModule:
+    def make(folder: Path | None, seed: int) -> ImageTextDataModule:
         icons = _icons(folder)
-        options: dict[str, Any] = {"batch_size": batch_size, "num_workers": 0, "seed": seed}
-        return ImageTextDataModule(icons.train, icons.val, icons.test, **options)
+        return ImageTextDataModule(icons.train, icons.val, icons.test, batch_size=batch_size, num_workers=0, seed=seed)
 
     return make
 
 
-def icon_model(loss: nn.Module, rate: float, folder: Path | None) -> IconEncoder:
+def icon_model(loss: nn.Module, folder: Path | None, **knobs: Any) -> IconEncoder:
     """Make the small CNN and the bag of words."""
-    return IconEncoder(loss, learning_rate=rate, warmup_steps=50, weight_decay=0.01)
+    return IconEncoder(loss, warmup_steps=50, **knobs)
+
+
+def emoji_data(batch_size: int) -> Data:
+    """Return what makes the data of the example."""
+
+    def make(_: Path | None, seed: int) -> ImageTextDataModule:
+        return ImageTextDataModule(*_emoji(), batch_size=batch_size, num_workers=0, seed=seed)
+
+    return make
 
 
 @functools.cache
-def converged_icons(folder: Path | None, seed: int) -> dict[str, Any]:
-    """Train six epochs of InfoNCE, the start of the second setting."""
-    L.seed_everything(seed + 1000, verbose=False)
-    model = icon_model(InfoNCELoss(), 3e-3, folder)
-    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(
-        max_epochs=6,
-        accelerator="cpu",
-        gradient_clip_val=2.0,
-        limit_val_batches=0,
-        enable_model_summary=False,
-        **options,
-    )
-    trainer.fit(model, datamodule=icon_data(128)(folder, seed + 1000))
-    return {name: value for name, value in model.state_dict().items() if not name.startswith("loss.")}
+def _emoji() -> Any:
+    return small_pictures()
 
 
-def tower_model(loss: nn.Module, rate: float, folder: Path | None) -> Towers:
+def emoji_model(loss: nn.Module, folder: Path | None, *, learning_rate: float, weight_decay: float) -> Small:
+    """Make the small model of the example."""
+    model = Small(loss, learning_rate)
+    model.weight_decay = weight_decay
+    return model
+
+
+def converged(data: Data, model: Callable[..., Any], epochs: int, clip: float | None = None, **knobs: Any) -> Any:
+    """Return what trains a model with InfoNCE, once for each seed, and gives its weights for a start."""
+
+    @functools.cache
+    def start(folder: Path | None, seed: int) -> State:
+        L.seed_everything(seed + 1000, verbose=False)
+        module = model(InfoNCELoss(), folder, **knobs)
+        silent: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        options = {**silent, "limit_val_batches": 0, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = L.Trainer(max_epochs=epochs, gradient_clip_val=clip, **options)
+        trainer.fit(module, datamodule=data(folder, seed + 1000))
+        return module.state_dict()  # type: ignore[no-any-return]
+
+    return start
+
+
+def tower_model(loss: nn.Module, folder: Path | None, **knobs: Any) -> Towers:
     """Make the two towers for photographs and captions."""
-    return Towers(loss, rate)
+    return Towers(loss, **knobs)
 
 
-ICON_METHODS = (
-    "InfoNCE",
-    "hardness 3",
-    "hardness 9",
-    "batches of 4",
-    "batches of 16",
-    "batches of 4, training",
-    "batches of 4, hardness 9",
-    "bank 4096",
-)
-TOWER_METHODS = (
-    "InfoNCE",
-    "hardness 3",
-    "hardness 9",
-    "batches of 4",
-    "batches of 8",
-    "batches of 4, training",
-    "bank 4096",
-)
-RATES = (1e-3, 3e-3, 6e-3)
+LONGER = ("InfoNCE, 1.5 x", "InfoNCE, 2 x")
+HARD = ("hardness 3", "hardness 9", "batches of 4", "batches of 16", "batches of 4, training", "bank 4096")
+PAIRS = ("batches of 4, hardness 3", "bank 4096, hardness 3", "bank 4096, batches of 4")
+MINED = ("samples", "embeddings")
+HINGES = ("sigmoid", "hardest", "selective", "selective, FNE", "AOQ")
+ICON_METHODS = ("InfoNCE", *HARD, *LONGER, *PAIRS, *MINED, *HINGES)
+SMALL_METHODS = ("InfoNCE", *(name.replace("4096", "512") for name in HARD), *LONGER, "sigmoid", *MINED)
+GRID_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE", "InfoNCE, 2 x", "hardness 9", "batches of 4")
+GRID_START_METHODS = ("selective", "AOQ", "AOQ, embeddings", "InfoNCE", "batches of 4", "bank 4096")
+
+ICONS = {"learning_rate": 3e-3, "weight_decay": 0.01, "epochs": 6}
+ICON_SEARCH: dict[str, tuple[Any, ...]] = {
+    "learning_rate": (1e-3, 3e-3, 6e-3, 1e-2),
+    "temperature": (0.03, None, 0.15),
+    "weight_decay": (0.01, 0.1),
+}
+FURTHER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (1e-4, 3e-4, 1e-3), "temperature": (None, 0.07)}
+EMOJI = {"learning_rate": 3e-4, "weight_decay": 0.1, "epochs": 4}
+EMOJI_START: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.1}
+TOWERS = {"learning_rate": 1e-4, "weight_decay": 0.05, "epochs": 3}
+TOWER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (5e-5, 1e-4, 2e-4), "temperature": (None, 0.07)}
+HEADS = {"learning_rate": 1e-3, "weight_decay": 0.05, "dropout": 0.5, "hidden": 512, "epochs": 8}
+HEAD_SEARCH: dict[str, tuple[Any, ...]] = {
+    "learning_rate": (3e-4, 1e-3, 3e-3),
+    "dropout": (0.2, 0.5),
+    "hidden": (0, 512),
+    "epochs": (4, 8, 16),
+    "temperature": (0.03, None),
+    "weight_decay": (0.05, 0.5),
+}
+GRID = {"learning_rate": 5e-4, "weight_decay": 0.1, "epochs": 8}
+GRID_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (3e-4, 5e-4, 1e-3), "epochs": (8, 16)}
+
+_grid_start = converged(grid_data, grid_model, 8, 2.0, learning_rate=5e-4, weight_decay=0.1)
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
-        Setting("icons", icon_data(128), icon_model, 6, 3e-3, RATES, ICON_METHODS, clip=2.0),
-        Setting("icons-512", icon_data(512), icon_model, 6, 6e-3, (3e-3, 6e-3, 1e-2), ICON_METHODS, clip=2.0),
+        *(
+            Setting(
+                f"emoji-{batch_size}",
+                emoji_data(batch_size),
+                emoji_model,
+                EMOJI,
+                FURTHER_SEARCH,
+                SMALL_METHODS,
+                start=converged(emoji_data(64), emoji_model, 18, **EMOJI_START),
+            )
+            for batch_size in (32, 128)
+        ),
+        Setting("flickr8k", tower_data, tower_model, TOWERS, TOWER_SEARCH, SMALL_METHODS, {}, trained_heads, None, 0.2),
+        Setting("icons", icon_data(128), icon_model, ICONS, ICON_SEARCH, ICON_METHODS, clip=2.0),
+        Setting("icons-512", icon_data(512), icon_model, ICONS, ICON_SEARCH, ICON_METHODS, clip=2.0),
         Setting(
-            "icons-converged", icon_data(128), icon_model, 2, 1e-3, (3e-4, 1e-3), ICON_METHODS, converged_icons, 2.0
+            "icons-converged",
+            icon_data(128),
+            icon_model,
+            {**ICONS, "learning_rate": 1e-3, "epochs": 2},
+            FURTHER_SEARCH,
+            ICON_METHODS,
+            start=converged(icon_data(128), icon_model, 6, 2.0, learning_rate=3e-3, weight_decay=0.01),
+            clip=2.0,
+        ),
+        *(
+            Setting(f"heads-{size}", head_data(size), head_model, HEADS, HEAD_SEARCH, SMALL_METHODS)
+            for size in (16, 128)
+        ),
+        Setting("grid", grid_data, grid_model, GRID, GRID_SEARCH, GRID_METHODS, clip=2.0),
+        Setting(
+            "grid-converged",
+            grid_data,
+            grid_model,
+            {**GRID, "learning_rate": 1e-4, "epochs": 4},
+            FURTHER_SEARCH,
+            GRID_START_METHODS,
+            start=_grid_start,
+            clip=2.0,
         ),
     )
 }
