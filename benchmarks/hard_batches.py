@@ -67,7 +67,7 @@ class FillUp(Callback):
 
 def cost_of_training_embeddings(folder: Path, steps: int, runs: int) -> None:
     """Fine-tune both towers with and without, in turn, and print the ratio of two epochs."""
-    model = Towers(InfoNCELoss(), 1e-4)
+    model = Towers(InfoNCELoss(), learning_rate=1e-4, weight_decay=0.05)
     data = tower_data(folder, 0)
     num_steps = len(data.train_dataset.images) // data.batch_size  # type: ignore[union-attr]
     medians: dict[str, list[float]] = {"without": [], "with": []}

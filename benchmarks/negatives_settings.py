@@ -16,8 +16,8 @@ from torch import nn
 from lightning_itm import ImageTextDataModule, InfoNCELoss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from emoji_data import small_pictures  # type: ignore[import-not-found]
-from train_on_emoji import Small  # type: ignore[import-not-found]
+from emoji_data import small_pictures
+from train_on_emoji import Small
 
 State = dict[str, Any]
 Data = Callable[[Path | None, int], ImageTextDataModule]
