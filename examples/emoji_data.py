@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import emoji
 import numpy as np
@@ -73,6 +74,14 @@ def tokenize(texts: list[str]) -> torch.Tensor:
         numbers = [1 + zlib.crc32(piece.encode()) % (VOCABULARY - 1) for piece in [*words, *pieces]]
         rows.append((numbers + [0] * LENGTH)[:LENGTH])
     return torch.tensor(rows)
+
+
+def picture_files(**transforms: Any) -> list[ImageTextDataset]:
+    """Return the three sets with pictures of 72 pixels as files, one name per picture, for a pretrained model."""
+    return [
+        ImageTextDataset([item.image for item in items], [item.name for item in items], **transforms)
+        for items in split()
+    ]
 
 
 def small_pictures() -> list[ImageTextDataset]:

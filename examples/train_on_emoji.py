@@ -8,6 +8,7 @@ At the end there are pictures of what happened: the curves, the pairs that were 
 
     python examples/train_on_emoji.py                 # about five minutes on two cores, no download of weights
     python examples/train_on_emoji.py --quick         # a minute: one seed, fewer rows
+    python examples/train_on_emoji.py --pretrained    # EfficientNet-Lite0 and MiniLM: half an hour
     python examples/train_on_emoji.py --from-scratch  # hard negatives from a cold start: a collapse, and a way out
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 
 import lightning as L
 import matplotlib as mpl
-from emoji_data import SIDE, VOCABULARY, small_pictures
+from emoji_data import SIDE, VOCABULARY, picture_files, small_pictures
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
@@ -35,13 +36,12 @@ from lightning_itm import (
     DualEncoder,
     FalseNegativeElimination,
     ImageTextDataModule,
+    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
 )
 
 WIDTH, DIM, BATCH_SIZE = 24, 64, 64
-START_EPOCHS, START_RATE = 18, 3e-3  # so long that InfoNCE gains little more
-RATE = 3e-4  # of 3e-5, 1e-4, 3e-4 and 1e-3 (`--rate`) the best for InfoNCE on the validation set, two seeds
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, by seeds − 1
 
 
@@ -65,6 +65,39 @@ class Small(DualEncoder):
     def encode_text(self, text: Tensor) -> Tensor:
         """Encode names."""
         return self.text_encoder(text)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, its data, and how it is trained."""
+
+    model: Callable[[nn.Module, float], DualEncoder]
+    """Called with a loss and a learning rate."""
+    data: Callable[[], list[ImageTextDataset]]
+    start_epochs: int
+    start_rate: float
+    epochs: int
+    rate: float
+    """The best for InfoNCE on the validation set, of those that `--rate` was given."""
+
+
+def towers(loss: nn.Module, learning_rate: float) -> DualEncoder:
+    """Make the pretrained towers, with new heads."""
+    from pretrained_towers import Towers
+
+    return Towers(loss, 72, learning_rate=learning_rate, weight_decay=0.05)
+
+
+def files() -> list[ImageTextDataset]:
+    """Return pictures as the pretrained towers take them."""
+    from pretrained_towers import Towers
+
+    return picture_files(**Towers(InfoNCELoss(), 72).transforms)
+
+
+# Tried for the small one: 3e-5, 1e-4, 3e-4 and 1e-3, two seeds. For the towers: 3e-5, 1e-4 and 3e-4, one seed.
+SMALL = Setup(Small, small_pictures, start_epochs=18, start_rate=3e-3, epochs=4, rate=3e-4)
+PRETRAINED = Setup(towers, files, start_epochs=4, start_rate=3e-4, epochs=2, rate=1e-4)
 
 
 def hard_batches(**options: Any) -> list[Callback]:
@@ -120,7 +153,9 @@ class Row:
     curves: list[list[float]] = field(default_factory=list)
 
 
-def train(model: Small, data: ImageTextDataModule, epochs: int, callbacks: list[Callback]) -> tuple[L.Trainer, float]:
+def train(
+    model: DualEncoder, data: ImageTextDataModule, epochs: int, callbacks: list[Callback]
+) -> tuple[L.Trainer, float]:
     """Train, and return the Trainer and the seconds it took."""
     trainer = L.Trainer(
         max_epochs=epochs,
@@ -138,7 +173,7 @@ def train(model: Small, data: ImageTextDataModule, epochs: int, callbacks: list[
     return trainer, time.perf_counter() - start
 
 
-def test(trainer: L.Trainer, model: Small, data: ImageTextDataModule) -> tuple[float, float]:
+def test(trainer: L.Trainer, model: DualEncoder, data: ImageTextDataModule) -> tuple[float, float]:
     """Return rsum and the mean R@1 of both directions on the test set, in percent."""
     metrics = trainer.test(model, datamodule=data, verbose=False)[0]
     return metrics["test/rsum"], (metrics["test/i2t_r1"] + metrics["test/t2i_r1"]) / 2
@@ -147,19 +182,23 @@ def test(trainer: L.Trainer, model: Small, data: ImageTextDataModule) -> tuple[f
 def run_seed(args: argparse.Namespace, seed: int, rows: dict[str, Row], figures: dict[str, Any]) -> None:
     """Train the start, and each method from there."""
     L.seed_everything(seed, verbose=False)
-    data = ImageTextDataModule(*small_pictures(), batch_size=BATCH_SIZE, num_workers=0, seed=seed)
-    start = Small(InfoNCELoss(), START_RATE)
-    trainer, seconds = train(start, data, args.start_epochs, [])
+    setup = PRETRAINED if args.pretrained else SMALL
+    data = ImageTextDataModule(*setup.data(), batch_size=BATCH_SIZE, num_workers=0, seed=seed)
+    start = setup.model(InfoNCELoss(), setup.start_rate)
+    trainer, seconds = train(start, data, args.start_epochs or setup.start_epochs, [])
     rsum, recall = test(trainer, start, data)
     before = float(trainer.validate(start, datamodule=data, verbose=False)[0]["val/rsum"])
     weights = copy.deepcopy(start.state_dict())
-    print(f"seed {seed}: the start has rsum {rsum:.1f} after {args.start_epochs} epochs, {seconds:.0f} s", flush=True)
+    print(
+        f"seed {seed}: the start has rsum {rsum:.1f} after {trainer.current_epoch} epochs, {seconds:.0f} s", flush=True
+    )
     for name, row in rows.items():
         L.seed_everything(seed, verbose=False)
         method = METHODS[name]
-        model, curve, callbacks = Small(method.loss(), args.rate), Curve(), method.callbacks()
+        model, curve, callbacks = setup.model(method.loss(), args.rate or setup.rate), Curve(), method.callbacks()
         model.load_state_dict(weights)
-        trainer, seconds = train(model, data, round(method.epochs * args.epochs), [*callbacks, curve])
+        epochs = round(method.epochs * (args.epochs or setup.epochs))
+        trainer, seconds = train(model, data, epochs, [*callbacks, curve])
         rsum, recall = test(trainer, model, data)
         row.rsum.append(rsum)
         row.recall.append(recall)
@@ -232,13 +271,15 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of weights and order (0 1 2 3)")
-    parser.add_argument("--start-epochs", type=int, default=START_EPOCHS, help=f"of the start ({START_EPOCHS})")
-    parser.add_argument("--epochs", type=int, default=4, help="of each row (4)")
-    parser.add_argument("--rate", type=float, default=RATE, help=f"learning rate of each row ({RATE})")
+    parser.add_argument("--pretrained", action="store_true", help="fine-tune pretrained towers: half an hour")
+    parser.add_argument("--start-epochs", type=int, help=f"of the start ({SMALL.start_epochs})")
+    parser.add_argument("--epochs", type=int, help=f"of each row ({SMALL.epochs})")
+    parser.add_argument("--rate", type=float, help=f"learning rate of each row ({SMALL.rate})")
     parser.add_argument("--quick", action="store_true", help="one seed, fewer rows: a minute")
-    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="where table and pictures go")
+    parser.add_argument("--out", type=Path, help="where table and pictures go (runs/emoji)")
     args = parser.parse_args()
     args.seeds = args.seeds[:1] if args.quick else args.seeds
+    args.out = args.out or Path("runs/pretrained-emoji" if args.pretrained else "runs/emoji")
     args.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", ""):
