@@ -32,7 +32,7 @@ from typing import Any
 import lightning as L
 import open_clip
 import torch
-from emoji_mining import load_example
+from emoji_example import load_example
 from icons import embed_all
 from icons_elimination import compare_on_icons, posteriors_on_icons
 from posteriors import print_posteriors

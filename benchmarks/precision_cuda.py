@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import open_clip
 import torch
-from emoji_mining import load_example
+from emoji_example import load_example
 from timing import Report
 
 FROM_SCRATCH = ("InfoNCE", "selective")

@@ -16,7 +16,7 @@ import warnings
 
 import open_clip
 import torch
-from emoji_mining import load_example
+from emoji_example import load_example
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from emoji_mining import load_example
+from emoji_example import load_example
 from PIL import Image
 from torch import Tensor
 

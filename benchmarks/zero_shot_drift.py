@@ -24,7 +24,7 @@ from typing import Any
 import lightning as L
 import open_clip
 import torch
-from emoji_mining import load_example
+from emoji_example import load_example
 from torch import nn
 from torch.utils.data import DataLoader
 
