@@ -122,15 +122,20 @@ SMALL_METHODS = ("InfoNCE", *(name.replace("4096", "512") for name in HARD), *LO
 GRID_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE", "InfoNCE, 2 x", "hardness 9", "batches of 4")
 GRID_START_METHODS = ("selective", "AOQ", "AOQ, embeddings", "InfoNCE", "batches of 4", "bank 4096")
 
-ICONS = {"learning_rate": 3e-3, "weight_decay": 0.01, "epochs": 6}
+ICONS = {"learning_rate": 1e-2, "weight_decay": 0.3, "epochs": 6}
 ICON_SEARCH: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (1e-3, 3e-3, 6e-3, 1e-2),
+    "learning_rate": (1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 4e-2),
     "temperature": (0.03, None, 0.15),
-    "weight_decay": (0.01, 0.1),
+    "weight_decay": (0.01, 0.1, 0.3, 1.0),
 }
 FURTHER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (1e-4, 3e-4, 1e-3), "temperature": (None, 0.07)}
 EMOJI = {"learning_rate": 3e-4, "weight_decay": 0.1, "epochs": 4}
 EMOJI_START: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.1}
+EMOJI_SEARCH: dict[str, tuple[Any, ...]] = {
+    "learning_rate": (1e-3, 3e-3, 1e-2),
+    "weight_decay": (0.1, 0.3, 1.0, 3.0),
+    "epochs": (12, 18, 36),
+}
 TOWERS = {"learning_rate": 1e-4, "weight_decay": 0.05, "epochs": 3}
 TOWER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (5e-5, 1e-4, 2e-4), "temperature": (None, 0.07)}
 HEADS = {"learning_rate": 1e-3, "weight_decay": 0.05, "dropout": 0.5, "hidden": 512, "epochs": 8}
@@ -149,6 +154,7 @@ _grid_start = converged(grid_data, grid_model, 8, 2.0, learning_rate=5e-4, weigh
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
+        Setting("emoji", emoji_data(64), emoji_model, {**EMOJI_START, "epochs": 18}, EMOJI_SEARCH, SMALL_METHODS),
         *(
             Setting(
                 f"emoji-{batch_size}",
