@@ -1,7 +1,7 @@
 """What a batch is after the encoders: pairs of embeddings, and the negatives that were mined for them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ class EmbeddingPairs:
         image_id: Integers `(pairs,)`, the image that each row belongs to. Rows of one image are never each other's
             negatives. They are kept as int64.
         text_id: Integers `(pairs,)`, the number of the text of each row. They are kept as int64.
+        caption_id: Integers `(pairs,)`, the number of the caption of each row. Rows of one caption are never each other's
+            negatives. −1 stands for a caption that is not known. Default: captions are not compared.
 
     Raises:
-        ValueError: if the four do not have the same number of rows, or the embeddings differ in width.
+        ValueError: if they do not have the same number of rows, or the embeddings differ in width.
         TypeError: if the ids are no integer tensors.
 
     Example:
@@ -39,6 +41,7 @@ class EmbeddingPairs:
     text_embeddings: Tensor
     image_id: Tensor
     text_id: Tensor
+    caption_id: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("image", "text"):
@@ -48,7 +51,7 @@ class EmbeddingPairs:
                     f"Expected `{name}_embeddings` to have the shape (pairs, dim), got {shape}. "
                     f"Return one vector per pair from `encode_{name}`."
                 )
-        for name in ("image_id", "text_id"):
+        for name in ("image_id", "text_id", *(("caption_id",) if self.caption_id is not None else ())):
             ids = getattr(self, name)
             if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
                 got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -56,7 +59,7 @@ class EmbeddingPairs:
                     f"Expected `{name}` to be an int64 tensor of shape (pairs,), got {got}. Number them from 0."
                 )
             setattr(self, name, ids.long())  # −1 and indices of rows come beside them, which need the same type
-        rows = {field.name: getattr(self, field.name).shape[0] for field in fields(self)}
+        rows = {name: part.shape[0] for name, part in vars(self).items() if part is not None}
         if len(set(rows.values())) > 1:
             raise ValueError(f"Expected one row per pair in all of {list(rows)}, got {rows} rows.")
         image_dim, text_dim = self.image_embeddings.shape[1], self.text_embeddings.shape[1]
@@ -70,23 +73,30 @@ class EmbeddingPairs:
         return len(self.image_embeddings)
 
     def __add__(self, other: "EmbeddingPairs") -> "EmbeddingPairs":
-        """Concatenate two sets of pairs."""
-        return EmbeddingPairs(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in _FIELDS))
+        """Concatenate two sets of pairs. Where one of them has no captions, they are not known, −1."""
+        joined = [torch.cat([getattr(self, name), getattr(other, name)]) for name in _REQUIRED]
+        if self.caption_id is not None or other.caption_id is not None:
+            joined.append(torch.cat([self.known_captions(), other.known_captions()]))
+        return EmbeddingPairs(*joined)
+
+    def known_captions(self) -> Tensor:
+        """Return the number of the caption of each row, int64 `(pairs,)`, −1 where it is not known."""
+        return torch.full_like(self.text_id, -1) if self.caption_id is None else self.caption_id
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "EmbeddingPairs":
+        """Return pairs whose tensors are what ``function`` makes of each tensor, such as some of the rows."""
+        parts = [getattr(self, name) for name in _REQUIRED] + ([] if self.caption_id is None else [self.caption_id])
+        return EmbeddingPairs(*(function(part) for part in parts))
 
     def gather(self) -> "EmbeddingPairs":
         """Concatenate the pairs of all ranks. Every rank must hold the same number of pairs.
 
         Each rank gets back the gradients that all ranks have for its embeddings. Ids have none.
         """
-        return EmbeddingPairs(
-            gather_with_gradient(self.image_embeddings),
-            gather_with_gradient(self.text_embeddings),
-            gather(self.image_id),
-            gather(self.text_id),
-        )
+        return self.map(lambda part: gather_with_gradient(part) if part.is_floating_point() else gather(part))
 
 
-_FIELDS = tuple(field.name for field in fields(EmbeddingPairs))
+_REQUIRED = ("image_embeddings", "text_embeddings", "image_id", "text_id")
 
 
 @dataclass  # not frozen, as above
@@ -105,6 +115,9 @@ class HardNegatives:
         image_id: The id of I3, int64 `(pairs,)`. It is −1 where no image was mined. Such a row must be skipped.
         positive: Where the negatives are stored embeddings of the mining pass: the pairs of the batch as that pass embedded
             them. Stored negatives are compared with stored positives only. ``None``: encoded in this step.
+        caption_id: The number of the caption T3, int64 `(pairs,)`, −1 where no text was mined. Default: captions are not
+            compared.
+        caption_id_of_image: The number of the caption T4, likewise. Both, or neither.
     """
 
     text_embeddings: Tensor
@@ -114,6 +127,8 @@ class HardNegatives:
     text_of_image_embeddings: Tensor
     image_id: Tensor
     positive: EmbeddingPairs | None = None
+    caption_id: Tensor | None = None
+    caption_id_of_image: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield nothing."""
@@ -123,9 +138,13 @@ class HardNegatives:
     def as_pairs(self) -> EmbeddingPairs:
         """Return the mined pairs as candidates like any other, first all (I4, T3), then all (I3, T4). Text ids are −1."""
         image_id = torch.cat([self.image_id_of_text, self.image_id])  # (2 * pairs,)
+        captions = None
+        if self.caption_id is not None and self.caption_id_of_image is not None:
+            captions = torch.cat([self.caption_id, self.caption_id_of_image])
         return EmbeddingPairs(
             torch.cat([self.image_of_text_embeddings, self.image_embeddings]),
             torch.cat([self.text_embeddings, self.text_of_image_embeddings]),
             image_id,
             torch.full_like(image_id, -1),
+            captions,
         )

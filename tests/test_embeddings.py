@@ -36,6 +36,23 @@ class TestEmbeddingPairs:
         assert pairs.image_id.dtype == pairs.text_id.dtype == torch.int64
         assert pairs.image_id.tolist() == pairs.text_id.tolist() == [0, 1]
 
+    def test_sum_of_pairs_with_captions_and_pairs_without(self):
+        without = EmbeddingPairs(torch.eye(2), torch.eye(2), IDS, IDS)
+        captioned = EmbeddingPairs(torch.eye(2), torch.eye(2), IDS, IDS, IDS.int() + 7)
+        assert (captioned + captioned).caption_id.tolist() == [7, 8, 7, 8]
+        assert (captioned + without).caption_id.tolist() == [7, 8, -1, -1]
+        assert (without + captioned).caption_id.tolist() == [-1, -1, 7, 8]
+        assert (without + without).caption_id is None
+        assert without.gather().caption_id is None
+        assert captioned.gather().caption_id.tolist() == [7, 8]
+        assert captioned.map(lambda part: part[1:]).caption_id.tolist() == [8]
+
+    def test_captions_of_another_number_or_kind(self):
+        with pytest.raises(ValueError, match="one row per pair in all"):
+            EmbeddingPairs(torch.eye(2), torch.eye(2), IDS, IDS, torch.arange(3))
+        with pytest.raises(TypeError, match=r"`caption_id` to be an int64 tensor of shape \(pairs,\), got list"):
+            EmbeddingPairs(torch.eye(2), torch.eye(2), IDS, IDS, [0, 1])
+
     def test_two_widths(self):
         with pytest.raises(ValueError, match=r"got 3 \(image\) and 4 \(text\)"):
             EmbeddingPairs(torch.ones(2, 3), torch.ones(2, 4), IDS, IDS)
@@ -70,3 +87,10 @@ class TestHardNegatives:
         moved = move_data_to_device({"hard": mined()}, torch.device("meta"))["hard"]
         assert moved.text_embeddings.is_meta
         assert moved.image_id.is_meta
+
+
+def test_mined_pairs_have_the_captions_of_their_texts():
+    hard = mined()
+    assert hard.as_pairs().caption_id is None
+    hard.caption_id, hard.caption_id_of_image = torch.tensor([4, -1]), torch.tensor([5, 6])
+    assert hard.as_pairs().caption_id.tolist() == [4, -1, 5, 6]

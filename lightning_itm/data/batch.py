@@ -17,7 +17,8 @@ Loaded = TypeVar("Loaded")
 class ImageTextBatch(TypedDict):
     """Name the keys that every batch has. A plain dict with these keys will do.
 
-    Ids are dense and start at 0. Pairs that share an ``image_id`` are never each other's negatives.
+    Ids are dense and start at 0. Pairs that share an ``image_id`` are never each other's negatives. Nor are pairs that share a
+    ``caption_id``, int64 `(pairs,)`, the number of the caption. It is optional, and −1 where it is not known.
     """
 
     image: Any

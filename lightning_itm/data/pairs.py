@@ -4,13 +4,15 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_itm.captions import number_captions, warn_of_equal_captions
+from lightning_itm.checks import check_choice
 from lightning_itm.data.batch import UnreadablePairError as UnreadablePairError
 from lightning_itm.data.batch import load_or_next
 from lightning_itm.data.image import ImageSource, UnreadableImageError, check_sources, open_rgb, to_tensor
@@ -33,6 +35,10 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         eval_transform: Turns a PIL image into what the image tower takes, in validation, test and mining. Give it where
             ``transform`` augments. Default: ``transform``.
         tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
+        equal_captions: What a caption is that another image has word for word, but for case, white space and the form of its
+            Unicode signs. ``"exclude"``: no negative of that image, nor the image of the caption. Such sets give a
+            ``caption_id`` with each pair, and a warning counts these pairs. ``"keep"``: a negative like any other, as in the
+            papers. Use it to count false negatives.
 
     Raises:
         ValueError: if there are no images, if an image has no text, if texts and images do not match in number, if the ids
@@ -57,11 +63,12 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         transform: Callable[[Image.Image], Any] | None = None,
         eval_transform: Callable[[Image.Image], Any] | None = None,
         tokenizer: Callable[[list[str]], Tensor] | None = None,
+        equal_captions: Literal["exclude", "keep"] = "exclude",
     ) -> None:
         self.images: Sequence[Any] = list(images)  # by position: a pandas Series is indexed by its labels
         self.texts: Sequence[str]
         self.texts, self.text_image_id = flatten_texts(texts, text_image_id, len(self.images))
-        self._set_up(transform, eval_transform, tokenizer)
+        self._set_up(transform, eval_transform, tokenizer, equal_captions)
         check_sources(self.images)
 
     # Apart from the constructor, for subclasses whose images and texts come from elsewhere.
@@ -70,11 +77,18 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         transform: Callable[[Image.Image], Any] | None,
         eval_transform: Callable[[Image.Image], Any] | None,
         tokenizer: Callable[[list[str]], Tensor] | None,
+        equal_captions: str = "exclude",
     ) -> None:
+        check_choice("equal_captions", equal_captions, ("exclude", "keep"))
         self.transform = transform or to_tensor
         self.eval_transform = eval_transform or self.transform
         self.tokenizer = tokenizer
-        self.is_evaluation = False
+        self.is_evaluation, self.equal_captions = False, equal_captions
+        # Now, and not at the first pair: every worker would number all captions once more.
+        excludes = equal_captions == "exclude"
+        self.caption_id = number_captions(self.texts, self.text_image_id) if excludes else None  # (texts,)
+        if self.caption_id is not None:
+            warn_of_equal_captions(self.caption_id, self.text_image_id, stacklevel=3)
         # In shared memory: workers count, and the main process sees it.
         self.num_replaced = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -206,8 +220,13 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def _load(self, text_id: int) -> dict[str, Any]:
         # The text first: where it is empty, its image need not be read.
-        image_id, text = int(self.text_image_id[text_id]), self.load_text(text_id)
-        return {"image": self.load_image(image_id), "text": text, "image_id": image_id, "text_id": text_id}
+        text, ids = self.load_text(text_id), self.ids(text_id)
+        return {"image": self.load_image(ids["image_id"]), "text": text, **ids}
+
+    def ids(self, text_id: int) -> dict[str, int]:
+        """Return the ids that a pair has in a batch. ``caption_id`` is one of them where images share captions."""
+        ids = {"image_id": int(self.text_image_id[text_id]), "text_id": text_id}
+        return ids if self.caption_id is None else {**ids, "caption_id": int(self.caption_id[text_id])}
 
     def _load_or_raise(self, text_id: int) -> dict[str, Any]:
         try:

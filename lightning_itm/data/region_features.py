@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -97,6 +97,7 @@ class RegionFeatureDataset(ImageTextDataset):
             set the vocabulary of the training set.
         drop_regions: The fraction of regions that are dropped in training, 0.2 as published. One region always stays.
         change_words: The fraction of words that are changed in training, 0.2 as published. :meth:`Vocabulary.encode` says how.
+        equal_captions: ``"exclude"`` or ``"keep"`` captions of several images, as :class:`~lightning_itm.ImageTextDataset`.
 
     Raises:
         ValueError: if features and captions do not match in number or the features have no three dimensions, or if a length is
@@ -116,6 +117,7 @@ class RegionFeatureDataset(ImageTextDataset):
         vocabulary: Vocabulary | None = None,
         drop_regions: float = 0.2,
         change_words: float = 0.2,
+        equal_captions: Literal["exclude", "keep"] = "exclude",
     ) -> None:
         self.features = features if isinstance(features, FeatureRows) else FeatureRows(features)
         shape = self.features.shape
@@ -136,7 +138,7 @@ class RegionFeatureDataset(ImageTextDataset):
             )
         self.vocabulary = Vocabulary.build(self.texts) if vocabulary is None else vocabulary
         self.drop_regions, self.change_words = drop_regions, change_words
-        self._set_up(None, None, None)
+        self._set_up(None, None, None, equal_captions)
 
     @classmethod
     def from_scan(
@@ -241,9 +243,8 @@ def split_words(text: str) -> list[str]:
 
 
 def _is_repeated(rows: FeatureRows, number: int) -> bool:
-    groups = range(
-        0, min(len(rows), 20 * number), number
-    )  # twenty images tell: features of two never agree in all bits
+    # Twenty images tell: features of two never agree in all bits.
+    groups = range(0, min(len(rows), 20 * number), number)
     return len(rows) % number == 0 and all(
         np.array_equal(rows[start], rows[start + offset]) for start in groups for offset in range(1, number)
     )

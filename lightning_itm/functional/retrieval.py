@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_itm.functional.similarity import shares_caption
+
 
 def retrieval_rank(
     query: Float[Tensor, "queries dim"],
@@ -11,6 +13,8 @@ def retrieval_rank(
     *,
     query_id: Int[Tensor, " queries"],
     key_id: Int[Tensor, " keys"],
+    query_captions: Int[Tensor, "queries captions_of_query"] | None = None,
+    key_captions: Int[Tensor, "keys captions_of_key"] | None = None,
     chunk_elements: int = 1 << 22,
 ) -> Int[Tensor, " queries"]:
     """Count the wrong keys that score at least as high as each query's best right key.
@@ -29,6 +33,8 @@ def retrieval_rank(
         key: Embeddings of what is searched, with the same norm.
         query_id: The image each query belongs to.
         key_id: The image each key belongs to. A key is right if it belongs to the query's image.
+        query_captions: The numbers of the captions of each query, filled up with −1. Default: captions are not compared.
+        key_captions: The numbers of the captions of each key. A key is right, too, if it shares a caption with the query.
         chunk_elements: How many scores may exist at once. Lower it where memory is short.
 
     Returns:
@@ -43,10 +49,12 @@ def retrieval_rank(
     """
     dtype = torch.float32 if query.device.type == "mps" else torch.float64
     key, rows = key.to(dtype), max(1, chunk_elements // max(1, len(key)))
-    ranks = [
-        _rank_of_rows(rows_of_query.to(dtype) @ key.T, rows_of_id[:, None] == key_id)
-        for rows_of_query, rows_of_id in zip(query.split(rows), query_id.split(rows), strict=True)
-    ]
+    ranks = []
+    for part in torch.arange(len(query), device=query.device).split(rows):
+        right = query_id[part, None] == key_id
+        if query_captions is not None and key_captions is not None:
+            right |= shares_caption(query_captions[part], key_captions)
+        ranks.append(_rank_of_rows(query[part].to(dtype) @ key.T, right))
     return torch.cat(ranks)
 
 

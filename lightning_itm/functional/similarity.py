@@ -20,7 +20,7 @@ class DirectionScores(NamedTuple):
     positive: Float[Tensor, " anchors"]
     """Cosine of every anchor and its own positive."""
     negative_mask: Bool[Tensor, "anchors candidates"]
-    """True where the candidate belongs to an image, and to another one than the anchor."""
+    """True where the candidate belongs to an image, and to another one than the anchor, and has another caption."""
     log_weight: Float[Tensor, "anchors candidates"] | None = None
     """What the contrastive losses add to the logits of the candidates. ``None`` adds nothing."""
 
@@ -53,6 +53,8 @@ def direction_scores(
     *,
     anchor_id: Int[Tensor, " anchors"],
     candidate_id: Int[Tensor, " candidates"],
+    anchor_caption_id: Int[Tensor, " anchors"] | None = None,
+    candidate_caption_id: Int[Tensor, " candidates"] | None = None,
 ) -> DirectionScores:
     r"""Compare every anchor with its positive and with all candidates of the other modality.
 
@@ -65,6 +67,9 @@ def direction_scores(
         anchor_id: The image each anchor belongs to.
         candidate_id: The image each candidate belongs to. A candidate of the anchor's own image is no negative, nor is
             one with the id −1, which stands for nothing.
+        anchor_caption_id: The number of the caption of each anchor's pair, −1 where it is not known. Default: captions are
+            not compared.
+        candidate_caption_id: The number of the caption of each candidate's pair. One of the anchor's caption is no negative.
 
     Returns:
         The scores, in float32 whatever autocast and the settings of the process say (float64 inputs stay float64).
@@ -80,23 +85,53 @@ def direction_scores(
     return DirectionScores(
         similarity=products(anchor, candidate),  # (anchors, candidates)
         positive=(full_precision(anchor) * full_precision(positive)).sum(dim=-1),  # (anchors,)
-        negative_mask=negative_mask(anchor_id, candidate_id),
+        negative_mask=negative_mask(anchor_id, candidate_id, anchor_caption_id, candidate_caption_id),
     )
 
 
 def negative_mask(
-    anchor_id: Int[Tensor, " anchors"], candidate_id: Int[Tensor, " candidates"]
+    anchor_id: Int[Tensor, " anchors"],
+    candidate_id: Int[Tensor, " candidates"],
+    anchor_caption_id: Int[Tensor, " anchors"] | None = None,
+    candidate_caption_id: Int[Tensor, " candidates"] | None = None,
 ) -> Bool[Tensor, "anchors candidates"]:
-    """Tell which candidates belong to another image than the anchor. The id −1 stands for no image.
+    """Tell which candidates belong to another image than the anchor and have another caption.
+
+    The image −1 stands for no image. The caption −1 is not known, and equal to no other.
 
     Example:
         >>> import torch
         >>> from lightning_itm.functional import negative_mask
         >>> negative_mask(torch.tensor([7]), torch.tensor([7, 8, -1]))
         tensor([[False,  True, False]])
+        >>> negative_mask(torch.tensor([7]), torch.tensor([8, 9]), torch.tensor([3]), torch.tensor([3, 4]))
+        tensor([[False,  True]])
     """
     # (anchors, 1) against (1, candidates): every anchor with every candidate.
-    return (anchor_id[:, None] != candidate_id[None, :]) & (candidate_id >= 0)
+    mask = (anchor_id[:, None] != candidate_id[None, :]) & (candidate_id >= 0)
+    if anchor_caption_id is None or candidate_caption_id is None:
+        return mask
+    is_other = anchor_caption_id[:, None] != candidate_caption_id[None, :]
+    return mask & (is_other | (anchor_caption_id < 0)[:, None])
+
+
+def shares_caption(
+    anchor_captions: Int[Tensor, "anchors captions_of_anchor"], key_captions: Int[Tensor, "keys captions_of_key"]
+) -> Bool[Tensor, "anchors keys"]:
+    """Tell which keys have one of the captions of an anchor, where each has any number of captions. −1 stands for none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm.functional.similarity import shares_caption
+        >>> shares_caption(torch.tensor([[4, 5], [6, -1]]), torch.tensor([[5], [6], [-1]]))
+        tensor([[ True, False, False],
+                [False,  True, False]])
+    """
+    shared = anchor_captions.new_zeros(len(anchor_captions), len(key_captions), dtype=torch.bool)
+    for of_anchor in anchor_captions.T:
+        for of_key in key_captions.T:
+            shared |= (of_anchor[:, None] == of_key) & (of_anchor >= 0)[:, None]
+    return shared
 
 
 def hardest_negative(scores: DirectionScores) -> Float[Tensor, " anchors"]:

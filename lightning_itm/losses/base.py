@@ -1,7 +1,7 @@
 """The base of the losses over pairs of embeddings. It prepares the scores, and a subclass is the formula."""
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class PairLoss(nn.Module, ABC):
 
     1. Each image is an anchor, and so is each text. Its *positive* is the other half of its pair.
     2. Its *candidates* are the texts (or images) of all ranks, and what a callback has put into the batch.
-    3. Candidates of other images are its *negatives*. A candidate of the anchor's own image is never one.
+    3. Candidates of other images are its *negatives*. A candidate of the anchor's own image is never one, nor is one with the
+       anchor's caption.
     4. The loss is the mean of the costs of all anchors, over both directions.
 
     An embedding that was stored earlier, in a memory bank or by the mining pass, is compared only with the *stored* embedding
@@ -200,7 +201,8 @@ def both_directions(
         positives: Row by row the matches of the anchors: the anchors themselves, or what an earlier pass made of them.
         candidates: All that the anchors are compared with.
     """
-    ids = {"anchor_id": anchors.image_id, "candidate_id": candidates.image_id}
+    ids: dict[str, Any] = {"anchor_id": anchors.image_id, "candidate_id": candidates.image_id}
+    ids |= {"anchor_caption_id": anchors.caption_id, "candidate_caption_id": candidates.caption_id}
     return (
         direction_scores(anchors.image_embeddings, positives.text_embeddings, candidates.text_embeddings, **ids),
         direction_scores(anchors.text_embeddings, positives.image_embeddings, candidates.image_embeddings, **ids),

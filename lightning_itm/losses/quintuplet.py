@@ -47,8 +47,8 @@ class QuintupletLoss(PairLoss):
         as_published: Whether to let gradient flow through w, and to let w fall below 0, which happens where the mined negative
             is harder by more than alpha · beta = 0.45. Both pull the anchor towards its mined negative. By default w has no
             gradient and is at least 0, which is not in the paper.
-        mask_matched: Whether to skip hinge 3 where the mined image and the mined text are a true pair. Turn it off to
-            reproduce the published code. Not in the paper.
+        mask_matched: Whether to skip hinge 3 where the mined image and the mined text are a true pair, or T3 and T4 are equal.
+            Turn it off to reproduce the published code. Not in the paper.
         reduction: ``"mean"`` over the anchors and both directions, or ``"sum"``, which multiplies it by twice the number of
             pairs on all ranks. The paper's code sums.
 
@@ -156,7 +156,10 @@ def _offline_scores(pairs: EmbeddingPairs, hard: HardNegatives) -> tuple[Offline
     text_there, image_there = hard.image_id_of_text >= 0, hard.image_id >= 0
     # Two embeddings of the mining pass have no gradient: their term would pull on the positive alone.
     both_there = text_there & image_there if hard.positive is None else torch.zeros_like(text_there)
-    pair = both_there, hard.image_id == hard.image_id_of_text
+    is_match = hard.image_id == hard.image_id_of_text
+    if hard.caption_id is not None and hard.caption_id_of_image is not None:
+        is_match = is_match | ((hard.caption_id == hard.caption_id_of_image) & (hard.caption_id >= 0))
+    pair = both_there, is_match
     return (
         OfflineScores(
             row_similarity(pairs.image_embeddings, hard.text_embeddings),

@@ -1,15 +1,19 @@
 """Image-text retrieval over a whole set, as a torchmetrics metric."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_itm.captions import captions_of_images
+from lightning_itm.checks import check_choice
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank
+
+_Side = tuple[Tensor, Tensor, Tensor]  # embeddings, the ids of their images, and their captions
 
 
 class ImageTextRetrieval(Metric):
@@ -33,12 +37,15 @@ class ImageTextRetrieval(Metric):
         recall_at: The values of K, positive integers. The default, 1, 5 and 10, is what papers report.
         folds: Split the images, in the order of their ids, into this many parts, and report the mean over the parts. Use 5 for
             the "COCO 1K" protocol. If there are fewer images than folds, each image is one part. Default: no parts.
+        equal_captions: What a text is that equals a caption of the image, but belongs to another image. ``"wrong"``, as in
+            papers. Then a perfect model can have R@1 of 0. ``"right"``: a match of the image, and the image one of the text.
+            It needs pairs with a ``caption_id``, which a set with such captions gives.
         **kwargs: Options that every torchmetrics metric has, such as ``sync_on_compute``. They are passed on to
             :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: if ``recall_at`` or ``folds`` is not positive. ``compute`` raises it if nothing was seen, or if one id
-            stands for two different images or texts, or if an embedding is not finite.
+        ValueError: if ``recall_at`` or ``folds`` is not positive, or ``equal_captions`` is unknown. ``compute`` raises it
+            if nothing was seen, or if one id stands for two different images or texts, or if an embedding is not finite.
 
     Example:
         >>> import torch
@@ -59,15 +66,24 @@ class ImageTextRetrieval(Metric):
     text_embeddings: list[Tensor]
     image_id: list[Tensor]
     text_id: list[Tensor]
+    caption_id: list[Tensor]
 
-    def __init__(self, recall_at: Sequence[int] = (1, 5, 10), folds: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        recall_at: Sequence[int] = (1, 5, 10),
+        folds: int | None = None,
+        *,
+        equal_captions: Literal["wrong", "right"] = "wrong",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        check_choice("equal_captions", equal_captions, ("wrong", "right"))
         if not recall_at or min(recall_at) < 1:
             raise ValueError(f"Expected `recall_at` to hold positive integers, got {tuple(recall_at)}.")
         if folds is not None and folds < 1:
             raise ValueError(f"Expected `folds` to be a positive integer or None, got {folds}.")
-        self.recall_at, self.folds = tuple(recall_at), folds
-        for name in ("image_embeddings", "text_embeddings", "image_id", "text_id"):
+        self.recall_at, self.folds, self.equal_captions = tuple(recall_at), folds, equal_captions
+        for name in ("image_embeddings", "text_embeddings", "image_id", "text_id", "caption_id"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     @property
@@ -83,29 +99,31 @@ class ImageTextRetrieval(Metric):
         text_embeddings: Tensor | None = None,
         image_id: Tensor | None = None,
         text_id: Tensor | None = None,
+        caption_id: Tensor | None = None,
     ) -> None:
         """Take in a batch of pairs: ``update(pairs)``, or ``update(image_embeddings, text_embeddings, image_id, text_id)``.
 
         Args:
             image_embeddings: The embeddings of the images, `(pairs, dim)`, with norm 1: they are compared by dot products. Or
-                an :class:`~lightning_itm.embeddings.EmbeddingPairs` that holds all four.
+                an :class:`~lightning_itm.embeddings.EmbeddingPairs` that holds all.
             text_embeddings: The embeddings of the texts, `(pairs, dim)`, row by row the match of the images.
             image_id: The image each row belongs to, int64 `(pairs,)`. Texts of one image share its id.
             text_id: The text of each row, int64 `(pairs,)`.
+            caption_id: The number of the caption of each row, int64 `(pairs,)`. Default: no caption equals another.
 
         Raises:
             TypeError: if the ids are not integers, or if some of the four tensors are missing, or if there are tensors beside
                 an ``EmbeddingPairs``.
             ValueError: if the shapes do not match.
         """
-        pairs = _as_pairs(
-            image_embeddings, {"text_embeddings": text_embeddings, "image_id": image_id, "text_id": text_id}
-        )
+        others = {"text_embeddings": text_embeddings, "image_id": image_id, "text_id": text_id}
+        pairs = _as_pairs(image_embeddings, {**others, "caption_id": caption_id})
         # Without the graph: a metric that is fed in training would keep the activations of every batch.
         self.image_embeddings.append(pairs.image_embeddings.detach())
         self.text_embeddings.append(pairs.text_embeddings.detach())
         self.image_id.append(pairs.image_id)
         self.text_id.append(pairs.text_id)
+        self.caption_id.append(pairs.known_captions())
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``i2t_r1`` … ``t2i_r10`` and ``rsum`` in percent, and the median and mean ranks of both directions."""
@@ -122,10 +140,16 @@ class ImageTextRetrieval(Metric):
                 f"Expected every text to belong to one image, got two for text_id {int(text_id[other][0])}. "
                 "Number equal texts of different images separately."
             )
+        # (images, most) and (texts, 1), −1 throughout where equal captions are wrong.
+        caption_id = dim_zero_cat(self.caption_id)[row]
+        caption_id = caption_id if self.equal_captions == "right" else torch.full_like(caption_id, -1)
+        owner = torch.searchsorted(image_id, text_image_id)  # (texts,): the row of the image
+        images = image, image_id, captions_of_images(caption_id, owner, len(image_id))
+        texts = text, text_image_id, caption_id[:, None]
         # At most one part per image: a part without a query has no recall.
         num_parts = min(self.folds or 1, len(image_id))
         parts = torch.arange(len(image_id), device=image_id.device).tensor_split(num_parts)
-        values = [self._of_part(image[part], image_id[part], text, text_image_id) for part in parts]
+        values = [self._of_part(part, images, texts) for part in parts]
         return {name: torch.stack([value[name] for value in values]).mean() for name in values[0]}
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> tuple[Any, Any]:
@@ -151,13 +175,13 @@ class ImageTextRetrieval(Metric):
         ax.legend(loc="upper left", frameon=False)
         return ax.figure, ax
 
-    def _of_part(self, image: Tensor, image_id: Tensor, text: Tensor, text_image_id: Tensor) -> dict[str, Tensor]:
+    def _of_part(self, part: Tensor, images: _Side, texts: _Side) -> dict[str, Tensor]:
         # A part has its own images, and the texts of these alone: texts of other parts are no distractors.
-        own = torch.isin(text_image_id, image_id)
-        text, text_image_id = text[own], text_image_id[own]
+        own = torch.isin(texts[1], images[1][part])
+        image, text = [values[part] for values in images], [values[own] for values in texts]
         ranks = {  # one rank per query, from 0
-            "i2t": retrieval_rank(image, text, query_id=image_id, key_id=text_image_id),
-            "t2i": retrieval_rank(text, image, query_id=text_image_id, key_id=image_id),
+            way: retrieval_rank(q, k, query_id=q_id, key_id=k_id, query_captions=q_captions, key_captions=k_captions)
+            for way, (q, q_id, q_captions), (k, k_id, k_captions) in (("i2t", image, text), ("t2i", text, image))
         }
         recalls = {f"{way}_r{k}": recall_at_k(rank, k) for way, rank in ranks.items() for k in self.recall_at}
         medians = {f"{way}_median_rank": 1 + rank.float().quantile(0.5) for way, rank in ranks.items()}
@@ -178,7 +202,7 @@ def _as_pairs(first: EmbeddingPairs | Tensor, others: dict[str, Tensor | None]) 
             f"Expected `image_embeddings` to be a tensor or an EmbeddingPairs, got {type(first).__name__}. "
             "Call `update(pairs)`, or `update(image_embeddings, text_embeddings, image_id, text_id)`."
         )
-    if missing := [name for name in others if name not in given]:
+    if missing := [name for name in others if name not in given and name != "caption_id"]:
         raise TypeError(
             f"Expected four tensors, got `image_embeddings` without {', '.join(missing)}. "
             "Call `update(image_embeddings, text_embeddings, image_id, text_id)`."

@@ -94,15 +94,11 @@ class DualEncoder(ResumableModule):
 
     def encode_image(self, image: Any) -> Tensor:
         """Encode images. Override this. Return one vector per image, `(pairs, dim)`. It is normalised for you."""
-        raise NotImplementedError(
-            f"Override `encode_image` in {type(self).__name__}: one vector per image, (pairs, dim)."
-        )
+        raise NotImplementedError(f"Override `encode_image` in {type(self).__name__}: one vector per image.")
 
     def encode_text(self, text: Any) -> Tensor:
         """Encode texts. Override this. Return one vector per text, `(pairs, dim)`. It is normalised for you."""
-        raise NotImplementedError(
-            f"Override `encode_text` in {type(self).__name__}: one vector per text, (pairs, dim)."
-        )
+        raise NotImplementedError(f"Override `encode_text` in {type(self).__name__}: one vector per text.")
 
     def towers(self) -> dict[str, nn.Module]:
         """Return the parts that the gradient monitor watches separately. Override it if they have other names.
@@ -122,7 +118,7 @@ class DualEncoder(ResumableModule):
         """
         check_batch(batch)
         image, text = self._unit_vectors("image", batch["image"]), self._unit_vectors("text", batch["text"])
-        return EmbeddingPairs(image, text, batch["image_id"], batch["text_id"])
+        return EmbeddingPairs(image, text, batch["image_id"], batch["text_id"], batch.get("caption_id"))
 
     def embed_hard_negatives(self, hard: Mapping[str, Any]) -> HardNegatives:
         """Encode the mined negatives of a batch, with gradient.
@@ -138,6 +134,8 @@ class DualEncoder(ResumableModule):
             image_embeddings=self._unit_vectors("image", hard["image"]),
             text_of_image_embeddings=self._unit_vectors("text", hard["text_of_image"]),
             image_id=hard["image_id"],
+            caption_id=hard.get("caption_id"),
+            caption_id_of_image=hard.get("caption_id_of_image"),
         )
 
     def forward(self, batch: Any) -> EmbeddingPairs:

@@ -80,3 +80,32 @@ def test_evaluation_has_no_augmentation():
 
 def test_tokenizer_is_called_with_a_list():
     assert torch.equal(tiny_pairs()[0]["text"], tokenize(["cut-out number 0"])[0])
+
+
+class TestEqualCaptions:
+    TEXTS = (["A mug", "the first"], ["a  MUG"], ["a cup", "the first"])
+
+    def test_pairs_carry_the_number_of_their_caption(self):
+        with pytest.warns(UserWarning, match=r"4 of 5 pairs share their caption with another image") as record:
+            pairs = ImageTextDataset(cut_outs(3), self.TEXTS)
+        assert record[0].filename == __file__, "the line that made the set"
+        assert [pairs[index]["caption_id"] for index in range(5)] == [0, 1, 0, 2, 1]
+        assert [pairs.evaluation()[index]["caption_id"] for index in range(5)] == [0, 1, 0, 2, 1]
+
+    @pytest.mark.parametrize(
+        ("texts", "option"),
+        [
+            ([["a mug", "a mug"], ["a cup"]], "exclude"),  # repeated on one image only
+            ([["a mug", ""], ["a cup", " "]], "exclude"),  # an empty one is never read
+            ([["a mug"], ["a mug"]], "keep"),
+        ],
+    )
+    def test_no_numbers_where_there_is_nothing_to_exclude(self, texts, option, recwarn):
+        pairs = ImageTextDataset(cut_outs(2), texts, equal_captions=option)
+        assert pairs.caption_id is None
+        assert "caption_id" not in pairs[0]
+        assert len(recwarn) == 0
+
+    def test_an_unknown_option(self):
+        with pytest.raises(ValueError, match="`equal_captions` to be one of 'exclude', 'keep', got 'drop'"):
+            ImageTextDataset(cut_outs(1), ["a mug"], equal_captions="drop")

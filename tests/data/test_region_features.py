@@ -171,3 +171,12 @@ class TestBadInput:
         with pytest.warns(UserWarning, match="Text 0, of image 0, is empty"):
             sample = pairs[0]
         assert (sample["image_id"], sample["text_id"]) == (1, 1)
+
+
+@pytest.mark.parametrize(("option", "keys"), [("exclude", {"caption_id"}), ("keep", set())])
+@pytest.mark.filterwarnings("ignore:2 of 3 pairs share their caption")
+def test_equal_captions(option, keys):
+    features = np.zeros((3, 2, 4), dtype=np.float32)
+    pairs = RegionFeatureDataset(features, ["a dog", "two cats", "A dog"], equal_captions=option)
+    assert pairs[2].keys() - {"image", "text", "image_id", "text_id"} == keys
+    assert [pairs[index].get("caption_id", 0) for index in range(3)] == ([0, 1, 0] if keys else [0, 0, 0])

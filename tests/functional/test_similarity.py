@@ -37,3 +37,10 @@ def test_a_row_of_zeros_has_no_huge_gradient():
     (unit_norm(rows) * torch.tensor([[0.0, 5.0], [2.0, -3.0]])).sum().backward()
     assert rows.grad[1].tolist() == [2, -3]
     torch.testing.assert_close(rows.grad[0], torch.tensor([-0.48, 0.36]))
+
+
+def test_a_candidate_of_the_same_caption_is_no_negative():
+    """Whatever its image is. A caption that is not known, −1, is equal to no other."""
+    anchor_caption, candidate_caption = torch.tensor([4, -1]), torch.tensor([4, 5, -1, 5])
+    mask = negative_mask(torch.tensor([0, 1]), torch.tensor([7, 8, 9, 0]), anchor_caption, candidate_caption)
+    assert mask.tolist() == [[False, True, True, False], [True, True, True, True]]

@@ -1,5 +1,6 @@
 """What every loss must do. A new loss gets its line in ``CASES``."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -52,6 +53,29 @@ def test_equals_the_loop(name, image_id, seed):
     )
     assert value.item() == pytest.approx(expected, abs=1e-6)
     assert torch.isfinite(vectors.grad).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(ids=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=1, max_size=9), seed=st.integers(0, 1000))
+def test_equals_the_loop_with_equal_captions(name, ids, seed):
+    make_loss, anchor_cost = CASES[name]
+    torch.manual_seed(seed)
+    image_id, caption_id = torch.tensor(ids).T
+    vectors, pairs = make_pairs(len(ids), image_id=image_id)
+    pairs = replace(pairs, caption_id=caption_id)
+    value = make_loss().double()(pairs)["loss"]
+    value.backward()
+    image, text = pairs.image_embeddings.detach(), pairs.text_embeddings.detach()
+    assert value.item() == pytest.approx(reference.loss(image, text, image_id, anchor_cost, caption_id), abs=1e-6)
+    assert torch.isfinite(vectors.grad).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_captions_that_are_not_known_change_nothing(name):
+    _, pairs = make_pairs(7, image_id=[0, 0, 1, 2, 3, 4, 5])
+    unknown = replace(pairs, caption_id=torch.full((7,), -1))
+    loss = CASES[name][0]().double()
+    assert torch.equal(loss(unknown)["loss"], loss(pairs)["loss"])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -132,3 +156,25 @@ def test_ids_of_fewer_bits(name, dtype):
     hard = HardNegatives(texts, images, other, images, texts, other)
     loss = CASES[name][0]()
     assert torch.equal(loss(narrow, hard=hard)["loss"], loss(pairs, hard=hard)["loss"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mined_pair_of_the_anchors_caption_is_no_negative(name):
+    """The mined text 3 equals the text of the pair 1, and stands among the candidates of all pairs."""
+    _, pairs = make_pairs(2)
+    pairs = replace(pairs, caption_id=torch.tensor([0, 1]))
+    _, mined = make_pairs(4)
+    texts, images = mined.text_embeddings, mined.image_embeddings
+    other = torch.tensor([8, 9])
+    rows = texts[:2], images[:2], other, images[2:], texts[2:], other + 2
+    captions = {"caption_id": torch.tensor([1, 6]), "caption_id_of_image": torch.tensor([-1, 7])}
+    loss = CASES[name][0]().double()
+    value = loss(pairs, hard=HardNegatives(*rows, **captions))["loss"]
+    everything = EmbeddingPairs(
+        torch.cat([pairs.image_embeddings, images]),
+        torch.cat([pairs.text_embeddings, texts]),
+        torch.tensor([0, 1, 8, 9, 10, 11]),
+        torch.arange(6),
+        torch.tensor([0, 1, 1, 6, -1, 7]),
+    )
+    assert value.item() == pytest.approx(loss(pairs, everything)["loss"].item())

@@ -210,3 +210,15 @@ def test_other_losses_take_them_as_candidates(make_loss):
 def test_wrong_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_the_mined_pairs_of_one_caption_are_not_compared():
+    """Hinge 3 leaves out row 0, whose T3 equals T4, but not row 1, whose captions are not known."""
+    _, pairs, hard = make_case([0, 1], [5, 6], [7, 8], seed=3)
+    captioned = replace(hard, caption_id=torch.tensor([4, -1]), caption_id_of_image=torch.tensor([4, -1]))
+    same_image = replace(hard, image_id=torch.tensor([5, 8]))
+    loss = QuintupletLoss(offline_margin=2.0)  # so large that every hinge costs something
+    assert torch.equal(loss(pairs, hard=captioned)["loss"], loss(pairs, hard=same_image)["loss"])
+    assert loss(pairs, hard=captioned)["loss"] < loss(pairs, hard=hard)["loss"]
+    kept = QuintupletLoss(offline_margin=2.0, mask_matched=False)
+    assert torch.equal(kept(pairs, hard=captioned)["loss"], kept(pairs, hard=hard)["loss"])

@@ -1,5 +1,5 @@
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import matplotlib as mpl
 import pytest
@@ -29,9 +29,7 @@ def make_pairs(texts_of_image, *, dim=4, integers=False):
 
 
 def rows(pairs, index):
-    return EmbeddingPairs(
-        pairs.image_embeddings[index], pairs.text_embeddings[index], pairs.image_id[index], pairs.text_id[index]
-    )
+    return pairs.map(lambda part: part[index])
 
 
 def measured(metric, pairs, batch_size=5):
@@ -46,6 +44,38 @@ def test_equals_the_loop(texts_of_image, integers, seed):
     torch.manual_seed(seed)
     image, text, owner, pairs = make_pairs(texts_of_image, integers=integers)
     assert measured(ImageTextRetrieval(), pairs) == pytest.approx(reference.retrieval(image, text, owner), abs=1e-4)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.booleans(), st.integers(1, 6), st.integers(0, 1000))
+def test_equal_captions_are_right_where_asked_for(texts_of_image, integers, num_captions, seed):
+    """Several captions per image, so that sharing one is not transitive. Image ids with gaps, in any order of the rows."""
+    torch.manual_seed(seed)
+    image, text, owner, pairs = make_pairs(texts_of_image, integers=integers)
+    captions = torch.randint(0, num_captions, (len(text),))
+    pairs = replace(pairs, image_id=3 * pairs.image_id + 2, caption_id=captions)
+    pairs = rows(pairs, torch.randperm(len(text)))
+    expected = reference.retrieval(image, text, owner, caption_id=captions)
+    assert measured(ImageTextRetrieval(equal_captions="right"), pairs) == pytest.approx(expected, abs=1e-4)
+    assert measured(ImageTextRetrieval(), pairs) == pytest.approx(reference.retrieval(image, text, owner), abs=1e-4)
+
+
+@pytest.mark.parametrize("folds", [None, 3])
+def test_without_captions_none_is_equal_to_another(folds):
+    *_, pairs = make_pairs([1, 2, 3, 2, 1])
+    metrics = [ImageTextRetrieval(folds=folds, equal_captions=option) for option in ("wrong", "right")]
+    assert measured(metrics[0], pairs) == measured(metrics[1], pairs)
+
+
+def test_captions_beside_tensors():
+    """Two images of one caption, and a model that knows it: no result is wrong."""
+    metric, ids = ImageTextRetrieval((1,), equal_captions="right"), torch.arange(3)
+    vectors = torch.eye(3)[[0, 0, 2]]
+    metric.update(vectors, vectors, ids, ids, torch.tensor([7, 7, 8]))
+    assert metric.compute()["rsum"] == 200
+    with pytest.raises(TypeError, match="an EmbeddingPairs alone, got caption_id beside it"):
+        metric.update(EmbeddingPairs(vectors, vectors, ids, ids), caption_id=ids)
+    with pytest.raises(ValueError, match="`equal_captions` to be one of 'wrong', 'right', got 'keep'"):
+        ImageTextRetrieval(equal_captions="keep")
 
 
 def test_an_embedding_of_zeros_is_that_of_itself():

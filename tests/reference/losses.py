@@ -4,10 +4,12 @@ import math
 
 
 def direction(similarity, ids, other_ids, positive, anchor_cost):
-    """Apply `anchor_cost(positive, negatives)` to every row of nested lists."""
+    """Apply `anchor_cost(positive, negatives)` to every row of nested lists. An id is that of an image, and a caption."""
     costs = []
     for i, row in enumerate(similarity):
-        negatives = [score for j, score in enumerate(row) if other_ids[j] != ids[i]]
+        negatives = [
+            score for j, score in enumerate(row) if all(a != b for a, b in zip(ids[i], other_ids[j], strict=True))
+        ]
         costs.append(anchor_cost(positive[i], negatives))
     return costs
 
@@ -47,9 +49,10 @@ def kept(positive, negatives, relative_margin):
     return [score for score in negatives if score <= positive - relative_margin * abs(positive)]
 
 
-def loss(image, text, image_id, anchor_cost):
-    """The mean over the anchors and the two directions."""
-    ids = image_id.tolist()
+def loss(image, text, image_id, anchor_cost, caption_id=None):
+    """The mean over the anchors and the two directions. By default, every caption is another one."""
+    captions = [f"of pair {i}" for i in range(len(image_id))] if caption_id is None else caption_id.tolist()
+    ids = list(zip(image_id.tolist(), captions, strict=True))
     similarity = (image @ text.T).tolist()
     transposed = [list(column) for column in zip(*similarity, strict=True)]
     positive = [similarity[i][i] for i in range(len(ids))]

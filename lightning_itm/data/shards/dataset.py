@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -34,6 +34,7 @@ class ShardDataset(ImageTextDataset):
         eval_transform: Replaces ``transform`` in validation, test and mining, usually without augmentation. Default:
             ``transform``.
         tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
+        equal_captions: ``"exclude"`` or ``"keep"`` captions of several images, as :class:`~lightning_itm.ImageTextDataset`.
 
     Raises:
         FileNotFoundError: if a local shard does not exist.
@@ -58,11 +59,12 @@ class ShardDataset(ImageTextDataset):
         transform: Callable[[Image.Image], Any] | None = None,
         eval_transform: Callable[[Image.Image], Any] | None = None,
         tokenizer: Callable[[list[str]], Tensor] | None = None,
+        equal_captions: Literal["exclude", "keep"] = "exclude",
     ) -> None:
         self.contents = ShardIndex.open(shards, index)
         self.images = TarImages(self.contents)
         self.texts, self.text_image_id = self.contents.text, self.contents.text_image_id
-        self._set_up(transform, eval_transform, tokenizer)
+        self._set_up(transform, eval_transform, tokenizer, equal_captions)
         warn_of_faults(self.contents)
 
     @property

@@ -4,7 +4,7 @@ import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from os import PathLike
@@ -48,6 +48,13 @@ class PackedStrings(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self.end)
+
+    def __iter__(self) -> Iterator[str]:
+        # Ten times as fast as one index after the other, each of which reads two tensors.
+        data, start = memoryview(cast("Any", self.data.numpy())), 0
+        for end in self.end.tolist():
+            yield str(data[start:end], "utf-8", "surrogatepass")
+            start = end
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -156,9 +156,8 @@ class ShardStream:
         Raises:
             UnreadablePairError: if the text is empty, or if the image does not open or is no longer in its shard.
         """
-        image_id, text = int(self.pairs.text_image_id[text_id]), self.pairs.load_text(text_id)
-        image = self.pairs.load_data(image_id, data)
-        sample = {"image": image, "text": text, "image_id": image_id, "text_id": text_id}
+        text, ids = self.pairs.load_text(text_id), self.pairs.ids(text_id)
+        sample = {"image": self.pairs.load_data(ids["image_id"], data), "text": text, **ids}
         return sample if self.negatives is None else self.negatives.with_negatives(sample)
 
     def _read_shard(self, shard: int, text_ids: Tensor) -> Iterator[tuple[int, bytes | None]]:

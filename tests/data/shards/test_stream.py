@@ -136,3 +136,15 @@ class TestMining:
                 L.Trainer(**SILENT, max_epochs=1, callbacks=[OfflineHardNegativeMining()]).fit(Tiny(), datamodule=data)
         server.shutdown()
         server.server_close()
+
+
+def test_pairs_carry_the_number_of_their_caption(tmp_path):
+    samples = [img2dataset_sample(number, caption) for number, caption in enumerate(["a mug", "a cup", "A MUG"])]
+    write_tar(tmp_path / "0.tar", [member for sample in samples for member in sample])
+    with pytest.warns(UserWarning, match="2 of 3 pairs share their caption") as record:
+        pairs = ShardDataset(tmp_path)
+    assert record[0].filename == __file__, "the line that made the set"
+    (batch,) = streamed(ShardStream(pairs), num_workers=0, batch_size=3)
+    assert batch["caption_id"].tolist() == [[0, 1, 0][text_id] for text_id in batch["text_id"].tolist()]
+    (batch,) = streamed(ShardStream(ShardDataset(tmp_path, equal_captions="keep")), num_workers=0, batch_size=3)
+    assert "caption_id" not in batch
