@@ -19,6 +19,7 @@ pytestmark = [
 
 # Groups of an image that fall on one rank (0), on both (1, 4) and that are a single pair (others).
 IMAGE_ID = [0, 0, 0, 1, 2, 4, 4, 1, 3, 4, 5, 6]
+CAPTION_ID = [0, 1, 2, 0, 3, 4, 5, -1, 3, 6, 0, 7]
 LOSSES = {
     "hardest": lambda: TripletLoss(0.5, "hardest"),
     "mean": lambda: TripletLoss(0.5, "mean"),
@@ -62,6 +63,11 @@ def samples():
     ]
 
 
+def captioned_samples():
+    """Some captions are on two images, of one rank and of both; one is not known."""
+    return [{**sample, "caption_id": number} for sample, number in zip(samples(), CAPTION_ID, strict=True)]
+
+
 def mined_samples():
     """With negatives as a HardNegativeDataset would add them, one pair without any."""
     data, mined = samples(), samples()[::-1]
@@ -97,6 +103,14 @@ def one_step(make_loss, devices, data, **kwargs):
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_of_two_processes_equal_those_of_one(name):
     check_equal(LOSSES[name], samples())
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("name", ["mean", "info_nce"])
+def test_gradients_with_equal_captions(name):
+    check_equal(LOSSES[name], captioned_samples())
+    captioned, plain = one_step(LOSSES[name], 1, captioned_samples()), one_step(LOSSES[name], 1, samples())
+    assert not torch.equal(captioned["image_encoder.weight"], plain["image_encoder.weight"])
 
 
 @pytest.mark.forks

@@ -7,6 +7,8 @@ from torch.nn.functional import normalize
 
 from lightning_itm import (
     DualEncoder,
+    FalseNegativeElimination,
+    FalseNegativeSampler,
     ImageTextDataModule,
     ImageTextDataset,
     ImageTextRetrieval,
@@ -80,6 +82,17 @@ def test_the_loss_is_that_of_the_set_without_repeats(name):
     assert kept > excluded
     if name in ("hardest", "mean"):  # in the others all negatives count, and there are three times as many
         assert once == excluded == 0
+
+
+@pytest.mark.parametrize("option", ["exclude", "keep"])
+def test_the_memory_bank_has_no_equal_caption(option):
+    """A queue that holds the whole set: the hardest candidate costs the margin, or nothing."""
+    data = ImageTextDataModule(make_pairs(equal_captions=option), batch_size=6, num_workers=0)
+    sampler = FalseNegativeSampler(posterior="published", prior=1e-9, cut_down="off")
+    bank = FalseNegativeElimination(24, start_epoch=0, sampler=sampler)
+    metrics = fit(Known(InfoNCELoss(init_logit_scale=4.0)), data, bank, max_epochs=2, limit_val_batches=0).metrics
+    assert torch.equal(bank.bank.valid, torch.ones(24, dtype=torch.bool))
+    assert (metrics["train/memory_cost"] > 0.5) == (option == "keep")
 
 
 @pytest.mark.parametrize(("option", "recall"), [("right", 100), ("wrong", 0)])

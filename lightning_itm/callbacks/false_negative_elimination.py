@@ -160,8 +160,8 @@ class FalseNegativeElimination(Callback):
             self.sampler.start_step(trainer.current_epoch, batch_idx)
             # A copy: what the loss observes in this step decides about the next one.
             is_in_loss = self.agreement.is_met.clone() if self.start_epoch is None else None
-            candidates = bank.with_batch(everything)
-            batch["memory"] = MemoryCandidates(*candidates, pairs, self.sampler, self.agreement, is_in_loss)
+            parts = *bank.with_batch(everything), pairs, self.sampler, self.agreement, is_in_loss
+            batch["memory"] = MemoryCandidates(*parts, caption_id=bank.captions_with_batch(everything))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -81,7 +81,8 @@ class Agreement(nn.Module):
         """
         images, texts = full_precision(live.image_embeddings), full_precision(live.text_embeddings)
         slow_images, slow_texts = full_precision(stored.image_embeddings), full_precision(stored.text_embeddings)
-        is_other = negative_mask(live.image_id, live.image_id)  # (pairs, pairs)
+        ids = live.image_id, live.image_id, live.caption_id, live.caption_id
+        is_other = negative_mask(*ids)  # (pairs, pairs)
         live_in_stored = _hits(products(images, slow_texts), is_other) + _hits(products(texts, slow_images), is_other)
         hits = [
             _hits(products(images, texts), is_other),
@@ -122,6 +123,6 @@ class Agreement(nn.Module):
 
 def _hits(similarity: Tensor, is_other: Tensor) -> Tensor:
     """Return the fraction of rows and columns whose own match, on the diagonal, is more similar than all others."""
-    # Texts of the same image are neither the match nor a rival: -inf, so that they never come first.
+    # Texts of the same image, or caption, are neither the match nor a rival: -inf, so that they never come first.
     positive, others = similarity.diagonal(), similarity.masked_fill(~is_other, -torch.inf)
     return ((positive > others.amax(dim=1)).float().mean() + (positive > others.amax(dim=0)).float().mean()) / 2

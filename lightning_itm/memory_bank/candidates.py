@@ -65,6 +65,10 @@ class MemoryDirection(NamedTuple):
     """`(anchors,)`, the text of each pair. A draw depends on it, and not on the rank or row where the pair stands."""
     number: int
     """0: image to text, 1: text to image."""
+    anchor_caption_id: Tensor | None = None
+    """`(anchors,)`, the caption of each pair. ``None``: captions are not compared."""
+    candidate_caption_id: Tensor | None = None
+    """`(candidates,)`, the caption of each candidate, −1 where it is not known."""
 
     def similarity(self) -> Tensor:
         """Compare the anchors with all candidates, `(anchors, candidates)`, in float32 or more."""
@@ -79,12 +83,14 @@ class MemoryDirection(NamedTuple):
     def negative_mask(self, rows: slice = slice(None)) -> Tensor:
         """Tell which candidates are negatives of some anchors, `(rows, candidates)`.
 
-        Candidates of the anchor's own image and empty places are none. Where an anchor's positive is not finite, it has none.
+        Candidates of the anchor's own image or caption and empty places are none. Where an anchor's positive is not finite, it
+        has none.
 
         Args:
             rows: The anchors to look at. Default: all. Large banks are compared some rows at a time.
         """
-        mask = negative_mask(self.anchor_id[rows], self.candidate_id)
+        captions = None if self.anchor_caption_id is None else self.anchor_caption_id[rows]
+        mask = negative_mask(self.anchor_id[rows], self.candidate_id, captions, self.candidate_caption_id)
         return mask & self._has_positive()[rows, None]
 
     def scores(self) -> DirectionScores:
@@ -115,6 +121,7 @@ class MemoryCandidates:
         agreement: It follows how well stored embeddings stand for live ones. Default: nothing follows it.
         is_in_loss: bool `()` on the device. Where it is False, the loss computes its memory term to log it, and leaves it out
             of the sum. Default: the term is in the loss.
+        caption_id: int64 `(candidates,)`, the caption of each row, −1 where not known. Default: captions are not compared.
     """
 
     image_embeddings: Tensor
@@ -125,6 +132,7 @@ class MemoryCandidates:
     sampler: NegativeSampler
     agreement: Agreement | None = None
     is_in_loss: Tensor | None = None
+    caption_id: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield nothing. Lightning looks for the batch size in what a batch holds, and must not find the queue's."""
@@ -155,7 +163,9 @@ class MemoryCandidates:
         """Set the images of ``pairs`` against stored texts, and their texts against stored images."""
         candidate_id = torch.where(self.valid, self.image_id, -1)  # (candidates,): -1 is no image, and never a negative
         ids = pairs.image_id, candidate_id, pairs.text_id
+        captions = pairs.caption_id, self.caption_id
+        images, texts = pairs.image_embeddings, pairs.text_embeddings
         return (
-            MemoryDirection(pairs.image_embeddings, self.positive.text_embeddings, self.text_embeddings, *ids, 0),
-            MemoryDirection(pairs.text_embeddings, self.positive.image_embeddings, self.image_embeddings, *ids, 1),
+            MemoryDirection(images, self.positive.text_embeddings, self.text_embeddings, *ids, 0, *captions),
+            MemoryDirection(texts, self.positive.image_embeddings, self.image_embeddings, *ids, 1, *captions),
         )

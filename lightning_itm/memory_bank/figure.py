@@ -8,6 +8,7 @@ from torch.distributions import Normal
 
 from lightning_itm.functional.false_negatives import MIN_VARIANCE, false_negative_posterior
 from lightning_itm.functional.posterior import similarity_bin
+from lightning_itm.functional.similarity import negative_mask
 from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
 from lightning_itm.memory_bank.queue import MemoryBank
 
@@ -74,6 +75,6 @@ def _posterior(sampler: FalseNegativeSampler, grid: Tensor) -> Tensor:
 def _similarities(bank: MemoryBank) -> tuple[Tensor, Tensor]:
     """Return the similarities in the queue: those of other images, then those of matching pairs."""
     kept = bank.valid.nonzero().squeeze(1)[:MAX_PAIRS]
-    image, text, image_id = bank.image[kept].float(), bank.text[kept].float(), bank.image_id[kept]
-    similarity = image @ text.T  # (kept, kept)
-    return similarity[image_id[:, None] != image_id].cpu(), similarity.diagonal().cpu()
+    ids = bank.image_id[kept], bank.image_id[kept], bank.caption_id[kept], bank.caption_id[kept]
+    similarity = bank.image[kept].float() @ bank.text[kept].float().T  # (kept, kept)
+    return similarity[negative_mask(*ids)].cpu(), similarity.diagonal().cpu()

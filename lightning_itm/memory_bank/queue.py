@@ -1,5 +1,6 @@
 """A queue of the embeddings of earlier batches."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class MemoryBank(nn.Module):
         image: `(size, dim)`, the image embeddings, zeros in empty places.
         text: `(size, dim)`, row by row the matching text embeddings.
         image_id: int64 `(size,)`, the image that each row belongs to, −1 in empty places.
+        caption_id: int64 `(size,)`, the number of the caption of each row, −1 in empty places and where it is not known.
         valid: bool `(size,)`, False in empty places and where an embedding was not finite.
         num_refused: int64 `()`, the pairs that came with an embedding that is not finite.
 
@@ -40,6 +42,7 @@ class MemoryBank(nn.Module):
     image: Tensor
     text: Tensor
     image_id: Tensor
+    caption_id: Tensor
     valid: Tensor
     num_refused: Tensor
 
@@ -51,7 +54,8 @@ class MemoryBank(nn.Module):
         self.position = 0  # on the host: as a tensor, each step would wait for the device to read it
         for name in ("image", "text"):
             self.register_buffer(name, torch.zeros(size, dim))
-        self.register_buffer("image_id", torch.full((size,), -1))
+        for name in ("image_id", "caption_id"):
+            self.register_buffer(name, torch.full((size,), -1))
         self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
         # Not in the checkpoint: a resumed run must not fail for what happened before.
         self.register_buffer("num_refused", torch.zeros((), dtype=torch.long), persistent=False)
@@ -97,6 +101,13 @@ class MemoryBank(nn.Module):
             torch.cat([valid, self.valid]),
         )
 
+    def captions_with_batch(self, pairs: EmbeddingPairs) -> Tensor | None:
+        """Return the captions of the candidates of :meth:`with_batch`, int64 `(pairs + size,)`, −1 where not known.
+
+        It is None if the pairs have none: there is nothing to compare them with.
+        """
+        return None if pairs.caption_id is None else torch.cat([pairs.caption_id, self.caption_id])
+
     @torch.no_grad()
     def enqueue(self, pairs: EmbeddingPairs) -> None:
         """Put pairs into the queue, in the places of the oldest.
@@ -115,7 +126,7 @@ class MemoryBank(nn.Module):
         places = (torch.arange(len(pairs), device=valid.device) + self.position) % len(self)
         self.image[places] = pairs.image_embeddings.to(self.image.dtype)
         self.text[places] = pairs.text_embeddings.to(self.text.dtype)
-        self.image_id[places] = pairs.image_id
+        self.image_id[places], self.caption_id[places] = pairs.image_id, pairs.known_captions()
         self.valid[places] = valid
         self.num_refused += (~valid).sum()
         self.position = (self.position + len(pairs)) % len(self)
@@ -132,6 +143,10 @@ class MemoryBank(nn.Module):
         """Let the next pair go where the checkpoint says."""
         self.position = state["position"]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}caption_id", torch.full_like(self.caption_id, -1))  # of an older version
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 def _finite(pairs: EmbeddingPairs) -> tuple[EmbeddingPairs, Tensor]:
     """Put zeros where an embedding is not finite. Return the pairs, and which of them are finite, bool `(pairs,)`."""
@@ -139,7 +154,7 @@ def _finite(pairs: EmbeddingPairs) -> tuple[EmbeddingPairs, Tensor]:
     image, text = (
         torch.where(valid[:, None], part.detach(), 0) for part in (pairs.image_embeddings, pairs.text_embeddings)
     )
-    return EmbeddingPairs(image, text, pairs.image_id, pairs.text_id), valid
+    return replace(pairs, image_embeddings=image, text_embeddings=text), valid
 
 
 def in_order_of_one_process(pairs: EmbeddingPairs, world_size: int) -> EmbeddingPairs:
@@ -151,10 +166,5 @@ def in_order_of_one_process(pairs: EmbeddingPairs, world_size: int) -> Embedding
         pairs: The pairs of all ranks, rank by rank, equally many from each.
         world_size: The number of ranks. With 1, the order stays as it is.
     """
-    return EmbeddingPairs(
-        *(
-            # (ranks, rows, ...) -> (rows, ranks, ...) -> (rows * ranks, ...)
-            part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)
-            for part in (pairs.image_embeddings, pairs.text_embeddings, pairs.image_id, pairs.text_id)
-        )
-    )
+    # (ranks, rows, ...) -> (rows, ranks, ...) -> (rows * ranks, ...)
+    return pairs.map(lambda part: part.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1))

@@ -54,7 +54,7 @@ class SimilarityStatistics(nn.Module):
         """Take in the pairs of a batch, of all ranks. Values that are not finite do not count."""
         image, text = full_precision(pairs.image_embeddings), full_precision(pairs.text_embeddings)
         positive = (image * text).sum(dim=1)
-        hardest = _hardest(image, text, pairs.image_id)
+        hardest = _hardest(image, text, pairs)
         mutual = (positive > hardest).all(dim=0) & hardest.isfinite().all(dim=0)
         # (2, 2 * pairs): a pair has one positive, which counts once, and two negatives.
         values = torch.stack([torch.stack([positive, positive]), hardest]).flatten(1)
@@ -85,12 +85,14 @@ class SimilarityStatistics(nn.Module):
         return SimilarityFit(self.mean[0], variance[0], self.mean[1], variance[1])
 
 
-def _hardest(image: Tensor, text: Tensor, image_id: Tensor) -> Tensor:
+def _hardest(image: Tensor, text: Tensor, pairs: EmbeddingPairs) -> Tensor:
     """Return the hardest negative of each image and of each text, `(2, pairs)`."""
+    ids, captions = pairs.image_id, pairs.caption_id
     # Some rows of similarities at a time: all of them would not fit the caches, nor memory where batches are large.
     of_image, of_text = [], image.new_full((len(text),), -torch.inf)
     for rows in row_chunks(len(image), len(text), image.device):
-        similarity = products(image[rows], text).masked_fill_(~negative_mask(image_id[rows], image_id), -torch.inf)
+        mask = negative_mask(ids[rows], ids, None if captions is None else captions[rows], captions)
+        similarity = products(image[rows], text).masked_fill_(~mask, -torch.inf)
         of_image.append(similarity.amax(dim=1))
         of_text = torch.maximum(of_text, similarity.amax(dim=0))
     return torch.stack([torch.cat(of_image), of_text])

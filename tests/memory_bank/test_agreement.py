@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -89,6 +91,18 @@ class TestUpdate:
         agreement = Agreement().double()
         agreement.update(live, live)
         torch.testing.assert_close(agreement.hits / agreement.weight, torch.ones(3, dtype=torch.float64))
+
+    def test_texts_of_the_same_caption_are_no_rivals(self):
+        """Two images of one caption, which a perfect model embeds alike."""
+        pairs = make_pairs(8, DIM, noise=0.0)
+        pairs.image_embeddings[1], pairs.text_embeddings[1] = pairs.image_embeddings[0], pairs.text_embeddings[0]
+        captioned, agreements = replace(pairs, caption_id=torch.tensor([0, 0, 2, 3, 4, 5, 6, 7])), []
+        for live in (pairs, captioned):
+            agreements.append(Agreement().double())
+            agreements[-1].update(live, pairs)
+        kept, excluded = ((agreement.hits / agreement.weight).tolist() for agreement in agreements)
+        assert kept == pytest.approx([6 / 8] * 3)
+        assert excluded == pytest.approx([1] * 3)
 
     def test_values_that_are_not_finite_change_nothing(self):
         agreement = followed(MIN_STEPS, lambda live: live)

@@ -44,6 +44,19 @@ class TestDirections:
                     is_other = bool(self.memory.image_id[k] != self.pairs.image_id[i])
                     assert scores.negative_mask[i, k] == (is_other and bool(self.memory.valid[k]))
 
+    def test_candidates_of_the_anchors_caption_are_no_negatives(self):
+        """Captions of the batch 0 to 7, two of them equal, and some of these, or of none known, in the queue."""
+        own = torch.tensor([0, 1, 2, 2, 4, 5, 6, -1])
+        queued = torch.cat([own, torch.tensor([2, -1, 5, 0, 9, 2, -1, 6, 1])])
+        without = [direction.negative_mask() for direction in self.memory.directions(self.pairs)]
+        pairs, memory = replace(self.pairs, caption_id=own), replace(self.memory, caption_id=queued)
+        is_equal = torch.tensor([[a == c and a >= 0 for c in queued.tolist()] for a in own.tolist()])
+        for direction, mask in zip(memory.directions(pairs), without, strict=True):
+            assert (mask & is_equal).any()
+            assert torch.equal(direction.negative_mask(), mask & ~is_equal)
+            assert torch.equal(direction.scores().negative_mask, mask & ~is_equal)
+            assert torch.equal(direction.negative_mask(slice(2, 5)), (mask & ~is_equal)[2:5])
+
     def test_the_mask_of_some_rows_is_a_part_of_that_of_all(self):
         for direction in self.memory.directions(self.pairs):
             assert torch.equal(direction.negative_mask(slice(2, 5)), direction.negative_mask()[2:5])

@@ -185,7 +185,7 @@ class TestPosterior:
         sampler = FalseNegativeSampler(posterior=posterior)
         valid = torch.ones(len(pairs), dtype=torch.bool)
         for rows in torch.arange(1024).split(batch_size):
-            batch = EmbeddingPairs(*(getattr(pairs, name)[rows] for name in EmbeddingPairs.__dataclass_fields__))
+            batch = pairs.map(lambda part, rows=rows: part[rows])
             memory = MemoryCandidates(
                 pairs.image_embeddings, pairs.text_embeddings, pairs.image_id, valid, batch, sampler
             )

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lightning_itm import FalseNegativeSampler
 from lightning_itm.functional.false_negatives import false_negative_posterior
 from lightning_itm.memory_bank import MemoryBank, plot_similarities
-from lightning_itm.memory_bank.figure import MAX_PAIRS
+from lightning_itm.memory_bank.figure import MAX_PAIRS, _similarities
 from tests.helpers.memory import make_pairs
 
 NUM_PAIRS, DIM = 40, 16
@@ -57,3 +59,11 @@ class TestPlotSimilarities:
         bank.image[MAX_PAIRS:] = torch.nan
         left, _ = plot_similarities(bank, FalseNegativeSampler()).axes
         assert all(torch.as_tensor(patch.get_data()[0]).isfinite().all() for patch in left.patches)
+
+    def test_pairs_of_one_caption_are_no_negatives(self):
+        """All 40 pairs have one of two captions, so that half of the pairs of pairs are drawn as negatives."""
+        bank = MemoryBank(NUM_PAIRS, DIM)
+        pairs = make_pairs(NUM_PAIRS, DIM, dtype=torch.float32)
+        bank.enqueue(replace(pairs, caption_id=torch.arange(NUM_PAIRS) % 2))
+        negatives, positives = _similarities(bank)
+        assert (len(negatives), len(positives)) == (NUM_PAIRS**2 // 2, NUM_PAIRS)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -64,6 +66,27 @@ class TestMemoryBank:
             each.enqueue(numbered(range(3, 7)))
         assert all(torch.equal(value, getattr(other, name)) for name, value in bank.named_buffers())
 
+    def test_keeps_the_captions(self):
+        bank, pairs = MemoryBank(3, 2), replace(numbered([4, 5]), caption_id=torch.tensor([7, 8]))
+        bank.enqueue(pairs)
+        assert bank.captions_with_batch(pairs).tolist() == [7, 8, 7, 8, -1]
+        bank.enqueue(numbered([1, 2]))  # of a batch without captions: the places of 4 are taken
+        assert bank.caption_id.tolist() == [-1, 8, -1]
+        assert bank.captions_with_batch(numbered([1])) is None
+
+    def test_a_state_of_an_older_version_has_no_captions(self):
+        bank, other = MemoryBank(3, 2), MemoryBank(3, 2)
+        bank.enqueue(numbered([4, 5]))
+        other.enqueue(replace(numbered([1, 2]), caption_id=torch.tensor([7, 8])))
+        state = bank.state_dict()
+        del state["caption_id"]
+        other.load_state_dict(state)
+        assert other.image_id.tolist() == [4, 5, -1]
+        assert other.caption_id.tolist() == [-1, -1, -1]
+        del state["image_id"]
+        with pytest.raises(RuntimeError, match="image_id"):
+            other.load_state_dict(state)
+
     def test_bad_input(self):
         with pytest.raises(ValueError, match="`size` to be positive, got 0"):
             MemoryBank(0, 2)
@@ -83,7 +106,8 @@ class TestInOrderOfOneProcess:
             torch.utils.data.DistributedSampler(order, world_size, rank, shuffle=False) for rank in range(world_size)
         ]
         gathered = numbered([index for rank in data for index in rank])
-        pairs = in_order_of_one_process(gathered, world_size)
+        pairs = in_order_of_one_process(replace(gathered, caption_id=gathered.image_id + 5), world_size)
+        assert pairs.caption_id.tolist() == [index + 5 for index in order]
         assert pairs.image_id.tolist() == pairs.text_id.tolist() == order
         assert torch.equal(pairs.image_embeddings, numbered(order).image_embeddings)
         assert torch.equal(pairs.text_embeddings, numbered(order).text_embeddings)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,8 +16,9 @@ def observed(batches):
     positive, negative = [], []
     for pairs in batches:
         ids, similarity = pairs.image_id.tolist(), (pairs.image_embeddings @ pairs.text_embeddings.T).tolist()
+        captions = [f"of pair {i}" for i in ids] if pairs.caption_id is None else pairs.caption_id.tolist()
         for i in range(len(ids)):
-            others = [j for j in range(len(ids)) if ids[j] != ids[i]]
+            others = [j for j in range(len(ids)) if ids[j] != ids[i] and captions[j] != captions[i]]
             if not others:
                 continue
             hardest = max(similarity[i][j] for j in others), max(similarity[j][i] for j in others)
@@ -26,11 +29,17 @@ def observed(batches):
 
 
 class TestStatistics:
-    @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), seed=st.integers(0, 1000))
-    def test_equal_two_passes_over_everything(self, sizes, seed):
+    @given(
+        sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+        num_captions=st.sampled_from([None, 2, 9]),
+        seed=st.integers(0, 1000),
+    )
+    def test_equal_two_passes_over_everything(self, sizes, num_captions, seed):
         torch.manual_seed(seed)
         statistics = SimilarityStatistics()
         batches = [make_pairs(size, image_id=torch.randint(0, 20, (size,)), noise=0.6) for size in sizes]
+        if num_captions is not None:
+            batches = [replace(b, caption_id=torch.randint(0, num_captions, (len(b),))) for b in batches]
         for pairs in batches:
             statistics.update(pairs)
         fit = statistics.fit()
