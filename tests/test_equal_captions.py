@@ -13,6 +13,8 @@ from lightning_itm import (
     ImageTextDataset,
     ImageTextRetrieval,
     InfoNCELoss,
+    OfflineHardNegativeMining,
+    QuintupletLoss,
     SigmoidLoss,
     TripletLoss,
 )
@@ -93,6 +95,61 @@ def test_the_memory_bank_has_no_equal_caption(option):
     metrics = fit(Known(InfoNCELoss(init_logit_scale=4.0)), data, bank, max_epochs=2, limit_val_batches=0).metrics
     assert torch.equal(bank.bank.valid, torch.ones(24, dtype=torch.bool))
     assert (metrics["train/memory_cost"] > 0.5) == (option == "keep")
+
+
+def several_pairs(option):
+    """Ten images of two captions each, of which images 2k and 2k + 1 share one, and images 2k + 1 and 2k + 2 another."""
+    texts = [[f"caption {i // 2}", f"CAPTION {5 + (i + 1) // 2}"] for i in range(10)]
+    images = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(10)]
+    return ImageTextDataset(images, texts, transform=number_of, tokenizer=tokenize, equal_captions=option)
+
+
+class Noise(DualEncoder):
+    def __init__(self, loss=None):
+        super().__init__(loss, learning_rate=0.0, warmup_steps=0)
+        self.image_encoder, self.text_encoder = torch.nn.Embedding(10, 6), torch.nn.Embedding(11, 6)
+
+    def encode_image(self, image):
+        return self.image_encoder(image)
+
+    def encode_text(self, text):
+        return self.text_encoder(text)
+
+
+@pytest.mark.filterwarnings("ignore:18 of 20 pairs share their caption")
+@pytest.mark.parametrize("option", ["exclude", "keep"])
+@pytest.mark.parametrize(
+    "way", [{"encode": "pass"}, {"encode": "training"}, {"inject": "embeddings"}, {"inject": "batches"}]
+)
+def test_mining_compares_with_all_captions_of_an_image(option, way):
+    pairs = several_pairs(option)
+    folded, owner = [text.lower() for text in pairs.texts], pairs.text_image_id.tolist()
+    captions_of = [{folded[t] for t in range(20) if owner[t] == image} for image in range(10)]
+    mining = OfflineHardNegativeMining(
+        texts_per_image=20, images_per_text=10, group_size=1, relative_margin=None, **way
+    )
+    loss = TripletLoss() if way.get("inject") == "batches" else QuintupletLoss()
+    data = ImageTextDataModule(pairs, batch_size=5, num_workers=0)
+    fit(Noise(loss), data, mining, seed=0, max_epochs=2, limit_val_batches=0)
+    for image, row in enumerate(mining.table.texts.tolist()):
+        other = [t for t in range(20) if owner[t] != image]
+        negatives = [t for t in other if folded[t] not in captions_of[image]]
+        assert sorted(row[: row.index(-1)]) == (negatives if option == "exclude" else other)
+        assert len(negatives) < len(other)
+    for text, row in enumerate(mining.table.images.tolist()):
+        other = [i for i in range(10) if i != owner[text]]
+        negatives = [i for i in other if folded[text] not in captions_of[i]]
+        assert sorted(row[: row.index(-1)]) == (negatives if option == "exclude" else other)
+
+
+@pytest.mark.parametrize("inject", ["samples", "embeddings"])
+def test_mined_negatives_cost_a_perfect_model_nothing(inject):
+    data = ImageTextDataModule(make_pairs(), batch_size=6, num_workers=0)
+    mining = OfflineHardNegativeMining(texts_per_image=4, images_per_text=4, inject=inject)
+    metrics = fit(Known(QuintupletLoss()), data, mining, max_epochs=1, limit_val_batches=0).metrics
+    assert metrics["train/loss"] == 0
+    assert metrics["mining/gap"] > 1
+    assert metrics["train/hard_margin"] > 1
 
 
 @pytest.mark.parametrize(("option", "recall"), [("right", 100), ("wrong", 0)])

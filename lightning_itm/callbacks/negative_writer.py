@@ -64,7 +64,9 @@ class NegativeWriter(EmbeddingWriter):
     ) -> None:
         """Search, with all ranks, and write what was mined."""
         text_image_id = pairs.text_image_id.to(image_embeddings.device)
-        encoded = EncodedPairs(image_embeddings, text_embeddings, text_image_id, image_is_valid, text_is_valid)
+        caption_id = None if pairs.caption_id is None else pairs.caption_id.to(image_embeddings.device)
+        valid = image_is_valid, text_is_valid
+        encoded = EncodedPairs(image_embeddings, text_embeddings, text_image_id, *valid, caption_id)
         options = {**part_of(trainer), **self.guards}
         mined = find_negatives(encoded, self.texts_per_image, self.images_per_text, **options)
         if not trainer.is_global_zero:

@@ -152,14 +152,14 @@ def _positives(pairs: EmbeddingPairs, hard: HardNegatives) -> tuple[Tensor, Tens
 
 def _offline_scores(pairs: EmbeddingPairs, hard: HardNegatives) -> tuple[OfflineScores, OfflineScores]:
     """Compare the anchors with their mined negatives, and these with each other, in both directions."""
-    # (pairs,) each. The id −1 stands for "none was mined", and such a row is left to the online loss.
-    text_there, image_there = hard.image_id_of_text >= 0, hard.image_id >= 0
+    # (pairs,) each. The id −1 stands for "none was mined", and such a row is left to the online loss. So is a mined pair of
+    # the anchor's caption, which a table of an older checkpoint may have.
+    text_there = (hard.image_id_of_text >= 0) & ~_is_equal(pairs.caption_id, hard.caption_id, pairs)
+    image_there = (hard.image_id >= 0) & ~_is_equal(pairs.caption_id, hard.caption_id_of_image, pairs)
     # Two embeddings of the mining pass have no gradient: their term would pull on the positive alone.
     both_there = text_there & image_there if hard.positive is None else torch.zeros_like(text_there)
     is_match = hard.image_id == hard.image_id_of_text
-    if hard.caption_id is not None and hard.caption_id_of_image is not None:
-        is_match = is_match | ((hard.caption_id == hard.caption_id_of_image) & (hard.caption_id >= 0))
-    pair = both_there, is_match
+    pair = both_there, is_match | _is_equal(hard.caption_id, hard.caption_id_of_image, pairs)
     return (
         OfflineScores(
             row_similarity(pairs.image_embeddings, hard.text_embeddings),
@@ -174,3 +174,10 @@ def _offline_scores(pairs: EmbeddingPairs, hard: HardNegatives) -> tuple[Offline
             *pair,
         ),
     )
+
+
+def _is_equal(one: Tensor | None, other: Tensor | None, pairs: EmbeddingPairs) -> Tensor:
+    """Tell row by row whether two captions are the same one, bool `(pairs,)`. Those that are not known are not."""
+    if one is None or other is None:
+        return torch.zeros_like(pairs.image_id, dtype=torch.bool)
+    return (one == other) & (one >= 0)

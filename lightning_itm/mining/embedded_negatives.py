@@ -24,6 +24,7 @@ class EmbeddedNegatives:
         coupled_ranks: Draw one rank for both text and image, as published. False: draw two, which gives more combinations. A
             pair for which no text was mined draws any of its images.
         seed: Another seed gives other draws. One number for the whole run.
+        caption_id: int64 `(texts,)`, the number of the caption of each text. Default: captions are not compared.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class EmbeddedNegatives:
         *,
         coupled_ranks: bool = True,
         seed: int = 0,
+        caption_id: Tensor | None = None,
     ) -> None:
         device = image_embeddings.device
         self.image_embeddings, self.text_embeddings = image_embeddings, text_embeddings
@@ -43,6 +45,7 @@ class EmbeddedNegatives:
         self.text_image_id = text_image_id.to(device)
         self.texts_of = TextsOfImages(self.text_image_id, len(image_embeddings))
         self.coupled_ranks, self.seed = coupled_ranks, seed
+        self.caption_id = None if caption_id is None else caption_id.to(device)
 
     def draw(self, image_id: Tensor, text_id: Tensor, epoch: int) -> HardNegatives:
         """Draw a text and an image for each pair of a batch. The host waits for nothing.
@@ -69,7 +72,12 @@ class EmbeddedNegatives:
             text_of_image_embeddings=self.text_embeddings[text_of_image],
             image_id=torch.where(has_image, mined_image, -1),
             positive=self._positive(image_id, text_id),
+            caption_id=self._captions(mined_text, has_text),
+            caption_id_of_image=self._captions(text_of_image, has_image),
         )
+
+    def _captions(self, text_id: Tensor, is_there: Tensor) -> Tensor | None:
+        return None if self.caption_id is None else torch.where(is_there, self.caption_id[text_id], -1)
 
     def _positive(self, image_id: Tensor, text_id: Tensor) -> EmbeddingPairs:
         """Return the pairs of a batch as the mining pass embedded them."""

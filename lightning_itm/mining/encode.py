@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lightning_itm.captions import captions_of_images
 from lightning_itm.data.batch import collate_pairs
 from lightning_itm.data.evaluation_items import EvaluationItems, Kind
 from lightning_itm.data.pairs import ImageTextDataset
@@ -36,6 +37,7 @@ class EncodedPairs:
         text_image_id: int64 `(texts,)`, the image that each text belongs to.
         image_is_valid: bool `(images,)`, whether the image could be read. Afterwards false also where none of its texts could.
         text_is_valid: bool `(texts,)`, whether the text could be read. Afterwards false also where its image could not.
+        caption_id: int64 `(texts,)`, the number of the caption of each text. Default: captions are not compared.
     """
 
     image_embeddings: Tensor
@@ -43,6 +45,7 @@ class EncodedPairs:
     text_image_id: Tensor
     image_is_valid: Tensor
     text_is_valid: Tensor
+    caption_id: Tensor | None = None
 
     def __post_init__(self) -> None:
         # What is mined is a pair: a text comes with its image, and an image with one of its texts.
@@ -62,6 +65,13 @@ class EncodedPairs:
         of_image = of_text.new_zeros(num_images).index_add_(0, self.text_image_id, of_valid)  # (images,), a sum so far
         num_valid = torch.bincount(self.text_image_id, weights=is_valid.to(of_text.dtype), minlength=num_images)
         return of_image / num_valid.clamp_min(1).to(of_text.dtype), of_text
+
+    def captions(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the captions of each image, `(images, most)`, filled up with −1, and that of each text, `(texts, 1)`."""
+        if self.caption_id is None:
+            return None, None
+        of_image = captions_of_images(self.caption_id, self.text_image_id, len(self.image_embeddings))
+        return of_image, self.caption_id[:, None]
 
 
 class EncodedRows:
@@ -144,7 +154,8 @@ def encode_pairs(
     with _in_eval_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
         image_embeddings, image_is_valid = _encode(trainer, module, "image", images, num_images)
         text_embeddings, text_is_valid = _encode(trainer, module, "text", texts, num_texts)
-    return EncodedPairs(image_embeddings, text_embeddings, text_image_id, image_is_valid, text_is_valid)
+    caption_id = None if pairs.caption_id is None else pairs.caption_id[:num_texts].to(module.device)
+    return EncodedPairs(image_embeddings, text_embeddings, text_image_id, image_is_valid, text_is_valid, caption_id)
 
 
 def _loader(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_itm.captions import is_shared
 from lightning_itm.data.resumable_loader import random_order
 
 GROUP_STREAM = 0x5EED
@@ -38,6 +39,7 @@ def compose_batches(
     *,
     group_size: int,
     batch_size: int,
+    caption_id: Tensor | None = None,
     seed: int = 0,
     epoch: int = 0,
 ) -> HardBatches:
@@ -50,8 +52,9 @@ def compose_batches(
     2. Go on until each pair is in a group. Where too few neighbours are left, a group is smaller.
     3. Put smaller groups together to the size of a full one, shuffle all, and fill one batch after the other.
 
-    So each pair comes once per epoch, a batch holds whole groups, and no group holds two pairs of one image. A pair that a
-    guard left out of the table joins no group. The result is a function of the arguments, the same on every rank.
+    So each pair comes once per epoch, a batch holds whole groups, and no group holds two pairs of one image, or a text that
+    equals a caption of another image of the group. A pair that a guard left out of the table joins no group. The result is a
+    function of the arguments, the same on every rank.
 
     Args:
         texts: Integers `(images, texts_per_image)`, the hardest texts of each image first, −1 where there is none. The number
@@ -61,6 +64,7 @@ def compose_batches(
         group_size: Number of pairs that are hard for each other, typically 4. Larger groups are harder. 1 gives the random
             order of :func:`~lightning_itm.data.random_order`.
         batch_size: Number of pairs per batch on all ranks together, a multiple of ``group_size``.
+        caption_id: int64 `(pairs,)`, the number of the caption of each text. Default: captions are not compared.
         seed: Another seed gives another order.
         epoch: The epoch, from 0. Each has an order of its own.
 
@@ -89,7 +93,7 @@ def compose_batches(
     visited = random_order(num_pairs, seed, epoch)
     if group_size == 1 or not ((texts >= 0).any() or (images >= 0).any()):
         return HardBatches(visited.int(), torch.arange(num_pairs, dtype=torch.int32))
-    groups = _Neighbours(texts, images, text_image_id, visited).groups(group_size)
+    groups = _Neighbours(texts, images, text_image_id, visited, caption_id).groups(group_size)
     blocks = _blocks(groups, group_size)
     # Blocks are made from the full groups to the smallest, so they are shuffled. One that is not full comes last.
     num_full = num_pairs // group_size
@@ -129,7 +133,9 @@ def check_group_size(group_size: int, batch_size: int, num_pairs: int) -> None:
 class _Neighbours:
     """Walk over pairs, and take each pair's hardest unused neighbours."""
 
-    def __init__(self, texts: Tensor, images: Tensor, text_image_id: Tensor, visited: Tensor) -> None:
+    def __init__(
+        self, texts: Tensor, images: Tensor, text_image_id: Tensor, visited: Tensor, caption_id: Tensor | None
+    ) -> None:
         self.visited, self.texts, self.images = visited.tolist(), texts.numpy(), images.numpy()
         self.image_of = text_image_id.tolist()
         # The texts of an image side by side, in the random order: of an image that is a neighbour, the first unused is taken.
@@ -139,17 +145,20 @@ class _Neighbours:
         # Each flag twice in one memory: a bytearray is fast for one pair, an array for a row of the table.
         self.is_free, self.has_free = bytearray(b"\1" * len(visited)), bytearray(b"\1" * len(texts))
         self.free_pairs, self.free_images = np.frombuffer(self.is_free, bool), np.frombuffer(self.has_free, bool)
+        self.captions = _Captions(caption_id, text_image_id)
 
     def groups(self, group_size: int) -> Iterator[list[int]]:
         """Yield groups of pairs, until each pair was in one."""
         for pair in self.visited:
             if self.is_free[pair]:
                 group, taken = [], set()
+                self.captions.clear()
                 for other in self._around(pair):
-                    if self.is_free[other] and self.image_of[other] not in taken:
+                    image = self.image_of[other]
+                    if self.is_free[other] and image not in taken and self.captions.takes(other, image):
                         self._use(other)
                         group.append(other)
-                        taken.add(self.image_of[other])
+                        taken.add(image)
                         if len(group) == group_size:
                             break
                 yield group
@@ -177,6 +186,36 @@ class _Neighbours:
         self.is_free[pair] = 0
         self.num_left[image] -= 1
         self.has_free[image] = self.num_left[image] > 0
+
+
+class _Captions:
+    """Tell which pairs may join a group: no text of it may be a caption of the pair's image, nor its text one of theirs."""
+
+    def __init__(self, caption_id: Tensor | None, text_image_id: Tensor) -> None:
+        caption_id = torch.full_like(text_image_id, -1) if caption_id is None else caption_id
+        shared = is_shared(caption_id, text_image_id)
+        self.of_text: list[int] = caption_id.masked_fill(~shared, -1).tolist()  # −1 where no other image has it
+        self.of_image: dict[int, set[int]] = {}  # of the images that share captions alone
+        for image, caption in zip(text_image_id[shared].tolist(), caption_id[shared].tolist(), strict=True):
+            self.of_image.setdefault(image, set()).add(caption)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a group."""
+        self.texts: set[int] = set()
+        self.images: set[int] = set()
+
+    def takes(self, pair: int, image: int) -> bool:
+        """Return whether a pair may join the group. If so, it has joined."""
+        caption, own = self.of_text[pair], self.of_image.get(image)
+        if own is None:
+            return True
+        if caption in self.images or not own.isdisjoint(self.texts):
+            return False
+        self.images |= own
+        if caption >= 0:
+            self.texts.add(caption)
+        return True
 
 
 def _blocks(groups: Iterator[list[int]], block_size: int) -> list[list[list[int]]]:

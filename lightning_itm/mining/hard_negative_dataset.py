@@ -18,7 +18,8 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
 
     For a pair (I1, T1), two pairs are drawn: a text T3 of the table's row for I1 with its image I4, and an image I3 of the
     row for T1 with a random text T4 of it. They are the dict ``"hard"`` of the sample. Where nothing was mined, the pair's own
-    data stand there, with the id −1.
+    data stand there, with the id −1. Where images of the set share captions, it has the ``caption_id`` of T3 and the
+    ``caption_id_of_image``, that of T4.
 
     Args:
         pairs: The pairs that are trained on.
@@ -72,6 +73,10 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
         text_id_of_image = self._random_text(image_id) if image_id >= 0 else -1
         image_of_text, text, image_id_of_text = self._load(image_id_of_text, text_id, sample)
         image, text_of_image, image_id = self._load(image_id, text_id_of_image, sample)
+        captions = {}
+        if self.pairs.caption_id is not None:
+            loaded = {"caption_id": (image_id_of_text, text_id), "caption_id_of_image": (image_id, text_id_of_image)}
+            captions = {key: int(self.pairs.caption_id[t]) if i >= 0 else -1 for key, (i, t) in loaded.items()}
         hard = {
             "text": text,
             "image_of_text": image_of_text,
@@ -79,6 +84,7 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
             "image": image,
             "text_of_image": text_of_image,
             "image_id": image_id,
+            **captions,
         }
         return {**sample, "hard": hard}
 

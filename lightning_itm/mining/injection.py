@@ -123,7 +123,7 @@ class EmbeddingInjection(Injection):
 
     def attach(self, datamodule: Any, trainer: L.Trainer) -> None:
         """Let the pairs come alone."""
-        self.text_image_id = pairs_to_mine(self.given, datamodule).text_image_id
+        self.pairs = pairs_to_mine(self.given, datamodule)
         super().attach(datamodule, trainer)
 
     def begin_epoch(self, epoch: int, encoded: EncodedPairs | None = None) -> dict[str, float]:
@@ -150,10 +150,11 @@ class EmbeddingInjection(Injection):
         return {"embeddings": mined and [mined.image_embeddings.cpu(), mined.text_embeddings.cpu()]}
 
     def _draw_from(self, image_embeddings: torch.Tensor, text_embeddings: torch.Tensor) -> None:
-        text_image_id = self.text_image_id[: len(text_embeddings)]  # fewer than all in a trial run
+        text_image_id = self.pairs.text_image_id[: len(text_embeddings)]  # fewer than all in a trial run
         # Clones: the table is written anew at the end of the epoch, the draws of this epoch are of the earlier one.
         rows = self.table.texts.clone(), self.table.images.clone()
         options: dict[str, Any] = {"coupled_ranks": self.coupled_ranks, "seed": self.seed}
+        options["caption_id"] = self.pairs.caption_id
         self.mined = EmbeddedNegatives(image_embeddings, text_embeddings, *rows, text_image_id, **options)
 
 
@@ -175,7 +176,7 @@ class BatchInjection(Injection):
         super().attach(datamodule, trainer)
         self.batch_size, self.order_seed = datamodule.batch_size * trainer.world_size, datamodule.seed
         check_group_size(self.group_size, self.batch_size, len(pairs))
-        self.text_image_id, self.is_fixed = pairs.text_image_id, trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        self.pairs, self.is_fixed = pairs, trainer.overfit_batches > 0  # type: ignore[attr-defined]
         self.order = datamodule.train_order = EpochOrder(len(pairs))
 
     def detach(self, datamodule: Any) -> None:
@@ -195,9 +196,9 @@ class BatchInjection(Injection):
         if self.is_fixed and not self.order.is_pending:
             return {}  # with `overfit_batches`, each epoch has the batches of the first
         start = time.perf_counter()
-        mined = self.table.texts, self.table.images, self.text_image_id
+        mined = self.table.texts, self.table.images, self.pairs.text_image_id
         options = {"group_size": self.group_size, "batch_size": self.batch_size, "seed": self.order_seed}
-        composed = compose_batches(*mined, **options, epoch=epoch)
+        composed = compose_batches(*mined, **options, caption_id=self.pairs.caption_id, epoch=epoch)
         self.order.publish(composed.order)
         if encoded is None:
             return {}

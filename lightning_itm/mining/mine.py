@@ -99,7 +99,7 @@ class Mining:
         self.injection = INJECTIONS[inject](given, self.table, **ways)
         self.training_embeddings: TrainingEmbeddings | None = None
         if encode == "training":
-            self.training_embeddings = TrainingEmbeddings(pairs.text_image_id, num_images)
+            self.training_embeddings = TrainingEmbeddings(pairs.text_image_id, num_images, pairs.caption_id)
 
     def mine(self, trainer: L.Trainer, module: L.LightningModule, epoch: int, **options: Any) -> dict[str, float]:
         """Mine for an epoch. ``options`` are those of :func:`mine_into`, and what is returned can be logged."""

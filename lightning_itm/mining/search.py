@@ -1,7 +1,7 @@
 """Search the hardest negatives among the embeddings of a whole set."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ def find_negatives(
 ) -> MinedNegatives:
     """Search the hardest texts of every image and the hardest images of every text. Each rank searches for a part of them.
 
+    A text that equals one of the captions of an image is none of its negatives, and the image none of the text's.
+
     Args:
         pairs: The embeddings of the whole set, the same on every rank.
         texts_per_image: Most texts that are kept per image, such as 300.
@@ -70,16 +72,13 @@ def find_negatives(
                 [2],
                 [0]])
     """
-    images, texts = pairs.image_embeddings, pairs.text_embeddings
-    image_id = torch.arange(len(images), device=images.device)
     of_image, of_text = pairs.positive()
+    image_id, (image_captions, text_captions) = torch.arange(len(of_image), device=of_image.device), pairs.captions()
+    images = _Side(pairs.image_embeddings, pairs.image_is_valid, image_id, image_captions)
+    texts = _Side(pairs.text_embeddings, pairs.text_is_valid, pairs.text_image_id, text_captions)
     split = {"rank": rank, "world_size": world_size, "is_shown": is_shown, **guards}
-    mined_texts, rejected_texts = _search(
-        images, texts, pairs.text_is_valid, image_id, pairs.text_image_id, of_image, texts_per_image, **split
-    )
-    mined_images, rejected_images = _search(
-        texts, images, pairs.image_is_valid, pairs.text_image_id, image_id, of_text, images_per_text, **split
-    )
+    mined_texts, rejected_texts = _search(images, texts, of_image, texts_per_image, **split)
+    mined_images, rejected_images = _search(texts, images, of_text, images_per_text, **split)
     # What can't be read, or was not seen yet, has an embedding that says nothing.
     mined_texts, mined_images = _of(mined_texts, pairs.image_is_valid), _of(mined_images, pairs.text_is_valid)
     # Column 0 has the hardest. An anchor without any has −inf there, and no gap.
@@ -88,34 +87,40 @@ def find_negatives(
     return MinedNegatives(mined_texts.index, mined_images.index, mined_texts.scores, mined_images.scores, *measured)
 
 
+class _Side(NamedTuple):
+    """All images, or all texts, of a set."""
+
+    embeddings: Tensor
+    is_valid: Tensor
+    image_id: Tensor
+    captions: Tensor | None
+    """`(rows, captions of a row)`, filled up with −1."""
+
+    def of(self, rows: Tensor | slice) -> "_Side":
+        return _Side(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+
+
 def _search(
-    anchors: Tensor,
-    keys: Tensor,
-    key_is_valid: Tensor,
-    anchor_id: Tensor,
-    key_id: Tensor,
-    positive: Tensor,
-    k: int,
-    *,
-    rank: int,
-    world_size: int,
-    is_shown: bool,
-    **guards: Any,
+    anchors: _Side, keys: _Side, positive: Tensor, k: int, *, rank: int, world_size: int, is_shown: bool, **guards: Any
 ) -> tuple[TopK, float]:
-    kept = key_is_valid.nonzero().squeeze(1)  # what can't be read is left out
-    keys, key_id = keys[kept], key_id[kept]
-    num_own = -(-len(anchors) // world_size)  # as many on every rank, so the last anchor may come several times
-    own_rows = (torch.arange(num_own, device=anchors.device) + rank * num_own).clamp_max(len(anchors) - 1)
+    kept = keys.is_valid.nonzero().squeeze(1)  # what can't be read is left out
+    keys, num_anchors = keys.of(kept), len(positive)
+    num_own = -(-num_anchors // world_size)  # as many on every rank, so the last anchor may come several times
+    own_rows = (torch.arange(num_own, device=kept.device) + rank * num_own).clamp_max(num_anchors - 1)
     parts = [
-        top_k_negatives(
-            anchors[rows], keys, k, anchor_id=anchor_id[rows], key_id=key_id, positive=positive[rows], **guards
-        )
+        _top_k(anchors.of(rows), keys, k, positive=positive[rows], **guards)
         for rows in tqdm(own_rows.split(ANCHORS_AT_ONCE), "Mining: search", leave=False, disable=not is_shown)
     ]
     # Own rows are consecutive, so the gathered rows are in the order of the anchors, and the repeated ones are at the end.
-    scores, index = (gather(torch.cat(part))[: len(anchors)] for part in zip(*parts, strict=True))
+    scores, index = (gather(torch.cat(part))[:num_anchors] for part in zip(*parts, strict=True))
     index = torch.where(index < 0, -1, kept[index.clamp_min(0)])  # (anchors, k), ids of the whole set again
-    return TopK(scores, index), _rejected_fraction(anchors, keys, anchor_id, key_id, positive, k, **guards)
+    return TopK(scores, index), _rejected_fraction(anchors, keys, positive, k, **guards)
+
+
+def _top_k(anchors: _Side, keys: _Side, k: int, **options: Any) -> TopK:
+    options |= {"anchor_id": anchors.image_id, "key_id": keys.image_id}
+    options |= {"anchor_captions": anchors.captions, "key_captions": keys.captions}
+    return top_k_negatives(anchors.embeddings, keys.embeddings, k, **options)
 
 
 def _of(mined: TopK, anchor_is_valid: Tensor) -> TopK:
@@ -124,16 +129,14 @@ def _of(mined: TopK, anchor_is_valid: Tensor) -> TopK:
     return TopK(scores, mined.index.masked_fill(~anchor_is_valid[:, None], -1))
 
 
-def _rejected_fraction(
-    anchors: Tensor, keys: Tensor, anchor_id: Tensor, key_id: Tensor, positive: Tensor, k: int, **guards: Any
-) -> float:
+def _rejected_fraction(anchors: _Side, keys: _Side, positive: Tensor, k: int, **guards: Any) -> float:
     """Measure on some anchors which fraction of the hardest ``k`` the guards reject."""
     rank_min = guards.pop("rank_min", 0)
-    some = slice(None, None, max(1, len(anchors) // NUM_SAMPLED_ANCHORS))
+    some = slice(None, None, max(1, len(positive) // NUM_SAMPLED_ANCHORS))
     ceiling = score_ceiling(positive[some], **guards)
     if ceiling is None and rank_min == 0:
         return 0.0
-    free = top_k_negatives(anchors[some], keys, k, anchor_id=anchor_id[some], key_id=key_id).scores  # (some, k)
+    free = _top_k(anchors.of(some), keys, k).scores  # (some, k)
     is_there = free.isfinite()
     is_rejected = torch.zeros_like(is_there) if ceiling is None else free > ceiling.expand(len(free))[:, None]
     # `rank_min` skips among those that the other guards let pass.

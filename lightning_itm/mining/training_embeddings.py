@@ -19,14 +19,15 @@ class TrainingEmbeddings:
     Args:
         text_image_id: The image that each text belongs to, int64 `(pairs,)`. The number of a pair is that of its text.
         num_images: Number of images of the set.
+        caption_id: The number of the caption of each text, int64 `(pairs,)`. Default: captions are not compared.
 
     Attributes:
         rows: float16 `(2, pairs, dim)`, image and text of each pair, zeros where there is none. None before the first batch.
         is_known: bool `(pairs,)`, whether a pair was seen.
     """
 
-    def __init__(self, text_image_id: Tensor, num_images: int) -> None:
-        self.text_image_id, self.num_images = text_image_id, num_images
+    def __init__(self, text_image_id: Tensor, num_images: int, caption_id: Tensor | None = None) -> None:
+        self.text_image_id, self.num_images, self.caption_id = text_image_id, num_images, caption_id
         self.rows: Tensor | None = None
         self.is_known = torch.zeros(len(text_image_id), dtype=torch.bool)
 
@@ -68,7 +69,8 @@ class TrainingEmbeddings:
         # Rows of pairs that were never seen are zero, and count for nothing in the sum.
         images = unit_norm(image_rows.new_zeros(self.num_images, texts.shape[1]).index_add_(0, owner, image_rows))
         all_images = torch.ones(self.num_images, dtype=torch.bool, device=texts.device)
-        return EncodedPairs(images, unit_norm(texts), owner, all_images, self.is_known)
+        caption_id = None if self.caption_id is None else self.caption_id.to(texts.device)
+        return EncodedPairs(images, unit_norm(texts), owner, all_images, self.is_known, caption_id)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows. They are the same on every rank, so that the checkpoint of rank 0 has them all."""

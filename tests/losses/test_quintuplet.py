@@ -222,3 +222,14 @@ def test_the_mined_pairs_of_one_caption_are_not_compared():
     assert loss(pairs, hard=captioned)["loss"] < loss(pairs, hard=hard)["loss"]
     kept = QuintupletLoss(offline_margin=2.0, mask_matched=False)
     assert torch.equal(kept(pairs, hard=captioned)["loss"], kept(pairs, hard=hard)["loss"])
+
+
+def test_a_mined_pair_of_the_anchors_caption_is_none():
+    """Row 0 has a mined text of its own caption, row 1 a mined image with its own caption."""
+    _, pairs, hard = make_case([0, 1], [5, 6], [7, 8], seed=3)
+    captions = {"caption_id": torch.tensor([1, 5]), "caption_id_of_image": torch.tensor([6, 2])}
+    loss = QuintupletLoss(offline_margin=2.0)
+    value = loss(replace(pairs, caption_id=torch.tensor([1, 2])), hard=replace(hard, **captions))["loss"]
+    without = replace(hard, image_id_of_text=torch.tensor([-1, 6]), image_id=torch.tensor([7, -1]))
+    assert torch.equal(value, loss(pairs, hard=without)["loss"])
+    assert value < loss(pairs, hard=replace(hard, **captions))["loss"]

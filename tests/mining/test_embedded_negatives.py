@@ -67,3 +67,17 @@ def test_a_pair_without_mined_texts_draws_any_of_its_images(coupled_ranks):
     drawn = [int(mined.draw(image_id, own, epoch).image_id) for epoch in range(400)]
     assert sorted(set(drawn)) == sorted(row)
     assert min(drawn.count(image) for image in row) > 60  # of 100 expected
+
+
+def test_draws_have_the_numbers_of_their_captions():
+    caption_id = torch.arange(NUM_TEXTS) // 2 + 7
+    mined = negatives(caption_id=caption_id)
+    hard = mined.draw(TEXT_IMAGE_ID, TEXT_ID, epoch=0)
+    for ids, captions, embeddings in (
+        (hard.image_id_of_text, hard.caption_id, hard.text_embeddings),
+        (hard.image_id, hard.caption_id_of_image, hard.text_of_image_embeddings),
+    ):
+        (drawn,) = (mined.text_embeddings == embeddings[:, None]).all(dim=2).int().argmax(dim=1)[None]  # text ids
+        assert torch.equal(captions, torch.where(ids >= 0, caption_id[drawn], -1))
+        assert (captions == -1).any()
+    assert negatives().draw(TEXT_IMAGE_ID, TEXT_ID, epoch=0).caption_id is None

@@ -38,10 +38,20 @@ def epochs(draw):
     if batch_size < group_size:
         group_size = batch_size = 1
     key = {"seed": draw(st.integers(0, 99)), "epoch": draw(st.integers(0, 99))}
+    if num_captions := draw(st.sampled_from([0, 2, 9])):
+        generator = torch.Generator().manual_seed(num_captions)
+        key["caption_id"] = torch.randint(0, num_captions, (len(text_image_id),), generator=generator)
     return (texts, images, text_image_id), {"group_size": group_size, "batch_size": batch_size, **key}
 
 
-def slow_groups(texts, images, text_image_id, group_size, visited):
+def is_own(owner, caption_id, text, other):
+    """Whether the text equals a caption of the image of another text."""
+    if caption_id is None:
+        return False
+    return int(caption_id[text]) in [int(caption_id[t]) for t in range(len(owner)) if owner[t] == owner[other]]
+
+
+def slow_groups(texts, images, text_image_id, group_size, visited, caption_id=None):
     """As the docstring says it, pair by pair."""
     owner, free, groups = text_image_id.tolist(), set(range(len(text_image_id))), []
     rank = {pair: i for i, pair in enumerate(visited)}
@@ -60,8 +70,11 @@ def slow_groups(texts, images, text_image_id, group_size, visited):
             for choice in choices:
                 unused = [t for t in choice if t in free and owner[t] not in [owner[u] for u in group]]
                 if unused and len(group) < group_size:
-                    group.append(min(unused, key=rank.get))
-                    free.remove(group[-1])
+                    new = min(unused, key=rank.get)
+                    if any(is_own(owner, caption_id, new, u) or is_own(owner, caption_id, u, new) for u in group):
+                        continue
+                    group.append(new)
+                    free.remove(new)
         groups.append(group)
     return groups
 
@@ -81,6 +94,10 @@ def test_properties(epoch):
         assert len(pairs) <= size
         assert len(set(owner[pairs].tolist())) == len(pairs), "no image twice"
         assert len({int(position) // batch_size for position in positions}) == 1, "a batch has whole groups"
+        for other in pairs[1:]:
+            for earlier in pairs[: pairs.tolist().index(other)]:
+                assert not is_own(owner, options.get("caption_id"), other, earlier), "no caption of another image"
+                assert not is_own(owner, options.get("caption_id"), earlier, other)
         first = pairs[0]
         for other in pairs[1:]:
             assert other in texts[owner[first]] or owner[other] in images[first], "nothing that a guard left out"
@@ -95,7 +112,7 @@ def test_groups_are_those_of_a_slow_loop(epoch):
     order, group = compose_batches(texts, images, owner, **options)
     found = [order[group == number].tolist() for number in range(int(group.max()) + 1)]
     visited = random_order(len(owner), options["seed"], options["epoch"]).tolist()
-    expected = slow_groups(texts, images, owner, options["group_size"], visited)
+    expected = slow_groups(texts, images, owner, options["group_size"], visited, options.get("caption_id"))
     is_cut = [slow for slow in expected if slow not in found]
     for slow in is_cut:
         assert any(slow[: len(part)] == part for part in found)
@@ -111,6 +128,19 @@ def test_a_group_takes_the_hardest_in_turn():
     texts[first], images[first] = torch.tensor(others[:2]), torch.tensor(others[2:])
     order, group = compose_batches(texts, images, text_image_id, group_size=4, batch_size=4)
     assert order[group == 0].tolist() == [first, others[0], others[2], others[1]]
+
+
+def test_all_captions_of_an_image_are_compared():
+    """The text of pair 2 equals the *other* caption of image 0: text 1, which is not in the group."""
+    text_image_id, caption_id = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 3])
+    texts, images = torch.tensor([[2, 3], [-1, -1], [-1, -1]]), torch.full((4, 1), -1)
+    options = {"group_size": 2, "batch_size": 2}
+    epochs = [compose_batches(texts, images, text_image_id, **options, seed=seed) for seed in range(20)]
+    assert any({0, 2} <= set(epoch.order[epoch.group == 0].tolist()) for epoch in epochs)
+    for seed in range(20):
+        order, group = compose_batches(texts, images, text_image_id, **options, caption_id=caption_id, seed=seed)
+        for number in range(int(group.max()) + 1):
+            assert not {2} < {*order[group == number].tolist()}, "pair 2 is not hard for image 0 or pair 0"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -83,6 +83,19 @@ class TestPairs:
                 assert any(torch.equal(sample["hard"]["text"], text) for text in texts)
                 assert torch.equal(sample["hard"]["image_of_text"], view.load_image(sample["hard"]["image_id_of_text"]))
 
+    @pytest.mark.filterwarnings("ignore:46 of 46 pairs share their caption")
+    def test_mined_samples_have_the_number_of_their_caption(self):
+        """Captions of six kinds only. The text that comes says its kind."""
+        pairs = mined_pairs()
+        texts = [[f"kind {i % 3} a", f"kind {i % 3} b"] for i in range(NUM_IMAGES)]
+        pairs.pairs = ImageTextDataset(cut_outs(NUM_IMAGES), texts)
+        number = {text: int(caption) for text, caption in zip(pairs.pairs.texts, pairs.pairs.caption_id, strict=True)}
+        for index in range(NUM_TEXTS):
+            hard = pairs[index]["hard"]
+            assert hard["caption_id"] == (-1 if hard["image_id_of_text"] < 0 else number[hard["text"]])
+            assert hard["caption_id_of_image"] == (-1 if hard["image_id"] < 0 else number[hard["text_of_image"]])
+        assert "caption_id" not in mined_pairs()[0]["hard"]
+
     def test_nothing_mined(self):
         pairs = mined_pairs()
         sample = pairs[2 * WITHOUT_TEXTS]

@@ -18,14 +18,12 @@ def encoded():
     return EncodedPairs(*vectors, text_image_id, image_is_valid, text_is_valid)
 
 
-def slow_search(anchors, keys, anchor_id, key_id, key_is_valid, k, *, max_score=2.0, rank_min=0):
+def slow_search(anchors, keys, is_own, key_is_valid, k, *, max_score=2.0, rank_min=0):
     """Search by one comparison after the other. Return a row per anchor, and the fraction of places that guards change."""
     rows, num_rejected, num_places = [], 0, 0
-    for anchor, own_id in zip(anchors, anchor_id.tolist(), strict=True):
+    for anchor, own in zip(anchors, is_own.tolist(), strict=True):
         candidates = [
-            (float(anchor @ key), index)
-            for index, key in enumerate(keys)
-            if key_id[index] != own_id and key_is_valid[index]
+            (float(anchor @ key), index) for index, key in enumerate(keys) if not own[index] and key_is_valid[index]
         ]
         candidates.sort(reverse=True)
         allowed = [candidate for candidate in candidates if candidate[0] <= max_score][rank_min:]
@@ -44,13 +42,25 @@ def of_valid(rows, is_valid):
     return [row if valid else [] for row, valid in zip(rows, is_valid.tolist(), strict=True)]
 
 
+def own_texts(pairs):
+    """Whether a text belongs to the image, or equals a text that does, bool `(images, texts)`."""
+    is_own = torch.arange(NUM_IMAGES)[:, None] == pairs.text_image_id
+    if pairs.caption_id is not None:
+        captions = [pairs.caption_id[row].tolist() for row in is_own]  # of each image
+        is_own = torch.tensor([[caption in own for caption in pairs.caption_id.tolist()] for own in captions])
+    return is_own
+
+
+@pytest.mark.parametrize("num_captions", [None, 8, 40])
 @pytest.mark.parametrize("guards", [{}, {"max_score": 0.6}, {"rank_min": 2}, {"max_score": 0.6, "rank_min": 1}])
-def test_equals_a_slow_loop(guards):
-    pairs, image_id = encoded(), torch.arange(NUM_IMAGES)
-    mined = find_negatives(pairs, 9, 5, **guards)
-    images, texts, owner = pairs.image_embeddings, pairs.text_embeddings, pairs.text_image_id
-    expected_texts, rejected_texts = slow_search(images, texts, image_id, owner, pairs.text_is_valid, 9, **guards)
-    expected_images, rejected_images = slow_search(texts, images, owner, image_id, pairs.image_is_valid, 5, **guards)
+def test_equals_a_slow_loop(guards, num_captions):
+    pairs = encoded()
+    if num_captions is not None:
+        pairs.caption_id = torch.randint(0, num_captions, (NUM_TEXTS,))
+    mined, is_own = find_negatives(pairs, 9, 5, **guards), own_texts(pairs)
+    images, texts = pairs.image_embeddings, pairs.text_embeddings
+    expected_texts, rejected_texts = slow_search(images, texts, is_own, pairs.text_is_valid, 9, **guards)
+    expected_images, rejected_images = slow_search(texts, images, is_own.T, pairs.image_is_valid, 5, **guards)
     assert without_empty_places(mined.texts) == of_valid(expected_texts, pairs.image_is_valid)
     assert without_empty_places(mined.images) == of_valid(expected_images, pairs.text_is_valid)
     assert mined.rejected_fraction == pytest.approx((rejected_texts + rejected_images) / 2)

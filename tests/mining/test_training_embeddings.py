@@ -34,6 +34,15 @@ def test_an_image_is_the_mean_of_its_pairs():
     assert encoded.text_is_valid.all()
 
 
+def test_captions_are_mined_with_the_embeddings():
+    kept, captions = TrainingEmbeddings(OWNER, 3, torch.tensor([0, 1, 0, 2, 3])), torch.tensor([0, 1, 0, 2, 3])
+    kept.update(vectors(5), vectors(5), torch.arange(5))
+    assert torch.equal(kept.encoded().caption_id, captions)
+    of_image, of_text = kept.encoded().captions()
+    assert of_image.tolist() == [[0], [0], [-1]]
+    assert of_text.tolist() == captions[:, None].tolist()
+
+
 def test_a_pair_that_is_left_out_keeps_its_older_row():
     kept, _, texts = filled()
     new = vectors(2)

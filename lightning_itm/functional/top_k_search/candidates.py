@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_itm.functional.precision import full_precision_products
+from lightning_itm.functional.similarity import shares_caption
 from lightning_itm.functional.top_k_search.grouped import Shortlist
 
 
@@ -23,30 +24,65 @@ class TopK(NamedTuple):
 
 
 class OwnKeys:
-    """Which keys belong to the image of an anchor: few, so they are listed and not compared."""
+    """Which keys belong to the image of an anchor, or share a caption with it: few, so they are listed and not compared."""
 
-    def __init__(self, anchor_id: Tensor, key_id: Tensor) -> None:
+    def __init__(
+        self,
+        anchor_id: Tensor,
+        key_id: Tensor,
+        anchor_captions: Tensor | None = None,
+        key_captions: Tensor | None = None,
+    ) -> None:
         self.anchor_id, self.key_id = anchor_id, key_id
-        self.sorted_id, self.order = key_id.sort()
+        self.anchor_captions, self.key_captions = anchor_captions, key_captions
+        self.by_id = key_id.sort()
+        self.by_caption = None if key_captions is None else _sorted_captions(key_captions)
 
     def of(self, rows: Tensor) -> "OwnKeys":
         """Return the same for some of the anchors."""
         part = copy.copy(self)
         part.anchor_id = self.anchor_id[rows]
+        part.anchor_captions = None if self.anchor_captions is None else self.anchor_captions[rows]
         return part
 
     def mask(self, scores: Tensor) -> None:
-        """Put −inf, in place, where a key belongs to the anchor's own image, `(anchors, keys)`."""
-        first = torch.searchsorted(self.sorted_id, self.anchor_id)
-        count = torch.searchsorted(self.sorted_id, self.anchor_id, right=True) - first
-        total = int(count.sum())
-        if total > scores.numel() // 16:  # not so few
+        """Put −inf, in place, where a key is the anchor's own, `(anchors, keys)`."""
+        if not _mask_listed(scores, self.anchor_id[:, None], *self.by_id):
             scores.masked_fill_(self.anchor_id[:, None] == self.key_id, -torch.inf)
+        if self.anchor_captions is None or self.key_captions is None or self.by_caption is None:
             return
-        # One entry per pair of an anchor and a key of its own image: (total,).
-        row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-        position = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[row]
-        scores[row, self.order[first[row] + position]] = -torch.inf
+        if not _mask_listed(scores, self.anchor_captions, *self.by_caption):
+            scores.masked_fill_(shares_caption(self.anchor_captions, self.key_captions), -torch.inf)
+
+    def without_equal_captions(self, candidates: Shortlist) -> Shortlist:
+        """Drop candidates that share a caption with the anchor. ``left_out`` still holds for all that are not listed."""
+        if self.anchor_captions is None or self.key_captions is None:
+            return candidates
+        of_key = self.key_captions[candidates.index][..., None]  # (anchors, candidates, captions of a key, 1)
+        is_equal = (of_key == self.anchor_captions[:, None, None, :]) & (of_key >= 0)
+        return candidates._replace(scores=candidates.scores.masked_fill(is_equal.flatten(2).any(dim=2), -torch.inf))
+
+
+def _sorted_captions(key_captions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the captions of all keys in order, and the key of each. Those that fill up a row, −1, are left out."""
+    keys = torch.arange(len(key_captions), device=key_captions.device)[:, None].expand_as(key_captions)
+    is_there = key_captions >= 0
+    captions, order = key_captions[is_there].sort()
+    return captions, keys[is_there][order]
+
+
+def _mask_listed(scores: Tensor, of_anchor: Tensor, sorted_id: Tensor, keys: Tensor) -> bool:
+    """Put −inf where a key has one of the ids of the anchor, `(anchors, ids)`, or return False where these are not so few."""
+    first = torch.searchsorted(sorted_id, of_anchor.contiguous())
+    count = (torch.searchsorted(sorted_id, of_anchor.contiguous(), right=True) - first).flatten()
+    total = int(count.sum())
+    if total > scores.numel() // 16:
+        return False
+    # One entry per id of an anchor and key that has it: (total,).
+    entry = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    position = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[entry]
+    scores[entry // of_anchor.shape[1], keys[first.flatten()[entry] + position]] = -torch.inf
+    return True
 
 
 def compare(anchors: Tensor, keys: Tensor, centre: Tensor, candidates: Shortlist, k: int) -> tuple[TopK, Tensor]:

@@ -20,6 +20,8 @@ def top_k_negatives(
     *,
     anchor_id: Int[Tensor, " anchors"] | None = None,
     key_id: Int[Tensor, " keys"] | None = None,
+    anchor_captions: Int[Tensor, "anchors captions_of_anchor"] | None = None,
+    key_captions: Int[Tensor, "keys captions_of_key"] | None = None,
     positive: Float[Tensor, " anchors"] | None = None,
     rank_min: int = 0,
     max_score: float | None = None,
@@ -41,6 +43,9 @@ def top_k_negatives(
         k: How many negatives to return per anchor, typically 60 to 300.
         anchor_id: The image each anchor belongs to.
         key_id: The image each key belongs to. A key of the anchor's own image is no negative. Both ids, or neither.
+        anchor_captions: The numbers of the captions of each anchor, filled up with −1. Default: captions are not compared.
+        key_captions: The numbers of the captions of each key. A key that shares a caption with the anchor is no negative,
+            whatever its image is. Both, beside both ids, or neither.
         positive: Similarity of each anchor and its positive, for the two margins.
         rank_min: Leave out so many of the hardest, of those that the other guards let pass.
         max_score: Leave out what is more similar than this.
@@ -57,8 +62,8 @@ def top_k_negatives(
         Scores and rows of the keys, the hardest first.
 
     Raises:
-        ValueError: ``k`` is not positive, ``rank_min`` negative, one id without the other, a margin without ``positive``, no
-            such ``method``, or embeddings that are not finite.
+        ValueError: ``k`` is not positive, ``rank_min`` negative, one id or caption without the other, a margin without
+            ``positive``, no such ``method``, or embeddings that are not finite.
 
     Example:
         >>> import torch
@@ -71,6 +76,10 @@ def top_k_negatives(
         The guards have the names of sentence-transformers' ``mine_hard_negatives``. See NV-Retriever, arXiv 2407.15831 (2024).
     """
     _check(anchors, keys, k, rank_min, anchor_id, key_id)
+    if (anchor_captions is None) != (key_captions is None) or (key_captions is not None and key_id is None):
+        raise ValueError(
+            "Expected both `anchor_captions` and `key_captions`, beside both ids, or neither, got some of them."
+        )
     if method not in ("auto", "chunked", "grouped"):
         raise ValueError(f"Expected `method` to be 'auto', 'chunked' or 'grouped', got {method!r}.")
     if len(anchors) == 0 or len(keys) == 0:
@@ -79,7 +88,8 @@ def top_k_negatives(
     anchors, keys = anchors.float().contiguous(), keys.float().contiguous()
     ceiling = score_ceiling(positive, max_score, absolute_margin, relative_margin)
     ceiling = None if ceiling is None else ceiling.expand(len(anchors)).to(anchors.device)
-    own = None if anchor_id is None or key_id is None else OwnKeys(anchor_id, key_id)
+    captions = anchor_captions, key_captions
+    own = None if anchor_id is None or key_id is None else OwnKeys(anchor_id, key_id, *captions)
     found = search_all(anchors, keys, own, k + rank_min, ceiling, memory_budget, method)
     scores, index = (part[:, rank_min:] for part in found)
     index = index.masked_fill(scores == -torch.inf, -1)

@@ -120,6 +120,8 @@ class Grouped(Way):
             memory_budget=self.memory_budget,
         )
         candidates = grouped_shortlist(best, min(self.k + _NUM_SPARE, len(self.keys)), self.grouped.group_size)
+        if own:  # the kernel compares images alone
+            candidates = own.without_equal_captions(candidates)
         return compare(anchors, self.keys, self.centre, candidates, self.k)
 
 

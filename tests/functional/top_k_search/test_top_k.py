@@ -22,6 +22,17 @@ def brute_force(anchors, keys, k, anchor_id, key_id, ceiling=None, rank_min=0):
     return result
 
 
+def allowed_pairs(anchor_id, key_id, anchor_captions, key_captions):
+    """Lists, one pair at a time: whether a key is a negative of the anchor."""
+    return [
+        [
+            int(own) != int(other) and not ({*of_anchor.tolist()} & {*of_key.tolist()} - {-1})
+            for other, of_key in zip(key_id, key_captions, strict=True)
+        ]
+        for own, of_anchor in zip(anchor_id, anchor_captions, strict=True)
+    ]
+
+
 def check(found, expected, k):
     assert found.scores.shape == found.index.shape == (len(expected), k)
     for scores, index, right in zip(found.scores.tolist(), found.index.tolist(), expected, strict=True):
@@ -51,6 +62,56 @@ def test_equals_brute_force(method, search):
     check(found, brute_force(anchors, keys, k, anchor_id, key_id), k)
     for i, index in enumerate(found.index):
         assert (key_id[index[index >= 0]] != anchor_id[i]).all()
+
+
+@pytest.mark.parametrize("method", ["auto", "grouped"])
+@pytest.mark.parametrize("guards", [{}, {"max_score": 0.3, "rank_min": 2}])
+@given(search=searches(), widths=st.tuples(st.integers(1, 3), st.integers(1, 3)), num_captions=st.integers(1, 40))
+def test_equal_captions_equal_brute_force(method, guards, search, widths, num_captions):
+    """Several captions on each side, so that sharing one is not transitive; from one caption on all to hardly any shared."""
+    anchors, keys, anchor_id, key_id, k, memory_budget = search
+    captions = [
+        torch.randint(-1, num_captions, (len(ids), w)) for ids, w in zip((anchor_id, key_id), widths, strict=True)
+    ]
+    options = {"anchor_captions": captions[0], "key_captions": captions[1], "memory_budget": memory_budget, **guards}
+    found = top_k_negatives(anchors, keys, k, anchor_id=anchor_id, key_id=key_id, method=method, **options)
+    allowed = allowed_pairs(anchor_id, key_id, *captions)
+    expected = []
+    for anchor, row in zip(anchors.double(), allowed, strict=True):
+        scores = [(float(anchor @ key), -j) for j, key in enumerate(keys.double()) if row[j]]
+        scores = [pair for pair in scores if pair[0] <= guards.get("max_score", 2)]
+        expected.append(sorted(scores, reverse=True)[guards.get("rank_min", 0) :][:k])
+    check(found, expected, k)
+    assert all(allowed[i][j] for i, index in enumerate(found.index.tolist()) for j in index if j >= 0)
+
+
+@pytest.mark.parametrize("kind", ["random", "cone", "clusters"])
+@pytest.mark.parametrize("method", ["chunked", "grouped"])
+@pytest.mark.parametrize("num_captions", [3, 500])
+def test_equal_captions_in_a_larger_set(kind, method, num_captions):
+    """The k + 64 nearest keys of most anchors share their caption with it, so that candidates run out."""
+    anchors, keys, k = embeddings(kind, 60), embeddings(kind, 3000), 5
+    key_captions = torch.full((3000, 1), num_captions)
+    nearest = (anchors @ keys.T).argsort(dim=1, descending=True)
+    anchor_captions = torch.arange(60)[:, None] % num_captions
+    for anchor in range(60):
+        key_captions[nearest[anchor, :200], 0] = anchor_captions[anchor]
+    ids = {"anchor_id": torch.arange(60), "key_id": torch.arange(3000) + 60}
+    captions = {"anchor_captions": anchor_captions, "key_captions": key_captions}
+    found = top_k_negatives(anchors, keys, k, method=method, **ids, **captions)
+    scores = (anchors @ keys.T).masked_fill(anchor_captions == key_captions.T, -torch.inf)
+    torch.testing.assert_close(found.scores, scores.topk(k).values, atol=1e-6, rtol=0)
+    assert (key_captions[found.index, 0] != anchor_captions).all()
+
+
+def test_captions_need_each_other_and_ids():
+    eye, ids, captions = torch.eye(2), torch.arange(2), torch.arange(2)[:, None]
+    for options in (
+        {"anchor_captions": captions, "anchor_id": ids, "key_id": ids},
+        {"anchor_captions": captions, "key_captions": captions},
+    ):
+        with pytest.raises(ValueError, match="both `anchor_captions` and `key_captions`, beside both ids"):
+            top_k_negatives(eye, eye, 1, **options)
 
 
 @pytest.mark.parametrize("method", ["auto", "grouped"])
