@@ -124,7 +124,7 @@ def posteriors_on_emoji(args: argparse.Namespace, example: Any) -> None:
     model.load_state_dict(start)
     train = example.split()[0]
     names = [caption_of(item) for item in train]
-    pairs = ImageTextDataset([item.image for item in train], names, **model.transforms)
+    pairs = ImageTextDataset([item.image for item in train], names, equal_captions="keep", **model.transforms)
     number = {name: place for place, name in enumerate(sorted(set(names)))}
     print_posteriors(embed_all(model, pairs.evaluation()), torch.tensor([number[name] for name in names]))
 
@@ -147,8 +147,9 @@ def fine_tune(args: argparse.Namespace, example: Any, rule: str, start: dict[str
     )
     if start:
         model.load_state_dict(start, strict=False)
+    options: dict[str, Any] = {"equal_captions": "keep", **model.transforms}  # they are what is counted
     sets = [
-        ImageTextDataset([item.image for item in part], [caption_of(item) for item in part], **model.transforms)
+        ImageTextDataset([item.image for item in part], [caption_of(item) for item in part], **options)
         for part in (train, test)
     ]
     callbacks: list[Any] = []

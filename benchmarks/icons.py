@@ -29,7 +29,7 @@ class IconPairs(ImageTextDataset):
         self.images: Any = images
         self.texts, self.text_image_id = names, torch.arange(len(names))
         self.pieces = torch.tensor([pieces(name) for name in names])  # (icons, length)
-        self._set_up(None, None, None)
+        self._set_up(None, None, None, "keep")  # names of several icons are the false negatives that are counted
 
     def load_image(self, image_id: int) -> Tensor:
         """Return one icon, `(1, 32, 32)`."""

@@ -22,6 +22,7 @@ class OfflineHardNegativeMining(Callback):
 
     Before an epoch every image and every text is encoded once, with evaluation transforms, in eval mode and under the
     Trainer's precision, split over the ranks. What was mined reaches the training steps in one of three ways (``inject``).
+    A text that equals one of an image's own captions is none of its negatives (``equal_captions`` of the dataset).
 
     Args:
         dataset: The set that is mined. Default: the datamodule's ``train_dataset``. Without a datamodule, give the

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
@@ -41,7 +41,8 @@ def read_pairs(
         text_column: The column of a table that holds the texts. Change it if yours has another name.
         index: The file that says what is in the shards. Default: beside the first shard. Only shards have one, and remote
             shards need it.
-        **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``, as :class:`~lightning_itm.ImageTextDataset` takes them.
+        **kwargs: ``transform``, ``eval_transform``, ``tokenizer`` and ``equal_captions``, as
+            :class:`~lightning_itm.ImageTextDataset` takes them.
 
     Raises:
         ValueError: if ``source`` has none of these forms, or what it holds does not fit together.
@@ -89,6 +90,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         image_root: The folder that image paths in a JSON file or a table start from. Default: the folder of that file.
         image_column: The column of a table that holds the image paths. Change it if yours has another name.
         text_column: The column of a table that holds the texts. Change it if yours has another name.
+        equal_captions: ``"exclude"`` or ``"keep"`` captions of several images, as :class:`~lightning_itm.ImageTextDataset`.
         stream: Read ``train`` from front to back, as :class:`~lightning_itm.ShardStream` does. For shards that are remote or
             on a slow disk.
         shuffle_buffer: The number of pairs among which a worker of the stream draws the next one. More shuffles better and
@@ -125,6 +127,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         image_root: str | None = None,
         image_column: str = "image",
         text_column: str = "text",
+        equal_captions: Literal["exclude", "keep"] = "exclude",
         stream: bool = False,
         shuffle_buffer: int = 4096,
         resampled: bool = False,
@@ -151,7 +154,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         self.sources: dict[str, Any] = {"train": train, "val": val, "test": test}
         self._warn_of_one_source_twice()
         columns = {"image_column": image_column, "text_column": text_column}
-        self.options: dict[str, Any] = {"image_root": image_root, **columns}
+        self.options: dict[str, Any] = {"image_root": image_root, **columns, "equal_captions": equal_captions}
         self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
         self.stream_options: dict[str, Any] = {
             "shuffle_buffer": shuffle_buffer,

@@ -107,7 +107,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             image_root: The folder of the images. COCO's ``filepath`` is looked up below it.
             split: The split to read, such as ``"val"``, or a list of splits. ``"train"`` takes ``restval`` in, as published
                 results on COCO do. ``["train"]`` does not.
-            **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``, as the class takes them.
+            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
         Raises:
             ValueError: if no image has that split.
@@ -138,7 +138,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             text_column: The column that holds the texts.
             delimiter: The sign between two columns. Use ``"\t"`` for the TSV files that open_clip trains on. Their columns are
                 ``filepath`` and ``title``.
-            **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``, as the class takes them.
+            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
         Raises:
             ValueError: if a column is missing, or if the table is empty.
@@ -165,7 +165,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
         Args:
             folder: The folder. Its subfolders are read, too, all in the order of their names.
-            **kwargs: ``transform``, ``eval_transform`` and ``tokenizer``, as the class takes them.
+            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
         Raises:
             FileNotFoundError: if there is no image, or if an image has no ``.txt``.

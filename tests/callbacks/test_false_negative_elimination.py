@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_itm import (
     FalseNegativeElimination,
     FalseNegativeSampler,
+    ImageTextDataset,
     InfoNCELoss,
     OfflineHardNegativeMining,
     QuintupletLoss,
@@ -19,7 +20,8 @@ from lightning_itm import (
 )
 from lightning_itm.memory_bank import agreement
 from lightning_itm.memory_bank.agreement import MIN_STEPS
-from tests.helpers.tiny import NUM_IMAGES, SILENT, Tiny, tiny_data
+from tests.helpers.pictures import cut_outs
+from tests.helpers.tiny import AUGMENTED, NUM_IMAGES, PLAIN, SILENT, Tiny, tiny_data, tokenize
 
 NUM_PAIRS, BATCH_SIZE, QUEUE_SIZE, EPOCHS = 2 * NUM_IMAGES, 4, 16, 3
 STEPS = -(-NUM_PAIRS // BATCH_SIZE)  # per epoch, the last batch of two pairs
@@ -467,6 +469,17 @@ def test_two_processes_draw_like_one(loss, start_epoch):
     _check_two_processes(loss, start_epoch)
 
 
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`", "ignore:46 of 46 pairs share their caption")
+@pytest.mark.parametrize("loss", ["hardest", "info_nce"])
+def test_two_processes_draw_like_one_with_equal_captions(loss):
+    """The captions of the pairs of both ranks are in the queue, in the order of one process."""
+    texts = [[f"kind {i % 5}", f"sort {i % 7}"] for i in range(NUM_IMAGES)]
+    bank = _check_two_processes(loss, 0, texts=texts)
+    assert (bank["caption_id"] >= 0).all()
+    assert len(bank["caption_id"].unique()) > 5
+
+
 @pytest.mark.slow
 @pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
@@ -477,7 +490,8 @@ def test_two_processes_draw_like_one_beside_mined_negatives(loss, inject):
     _check_two_processes(loss, 0, inject)
 
 
-def _check_two_processes(loss, start_epoch, inject=None):
+def _check_two_processes(loss, start_epoch, inject=None, texts=None):
+    """Return the state of the bank of one process."""
     for devices in (1, 2):
         L.seed_everything(0, verbose=False)
         fne = FalseNegativeElimination(
@@ -495,7 +509,11 @@ def _check_two_processes(loss, start_epoch, inject=None):
             limit_val_batches=0,
             **SILENT,
         )
-        trainer.fit(Still(LOSSES[loss]()), datamodule=tiny_data(batch_size=4 // devices, drop_last=True))
+        data = tiny_data(batch_size=4 // devices, drop_last=True)
+        if texts is not None:
+            options = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": tokenize}
+            data.train_dataset = ImageTextDataset(cut_outs(NUM_IMAGES), texts, **options)
+        trainer.fit(Still(LOSSES[loss]()), datamodule=data)
     one, *two = (torch.load(f"end-{world}-{rank}.pt") for world, rank in ((1, 0), (2, 0), (2, 1)))
     for rank in two:
         for part in ("bank", "sampler", "model"):
@@ -505,6 +523,7 @@ def _check_two_processes(loss, start_epoch, inject=None):
                 else:
                     torch.testing.assert_close(rank[part][name], value, atol=1e-9, rtol=0)
     assert all(torch.equal(value, two[1]["bank"][name]) for name, value in two[0]["bank"].items() if name[0] != "_")
+    return one["bank"]
 
 
 class TestBadInput:

@@ -88,3 +88,20 @@ def test_parquet_without_pyarrow(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ModuleNotFoundError, match="Expected pyarrow, to write Parquet"):
         NegativeWriter("mined", format="parquet")
+
+
+@pytest.mark.filterwarnings("ignore:12 of 12 pairs share their caption")
+@pytest.mark.parametrize("option", ["exclude", "keep"])
+def test_equal_captions(option):
+    """Six images of two captions, each with one of two others."""
+    texts = [[f"kind {i % 2}", f"Kind  {2 + i % 3}"] for i in range(6)]
+    options = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": tokenize, "equal_captions": option}
+    data = ImageTextDataModule(
+        test_dataset=ImageTextDataset(cut_outs(6), texts, **options), batch_size=3, num_workers=0
+    )
+    mine("mined", data, texts_per_image=12)
+    for row in read_lines("mined/texts_of_images.jsonl"):
+        own = {text.lower() for text in texts[row["image_id"]]}
+        equal = [entry["text"] for entry in row["texts"] if entry["text"].lower() in own]
+        assert len(row["texts"]) == (7 if option == "exclude" else 10)
+        assert (equal == []) == (option == "exclude")

@@ -24,7 +24,7 @@ from lightning_itm import (
 from tests.compilation import needs_compiler
 from tests.helpers.fit import fit
 from tests.helpers.pictures import captions, cut_outs
-from tests.helpers.tiny import Tiny, tiny_data
+from tests.helpers.tiny import AUGMENTED, Tiny, tiny_data, tokenize
 
 LOSSES = {
     "hardest": TripletLoss,
@@ -83,10 +83,24 @@ class Plain(Tiny):
     ("loss", "names"), CASES, ids=lambda value: value if isinstance(value, str) else "+".join(value)
 )
 def test_the_host_reads_nothing(loss, names):
+    check_no_read(loss, names, tiny_data(num_workers=1))
+
+
+@pytest.mark.filterwarnings("ignore:46 of 46 pairs share their caption")
+@pytest.mark.parametrize("loss", ["selective", "quintuplet", "sigmoid"])
+def test_the_host_reads_nothing_with_equal_captions(loss):
+    data = tiny_data(num_workers=1)
+    texts = [[f"kind {i % 5}", f"sort {i % 7}"] for i in range(23)]
+    data.train_dataset = ImageTextDataset(cut_outs(23), texts, transform=AUGMENTED, tokenizer=tokenize)
+    check_no_read(loss, ("memory", "mining"), data)
+    assert "caption_id" in data.train_dataset[0]
+
+
+def check_no_read(loss, names, data):
     recorder = profile(activities=[ProfilerActivity.CPU])
     watched = Watched(recorder.__enter__, lambda: recorder.__exit__(None, None, None))
     callbacks = [watched, *(CALLBACKS[name]() for name in names)]
-    fit(Plain(LOSSES[loss]()), tiny_data(num_workers=1), *callbacks, limit_val_batches=0)
+    fit(Plain(LOSSES[loss]()), data, *callbacks, limit_val_batches=0)
     keys = {event.key for event in recorder.key_averages()}
     assert watched.num_steps == 12
     assert "aten::mm" in keys

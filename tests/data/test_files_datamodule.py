@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from PIL import Image
 
 from lightning_itm import ImageTextDataset, ImageTextFilesDataModule, write_shards
 from lightning_itm.data import read_pairs
@@ -102,6 +103,22 @@ class TestImageTextFilesDataModule:
     def test_a_set_without_splits_that_comes_twice(self):
         with pytest.warns(UserWarning, match="`train` and `val` are the same, folder, which has no splits"):
             ImageTextFilesDataModule("folder", "folder")
+
+    def test_equal_captions(self, tmp_path):
+        for number in range(3):
+            Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / "train.csv").write_text("image,text\n0.png,a mug\n1.png,A mug\n2.png,a cup\n")
+
+        def captions(**options):
+            data = ImageTextFilesDataModule(str(tmp_path / "train.csv"), batch_size=3, num_workers=0, **options)
+            data.trainer = L.Trainer(**SILENT)
+            data.trainer.strategy.connect(TinyWithTransforms())
+            data.setup("fit")
+            return data.train_dataset.caption_id
+
+        with pytest.warns(UserWarning, match="2 of 3 pairs share their caption"):
+            assert captions().tolist() == [0, 0, 1]
+        assert captions(equal_captions="keep") is None
 
     def test_what_can_not_be_set_up(self, tmp_path):
         write_karpathy(tmp_path)
