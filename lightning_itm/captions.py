@@ -64,7 +64,7 @@ def is_shared(caption_id: Tensor, text_image_id: Tensor) -> Tensor:
         text_image_id: The image that each caption belongs to, int64 `(texts,)`.
     """
     known = caption_id.clamp_min(0)
-    num = int(known.max()) + 1 if len(known) else 0
+    num = _num_captions(caption_id)
     # The lowest and the highest image of each caption are the same one where only one image has it.
     lowest, highest = (
         text_image_id.new_zeros(num).scatter_reduce(0, known[own], text_image_id[own], way, include_self=False)
@@ -95,7 +95,10 @@ def captions_of_images(caption_id: Tensor, text_image_id: Tensor, num_images: in
                 [-1]])
     """
     shared = is_shared(caption_id, text_image_id)
-    owner, number = torch.stack([text_image_id[shared], caption_id[shared]]).unique(dim=1)  # in the order of the images
+    # Each image and each of its captions as one number, so that they are sorted by image, and none comes twice.
+    num = _num_captions(caption_id)
+    pairs = (text_image_id[shared] * num + caption_id[shared]).unique()
+    owner, number = pairs // num, pairs % num
     count = torch.bincount(owner, minlength=num_images)  # (images,)
     column = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner]
     rows = caption_id.new_full((num_images, max(1, int(count.max()))), -1)
@@ -107,9 +110,9 @@ def warn_of_equal_captions(caption_id: Tensor, text_image_id: Tensor, *, stackle
     """Warn how many pairs share their caption with another image, at the line that made the set."""
     number, total = int(is_shared(caption_id, text_image_id).sum()), len(caption_id)
     warnings.warn(
-        f"{number:,} of {total:,} pairs share their caption with another image. They are no negatives of each other. Recall "
-        "counts them as wrong results of each other, as papers do. `ImageTextRetrieval(equal_captions='right')` counts them "
-        "as right. `equal_captions='keep'` of the dataset keeps them as negatives.",
+        f"{number:,} of {total:,} pairs share their caption with another image. They are no negatives of each other, but "
+        "recall counts one as a wrong result for the other, as in papers. `ImageTextRetrieval(equal_captions='right')` counts "
+        "it as right. To have them as negatives, give the dataset `equal_captions='keep'`.",
         stacklevel=stacklevel + 1,
     )
 
@@ -117,3 +120,7 @@ def warn_of_equal_captions(caption_id: Tensor, text_image_id: Tensor, *, stackle
 def _hash(number: int, text: str) -> int:
     folded = fold_caption(text) or f"\0{number}"
     return int.from_bytes(blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _num_captions(caption_id: Tensor) -> int:
+    return max(1, int(caption_id.max()) + 1) if len(caption_id) else 1

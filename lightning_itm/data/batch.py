@@ -19,6 +19,7 @@ class ImageTextBatch(TypedDict):
 
     Ids are dense and start at 0. Pairs that share an ``image_id`` are never each other's negatives. Nor are pairs that share a
     ``caption_id``, int64 `(pairs,)`, the number of the caption. It is optional, and −1 where it is not known.
+    :func:`~lightning_itm.captions.number_captions` makes it.
     """
 
     image: Any

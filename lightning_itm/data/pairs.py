@@ -35,10 +35,9 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         eval_transform: Turns a PIL image into what the image tower takes, in validation, test and mining. Give it where
             ``transform`` augments. Default: ``transform``.
         tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
-        equal_captions: What a caption is that another image has word for word, but for case, white space and the form of its
-            Unicode signs. ``"exclude"``: no negative of that image, nor the image of the caption. Such sets give a
-            ``caption_id`` with each pair, and a warning counts these pairs. ``"keep"``: a negative like any other, as in the
-            papers. Use it to count false negatives.
+        equal_captions: What a caption is to another image that has the same one, up to case, white space and Unicode form.
+            ``"exclude"``: it is no negative of that image. Each pair then has a ``caption_id``, and a warning counts such
+            pairs. ``"keep"``: it is a negative like any other, as in the papers. Use it to count false negatives.
 
     Raises:
         ValueError: if there are no images, if an image has no text, if texts and images do not match in number, if the ids

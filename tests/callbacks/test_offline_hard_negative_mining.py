@@ -431,8 +431,10 @@ class SaveTables(Callback):
 
 
 @pytest.mark.forks
-@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
-def test_two_processes_mine_the_table_of_one():
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`", "ignore:46 of 46 pairs share their caption")
+@pytest.mark.parametrize("has_equal_captions", [False, True])
+def test_two_processes_mine_the_table_of_one(has_equal_captions):
+    texts = [[f"kind {i % 3}", f"sort {i % 5}"] for i in range(NUM_IMAGES)]
     for devices in (1, 2):
         L.seed_everything(0, verbose=False)
         miner = OfflineHardNegativeMining(**TABLE, batch_size=7)
@@ -443,7 +445,11 @@ def test_two_processes_mine_the_table_of_one():
             max_epochs=1,
             **SILENT,
         )
-        trainer.fit(Tiny(QuintupletLoss(), warmup_steps=0), datamodule=tiny_data())
+        data = tiny_data()
+        if has_equal_captions:
+            options = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": tokenize}
+            data.train_dataset = ImageTextDataset(cut_outs(NUM_IMAGES), texts, **options)
+        trainer.fit(Tiny(QuintupletLoss(), warmup_steps=0), datamodule=data)
     expected = torch.load("table-1-0.pt")
     for rank in range(2):
         assert all(torch.equal(a, b) for a, b in zip(torch.load(f"table-2-{rank}.pt"), expected, strict=True))
