@@ -28,7 +28,7 @@ class TestImages:
         image.save(tmp_path / "a.png")
         image.save(tmp_path / "b.png")
         forms = [image, np.asarray(image), png(image), tmp_path / "a.png", str(tmp_path / "b.png")]
-        pairs = ImageTextDataset(forms, ["a cut-out"] * 5)
+        pairs = ImageTextDataset(forms, [f"cut-out {i}" for i in range(5)])
         assert all(torch.equal(pairs[i]["image"], pairs[0]["image"]) for i in range(5))
         assert pairs[0]["image"].shape == (3, 24, 24)
 
