@@ -1,5 +1,8 @@
 """Check arguments, in one way in every room."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Check that an argument is one of several strings.
@@ -20,3 +23,29 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_tokens(tokens: Any) -> Any:
+    """Return what a tokenizer made of one text, without the dimension of the texts.
+
+    Args:
+        tokens: What the tokenizer returned for a list of one text: a tensor or array `(1, length)`, or a list of one string.
+
+    Raises:
+        TypeError: if it is something else. Lists of ids would be cut into columns where a batch is stacked, silently.
+
+    Example:
+        >>> from lightning_itm.checks import check_tokens
+        >>> check_tokens([[101, 7, 102]])
+        Traceback (most recent call last):
+        TypeError: Expected `tokenizer` to return a tensor (1, length) for a list of one text, got list of list. ...
+    """
+    row = tokens[0] if (isinstance(tokens, Sequence) and tokens) or len(getattr(tokens, "shape", ())) else None
+    # What can be stacked into a batch: strings, dicts of tensors, and whatever has a shape.
+    if isinstance(row, str | Mapping) or hasattr(row, "shape"):
+        return row
+    got = type(tokens).__name__ + (f" of {type(row).__name__}" if row is not None else "")
+    raise TypeError(
+        f"Expected `tokenizer` to return a tensor (1, length) for a list of one text, got {got}. For one of transformers, "
+        'give `lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]`.'
+    )

@@ -1,6 +1,10 @@
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from lightning_itm.checks import check_choice
+from lightning_itm import ImageTextDataset
+from lightning_itm.checks import check_choice, check_tokens
 
 
 def test_a_choice_passes():
@@ -10,3 +14,30 @@ def test_a_choice_passes():
 def test_the_error_names_value_and_choices():
     with pytest.raises(ValueError, match=r"Expected `reduction` to be one of 'mean', 'sum', got 'max'\."):
         check_choice("reduction", "max", ("mean", "sum"))
+
+
+@pytest.mark.parametrize(
+    "tokens", [torch.ones(1, 3), np.ones((1, 3)), ["a text"], [torch.ones(3)], [{"ids": torch.ones(3)}]]
+)
+def test_what_a_tokenizer_may_return(tokens):
+    assert type(check_tokens(tokens)) is type(tokens[0])
+    assert np.array_equal(np.asarray(check_tokens(tokens)), np.asarray(tokens[0]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "got"),
+    [
+        ([[1, 2]], "list of list"),
+        ([object()], "list of object"),
+        ({"input_ids": [[1]]}, "dict"),
+        (None, "NoneType"),
+        ([], "list"),
+    ],
+)
+def test_what_it_may_not_return(tokens, got):
+    """Each text is one row of a batch. Lists of ids would be stacked into columns."""
+    pairs = ImageTextDataset([Image.new("RGB", (8, 8))], ["a"], tokenizer=lambda texts: tokens)
+    with pytest.raises(
+        TypeError, match=rf"`tokenizer` to return a tensor \(1, length\) .* got {got}\. For one of transformers"
+    ):
+        pairs[0]

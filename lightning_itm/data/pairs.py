@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.captions import number_captions, warn_of_equal_captions
-from lightning_itm.checks import check_choice
+from lightning_itm.checks import check_choice, check_tokens
 from lightning_itm.data.batch import UnreadablePairError as UnreadablePairError
 from lightning_itm.data.batch import load_or_next
 from lightning_itm.data.image import ImageSource, UnreadableImageError, check_sources, open_rgb, to_tensor
@@ -215,7 +215,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         return self._encode_text(text)
 
     def _encode_text(self, text: str) -> Any:
-        return self.tokenizer([text])[0] if self.tokenizer else text  # (length,)
+        return check_tokens(self.tokenizer([text])) if self.tokenizer else text  # (length,)
 
     def _load(self, text_id: int) -> dict[str, Any]:
         # The text first: where it is empty, its image need not be read.
