@@ -209,6 +209,29 @@ def test_an_encoder_of_ones_own_beside_the_data(tmp_path, monkeypatch):
         assert Path(sys.modules.pop("own").__file__).parent == tmp_path
 
 
+def test_an_encoder_that_sets_arguments_of_the_base_itself(tmp_path, monkeypatch):
+    """So they are not among the options of the command line, where Lightning would look for them."""
+    write_karpathy(tmp_path)
+    (tmp_path / "fixed.py").write_text(
+        "from torch import nn\n"
+        "from lightning_itm import DualEncoder, TripletLoss\n"
+        "class Fixed(DualEncoder):\n"
+        "    def __init__(self, width: int = 8):\n"
+        "        super().__init__(TripletLoss(), learning_rate=1e-3, warmup_steps=0)\n"
+        "        self.image_encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, width))\n"
+        "        self.text_encoder = nn.EmbeddingBag(49408, width)\n"
+        "    def encode_image(self, image): return self.image_encoder(image)\n"
+        "    def encode_text(self, text): return self.text_encoder(text)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["--model", "fixed.Fixed", "--model.width", "4", "--data.train", "dataset.json", "--data.batch_size", "20"]
+    given += ["--data.model_name", "emoji-clip", "--data.num_workers", "0", "--trainer.max_steps", "1"]
+    main(["fit", *given, "--trainer.accelerator", "cpu"])
+    saved = torch.load(checkpoint(), weights_only=True)
+    assert saved["state_dict"]["text_encoder.weight"].shape == (49408, 4)
+    assert saved["hyper_parameters"]["learning_rate"] == 1e-3
+
+
 class TestConfigs:
     def test_examples_are_read_with_nothing_left_over(self, capsys):
         """Every class is found, every argument is known."""

@@ -86,7 +86,7 @@ class DualEncoder(ResumableModule):
         if loss is not None and not isinstance(loss, nn.Module):
             raise TypeError(f"Expected `loss` to be a torch.nn.Module, got {type(loss).__name__}.")
         check_chunk_size(chunk_size)
-        self.save_hyperparameters(*settings, "chunk_size")  # by name: modules among a subclass's arguments stay out
+        self.save_settings({**settings, "chunk_size": chunk_size})  # modules among a subclass's arguments stay out
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
         self.chunk_size = chunk_size
         self.loss = InfoNCELoss() if loss is None else loss

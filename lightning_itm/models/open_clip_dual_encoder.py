@@ -83,7 +83,7 @@ class OpenCLIPDualEncoder(DualEncoder):
     ) -> None:
         super().__init__(loss, **kwargs)
         pretrained = None if pretrained is None else fspath(pretrained)
-        self.save_hyperparameters(
+        self.save_settings(
             {"model_name": model_name, "pretrained": pretrained, "lock_image": lock_image, "lock_text": lock_text}
             | {"gradient_checkpointing": gradient_checkpointing, "layer_decay": layer_decay, "compile": compile}
             | {"augmentation": augmentation}

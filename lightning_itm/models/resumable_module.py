@@ -1,5 +1,6 @@
 """A LightningModule whose checkpoints hold the random streams."""
 
+import inspect
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,19 @@ class ResumableModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._restored_rng: dict[str, Any] | None = None
+
+    def save_settings(self, settings: dict[str, Any]) -> None:
+        """Save arguments of the constructor as hyperparameters, by their values.
+
+        By their names, Lightning would look for them among the arguments that the command line gave to the subclass. Those
+        that the subclass sets by itself are not there.
+        """
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_back is not None:
+            frame = (
+                frame.f_back
+            )  # the outermost: Lightning compares with the arguments it finds, which fails for arrays
+        self.save_hyperparameters(settings, frame=frame)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random streams, which Lightning does not."""
