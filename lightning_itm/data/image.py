@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+"""What an image file is told by. Where a sample has several, the first of these counts."""
 
 
 @runtime_checkable

@@ -97,6 +97,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         path: str | PathLike[str],
         image_root: str | PathLike[str],
         split: str | Sequence[str] = "train",
+        *,
+        encoding: str | None = None,
         **kwargs: Any,
     ) -> "ImageTextDataset":
         """Read a Karpathy split (``dataset_flickr8k.json``, ``dataset_flickr30k.json``, ``dataset_coco.json``).
@@ -106,16 +108,17 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             image_root: The folder of the images. COCO's ``filepath`` is looked up below it.
             split: The split to read, such as ``"val"``, or a list of splits. ``"train"`` takes ``restval`` in, as published
                 results on COCO do. ``["train"]`` does not.
+            encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
             **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
         Raises:
-            ValueError: if no image has that split.
+            ValueError: if the file has another form, or if no image has that split.
             FileNotFoundError: if the first image does not exist.
 
         References:
             Karpathy and Fei-Fei, *Deep Visual-Semantic Alignments for Generating Image Descriptions*, CVPR 2015.
         """
-        return cls(*read_karpathy(path, image_root, split), **kwargs)
+        return cls(*read_karpathy(path, image_root, split, encoding), **kwargs)
 
     @classmethod
     def from_csv(
@@ -125,25 +128,28 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         *,
         image_column: str = "image",
         text_column: str = "text",
-        delimiter: str = ",",
+        delimiter: str | None = None,
+        encoding: str | None = None,
         **kwargs: Any,
     ) -> "ImageTextDataset":
-        r"""Read a table with a header and one pair per row. Rows with the same image share it.
+        """Read a table with a header and one pair per row. Rows with the same image share it.
 
         Args:
             path: The path of the CSV file.
             image_root: The folder that image paths start from. Default: the current folder.
-            image_column: The column that holds the image paths.
-            text_column: The column that holds the texts.
-            delimiter: The sign between two columns. Use ``"\t"`` for the TSV files that open_clip trains on. Their columns are
-                ``filepath`` and ``title``.
+            image_column: The column that holds the image paths. In tables for open_clip it is ``filepath``.
+            text_column: The column that holds the texts. In tables for open_clip it is ``title``.
+            delimiter: The sign between two columns. Default: the comma, the tab, ``|`` or ``;`` by which the header has both
+                columns.
+            encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
             **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
         Raises:
-            ValueError: if a column is missing, or if the table is empty.
+            ValueError: if a column is missing, if a row has another number of cells than the header, if a quote is not closed,
+                if the file is in another encoding, or if no row has a text.
             FileNotFoundError: if the first image does not exist.
         """
-        return cls(*read_table(path, image_root, image_column, text_column, delimiter), **kwargs)
+        return cls(*read_table(path, image_root, image_column, text_column, delimiter, encoding), **kwargs)
 
     @classmethod
     def from_jsonl(
@@ -153,23 +159,28 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         *,
         image_column: str = "image",
         text_column: str = "text",
+        encoding: str | None = None,
         **kwargs: Any,
     ) -> "ImageTextDataset":
         """Read one JSON object per line. Its text is a string or a list of strings. The rest is as in :meth:`from_csv`."""
-        return cls(*read_jsonl(path, image_root, image_column, text_column), **kwargs)
+        return cls(*read_jsonl(path, image_root, image_column, text_column, encoding), **kwargs)
 
     @classmethod
-    def from_folder(cls, folder: str | PathLike[str], **kwargs: Any) -> "ImageTextDataset":
+    def from_folder(
+        cls, folder: str | PathLike[str], *, encoding: str | None = None, **kwargs: Any
+    ) -> "ImageTextDataset":
         """Read a folder of images, each with a ``.txt`` of the same name beside it. Each line is a text.
 
         Args:
-            folder: The folder. Its subfolders are read, too, all in the order of their names.
+            folder: The folder. Its subfolders are read, too, all in the order of their names. Hidden files are not.
+            encoding: The encoding of the texts, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if one begins with its mark.
             **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
         Raises:
             FileNotFoundError: if there is no image, or if an image has no ``.txt``.
+            ValueError: if two images have one name, or if a text is in another encoding.
         """
-        return cls(*read_folder(folder), **kwargs)
+        return cls(*read_folder(folder, encoding), **kwargs)
 
     def evaluation(self) -> "ImageTextDataset":
         """Return a view of the same pairs with ``eval_transform``. What can't be read is an error there."""

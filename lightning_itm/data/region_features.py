@@ -15,6 +15,7 @@ import torch
 from lightning_itm.data.batch import Unpadded
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.readers import flatten_texts
+from lightning_itm.data.readers.text_files import read_text
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>", "<mask>")
 
@@ -165,7 +166,7 @@ class RegionFeatureDataset(ImageTextDataset):
                     f"Expected {path}, found none. Is `folder` {folder} right, and `split` {split!r}?"
                 )
         # Not `splitlines`, which takes signs within a caption for the end of a line.
-        texts = captions.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        texts = read_text(captions).rstrip("\n").split("\n")
         rows = FeatureRows(images)
         repeats = captions_per_image if len(rows) == len(texts) and _is_repeated(rows, captions_per_image) else 1
         per_row = 1 if len(rows) == len(texts) and repeats == 1 else captions_per_image

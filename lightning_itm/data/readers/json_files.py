@@ -1,0 +1,126 @@
+"""Read the JSON files in which captions are published: Karpathy's splits, COCO's annotations, and the lists of BLIP."""
+
+from collections.abc import Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from lightning_itm.data.readers.captions import CaptionsOfImages, ImagesAndTexts, shorten
+from lightning_itm.data.readers.text_files import load_json, read_text
+
+
+def read_json(
+    path: str | PathLike[str],
+    image_root: str | PathLike[str],
+    split: str | Sequence[str],
+    image_column: str,
+    text_column: str,
+    encoding: str | None = None,
+) -> ImagesAndTexts:
+    """Read a JSON file, whose content tells its form. Only Karpathy's has splits.
+
+    Raises:
+        ValueError: if it has none of the forms, or if no image has a caption.
+        FileNotFoundError: if the first image does not exist.
+    """
+    content, found = load_json(read_text(path, encoding), fspath(path)), CaptionsOfImages(path, image_root)
+    if isinstance(content, list):
+        _read_list(content, found, image_column, text_column)
+    elif isinstance(content, dict) and "annotations" in content:
+        _read_coco(content, found)
+    else:
+        _read_karpathy(content, found, split)
+    return found.finish()
+
+
+def read_karpathy(
+    path: str | PathLike[str],
+    image_root: str | PathLike[str],
+    split: str | Sequence[str],
+    encoding: str | None = None,
+) -> ImagesAndTexts:
+    """Read a split of a Karpathy JSON. ``"train"`` takes ``restval`` in, and a list of splits takes those alone.
+
+    Raises:
+        ValueError: if the file has another form, if it has no such split, or if no image has a caption.
+        FileNotFoundError: if the first image does not exist.
+    """
+    found = CaptionsOfImages(path, image_root)
+    _read_karpathy(load_json(read_text(path, encoding), fspath(path)), found, split)
+    return found.finish()
+
+
+def _read_list(content: list[Any], found: CaptionsOfImages, image_column: str, text_column: str) -> None:
+    """Read a list of objects such as ``{"image": "1.jpg", "caption": "a dog"}``, as BLIP and ALBEF have."""
+    for number, row in enumerate(content, 1):
+        # BLIP's name for it, where no other is asked for.
+        is_blip = text_column == "text" and isinstance(row, dict) and "text" not in row and "caption" in row
+        found.add_row(row, image_column, "caption" if is_blip else text_column, f"entry {number}")
+
+
+def _read_coco(content: dict[str, Any], found: CaptionsOfImages) -> None:
+    """Read ``captions_*.json`` of COCO: images by their id, and annotations that name the id of their image."""
+    captions_of: dict[int | str, list[tuple[Any, str]]] = {}
+    name_of: dict[int | str, Any] = {}
+    for number, image in _entries(content, "images", ("id", "file_name"), found):
+        if not _is_id(image["id"]) or image["id"] in name_of:
+            raise ValueError(
+                f"Expected every 'id' in 'images' of {found.source} to be a number that comes once, got "
+                f"{shorten(image['id'])} in entry {number}."
+            )
+        name_of[image["id"]], captions_of[image["id"]] = image["file_name"], []
+    for number, annotation in _entries(content, "annotations", ("image_id", "caption"), found):
+        image_id = annotation["image_id"]
+        if not _is_id(image_id) or image_id not in captions_of:
+            raise ValueError(
+                f"Expected the 'image_id' of annotation {number} of {found.source} to be one of 'images', got "
+                f"{shorten(image_id)}. Leave the annotation out."
+            )
+        captions_of[image_id].append((annotation["caption"], f"annotation {number}"))
+    for image_id, captions in captions_of.items():
+        for caption, where in captions or [([], f"image {image_id}, which has no annotation")]:
+            found.add(name_of[image_id], caption, where)
+
+
+def _read_karpathy(content: Any, found: CaptionsOfImages, split: str | Sequence[str]) -> None:
+    entries = _entries(content, "images", ("filename", "split", "sentences"), found)
+    wanted = {"train", "restval"} if split == "train" else {split} if isinstance(split, str) else set(split)
+    there = sorted({entry["split"] for _, entry in entries if isinstance(entry["split"], str)})
+    if not wanted & set(there):
+        raise ValueError(f"Expected `split` to be one of {there}, the splits of {found.source}, got {split!r}.")
+    for number, entry in entries:
+        if not isinstance(entry["split"], str) or entry["split"] not in wanted:
+            continue
+        name, folder = entry["filename"], entry.get("filepath", "")  # only COCO's has `filepath`, such as "val2014"
+        is_path = isinstance(name, str) and name.strip() and isinstance(folder, str)
+        sentences = entry["sentences"]
+        captions = [_raw(sentence) for sentence in sentences] if isinstance(sentences, list) else sentences
+        found.add(Path(folder, name) if is_path else name, captions, f"entry {number} of 'images'")
+
+
+def _raw(sentence: Any) -> Any:
+    return sentence.get("raw", sentence) if isinstance(sentence, dict) else sentence
+
+
+def _entries(
+    content: Any, name: str, keys: tuple[str, ...], found: CaptionsOfImages
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return the numbered objects of a list in a JSON file. Raise if it is none, or if a key is missing."""
+    entries = content.get(name) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not isinstance(entries, list):
+        got = f"the keys {shorten(list(content))}" if isinstance(content, dict) else shorten(content)
+        raise ValueError(
+            f"Expected {found.source} to be Karpathy's, COCO's with 'images' and 'annotations', or a list of objects, got "
+            f"{got}. `read_pairs` reads all three."
+        )
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not set(keys) <= set(entry):
+            raise ValueError(
+                f"Expected entry {number} of {name!r} in {found.source} to have {', '.join(map(repr, keys))}, got "
+                f"{shorten(entry)}."
+            )
+    return list(enumerate(entries, 1))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)

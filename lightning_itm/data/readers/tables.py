@@ -1,0 +1,127 @@
+"""Read tables with one pair per row: CSV, TSV and the like, and JSON Lines."""
+
+import csv
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import TextIO
+
+from lightning_itm.data.image import IMAGE_ENDINGS
+from lightning_itm.data.readers.captions import CaptionsOfImages, ImagesAndTexts, shorten
+from lightning_itm.data.readers.text_files import load_json, open_text
+
+DELIMITERS = (",", "\t", "|", ";")
+
+
+def read_table(
+    path: str | PathLike[str],
+    image_root: str | PathLike[str],
+    image_column: str,
+    text_column: str,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+) -> ImagesAndTexts:
+    """Read a table with a header, one pair per row. Rows with the same image share it.
+
+    Raises:
+        ValueError: if a column is missing or comes twice, if a row has another number of cells than the header, if a quote is
+            not closed, or if no row has a caption.
+        FileNotFoundError: if the first image does not exist.
+    """
+    delimiter, header = _find_header(path, image_column.strip(), text_column.strip(), delimiter, encoding)
+    image_index, text_index = header.index(image_column.strip()), header.index(text_column.strip())
+    found = CaptionsOfImages(path, image_root)
+    with open_text(path, encoding, newline="") as file:
+        rows = _rows(file, path, delimiter)
+        next(rows)  # the header
+        for line, row in rows:
+            if len(row) != len(header):
+                raise ValueError(
+                    f"Expected line {line} of {path} to have {len(header)} cells, as the header {header} has, got "
+                    f"{len(row)}: {shorten(row)}. Put double quotes around a cell that has {delimiter!r} in it, or name "
+                    "another `delimiter`."
+                )
+            _check_whole(row, line, path, delimiter, len(header), image_index)
+            found.add(row[image_index], row[text_index], f"line {line}")
+    return found.finish()
+
+
+def read_jsonl(
+    path: str | PathLike[str],
+    image_root: str | PathLike[str],
+    image_column: str,
+    text_column: str,
+    encoding: str | None = None,
+) -> ImagesAndTexts:
+    """Read one JSON object per line, whose text is a string or a list of strings.
+
+    Raises:
+        ValueError: if a line is no JSON object with both keys, or if none has a caption.
+        FileNotFoundError: if the first image does not exist.
+    """
+    found = CaptionsOfImages(path, image_root)
+    with open_text(path, encoding) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"line {number}"
+                found.add_row(load_json(line.strip(), f"{where} of {path}"), image_column, text_column, where)
+    return found.finish()
+
+
+def _find_header(
+    path: str | PathLike[str], image_column: str, text_column: str, delimiter: str | None, encoding: str | None
+) -> tuple[str, list[str]]:
+    """Return the delimiter under which the header has both columns, and the header."""
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise ValueError(
+            f"Expected `delimiter` to be one sign, such as ';', got {delimiter!r}. Most shells write a tab as $'\\t'."
+        )
+    best: list[str] = []
+    for sign in DELIMITERS if delimiter is None else (delimiter,):
+        with open_text(path, encoding, newline="") as file:
+            try:
+                header = [name.strip() for name in next(_rows(file, path, sign), (1, []))[1]]
+            except UnicodeError:
+                raise  # which `open_text` explains
+            except ValueError:  # no header with this sign, and perhaps with another
+                continue
+        if header.count(image_column) == header.count(text_column) == 1:
+            return sign, header
+        best = max(best, header, key=len)
+    raise ValueError(
+        f"Expected the header of {path} to have {image_column!r} and {text_column!r}, each once, got the columns {best}. Name "
+        "yours with `image_column` and `text_column`, and the sign between them with `delimiter`."
+    )
+
+
+def _rows(file: TextIO, path: str | PathLike[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row that is not blank, with the number of its first line."""
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    line = 1
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(
+                f"Expected a table in {path}, got in line {line}: {error}. A cell that begins with a double quote must end "
+                "with one, and those within it must be doubled."
+            ) from error
+        if row:
+            yield line, row
+        line = reader.line_num + 1
+
+
+def _check_whole(
+    row: list[str], line: int, path: str | PathLike[str], delimiter: str, num_cells: int, image_index: int
+) -> None:
+    """Raise if a cell holds whole rows. That is what an unclosed quote makes of the rows up to the next quote."""
+    for cell in row:
+        for inner in cell.splitlines() if "\n" in cell or "\r" in cell else ():
+            cells = inner.split(delimiter)
+            if len(cells) >= num_cells and Path(cells[image_index].strip(' "')).suffix.lower()[1:] in IMAGE_ENDINGS:
+                raise ValueError(
+                    f"Expected one row from line {line} of {path} on, got a cell that holds another: {shorten(inner)}. Close "
+                    "the double quote in that line, or remove it."
+                )
