@@ -126,7 +126,8 @@ def warn_of_faults(index: ShardIndex) -> None:
             f"{count} {kind} (the first: {index.first_fault[kind]})" for kind, count in index.faults.items()
         )
         warnings.warn(
-            f"{number} samples of {len(index.shards)} shards can't be used and are left out, beside "
-            f"{len(index.key)} that can: {kinds}. A key is a name up to its first dot; the files of a key stand side by side.",
+            f"{number} samples or captions of {len(index.shards)} shards can't be used and are left out, beside "
+            f"{len(index.key)} images that can: {kinds}. A key is a name up to its first dot; the files of a key stand side "
+            "by side.",
             stacklevel=3,  # at the line that made the dataset
         )

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_itm.data.image import IMAGE_ENDINGS
+from lightning_itm.data.shards.captions import Fault
 from lightning_itm.data.shards.paths import MANIFEST, find_shards, is_remote, read_manifest
 from lightning_itm.data.shards.tar import ShardContents, TarMember, read_shard
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2  # of 1, a .txt was one text, whatever it had for lines
 INDEX_ENDING = ".index"
 
 
@@ -78,8 +80,8 @@ class ShardIndex:
         size: How many bytes each image has. int64 `(images,)`.
         text: All texts of the set, by their ids.
         text_image_id: The image that each text belongs to. int64 `(texts,)`.
-        faults: How many samples are left out, by what is wrong with them, such as ``{"without an image": 2}``.
-        first_fault: For each kind of fault, the shard and the key of the first sample that has it.
+        faults: How many samples or captions are left out, by what is wrong with them. Such as ``{"without an image": 2}``.
+        first_fault: For each kind of fault, the shard and the key of the first sample that has it, and what it has instead.
     """
 
     shards: list[str]
@@ -131,15 +133,16 @@ class ShardIndex:
         faults: Counter[str] = Counter()
         first_fault: dict[str, str] = {}
         for shard, part in zip(shards, contents, strict=True):
-            for kind, key in part.faults:
+            for kind, key, value in part.faults:
                 faults[kind] += 1
-                first_fault.setdefault(kind, f"{shard}, key {key!r}" if key else shard)
+                where = f"{shard}, key {key!r}" if key else shard
+                first_fault.setdefault(kind, f"{where}: {value}" if value else where)
         lists = [texts for part in contents for texts in part.texts]
         if not lists:
             raise ValueError(
                 f"Expected an image with a text in the {len(shards)} shards, {shards[0]} the first, found none"
                 + (f" ({dict(faults)})" if faults else "")
-                + ". A sample is an image (.jpg, .png or .webp) and a .txt, or a .json with 'texts' or 'caption'."
+                + f". A sample is an image ({', '.join(IMAGE_ENDINGS)}) and a .txt, or a .json with 'texts' or 'caption'."
             )
         texts = [text for entry in lists for text in entry]
         text_image_id = torch.repeat_interleave(torch.tensor([len(entry) for entry in lists]))
@@ -216,7 +219,7 @@ def read_all(shards: list[str]) -> list[ShardContents]:
     for shard, part in zip(shards, contents, strict=True):
         path = Path(shard)
         if (path.parent, path.name) in sizes and sizes[path.parent, path.name] != path.stat().st_size:
-            part.faults.append((f"(any number) of a shard that has another size than {MANIFEST} says", ""))
+            part.faults.append(Fault(f"(any number) of a shard that has another size than {MANIFEST} says", ""))
     return contents
 
 

@@ -1,6 +1,5 @@
 """Read a tar file: which image-text samples it has, and the bytes of one image."""
 
-import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from webdataset import gopen
 from webdataset.tariterators import base_plus_ext
 
 from lightning_itm.data.image import IMAGE_ENDINGS
+from lightning_itm.data.shards.captions import Fault, read_captions
 from lightning_itm.data.shards.paths import is_remote
 
 
@@ -50,8 +50,8 @@ class ShardContents:
     sizes: list[int] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
     text_ids: list[list[int] | None] = field(default_factory=list)
-    faults: list[tuple[str, str]] = field(default_factory=list)
-    """One entry per sample that is left out: what is wrong with it, and its key."""
+    faults: list[Fault] = field(default_factory=list)
+    """One entry for each thing that is left out: a sample, or a caption of one."""
 
 
 def read_shard(shard: str) -> ShardContents:
@@ -60,12 +60,13 @@ def read_shard(shard: str) -> ShardContents:
     for key, members in group_samples(_members(shard, contents), contents.faults):
         # Looked for in the order of the endings: a sample may have a .jpg and a .png of the same picture.
         images = [members[ending] for ending in IMAGE_ENDINGS if ending in members]
-        texts, text_ids = _texts(members)
+        texts, text_ids, faults = read_captions(key, {ending: content for ending, (_, _, content) in members.items()})
         if not images:
-            contents.faults.append(("without an image", key))
+            contents.faults.append(Fault("without an image", key))
         elif not texts:
-            contents.faults.append(("without a caption", key))
+            contents.faults += faults or [Fault("without a caption", key)]
         else:
+            contents.faults += faults
             offset, size, _ = images[0]
             contents.keys.append(key)
             contents.offsets.append(offset)
@@ -75,18 +76,16 @@ def read_shard(shard: str) -> ShardContents:
     return contents
 
 
-Member = tuple[int, int, bytes | None]
-"""Offset, size and content of a file. The content is ``None`` unless it is a text or a JSON."""
-
 Content = TypeVar("Content")
 
 
 def group_samples(
-    members: Iterable[tuple[str, Content]], faults: list[tuple[str, str]] | None = None
+    members: Iterable[tuple[str, Content]], faults: list[Fault] | None = None
 ) -> Iterator[tuple[str, dict[str, Content]]]:
     """Group the files of a tar file into samples. Files whose names are equal up to the first dot are one sample.
 
-    The files of a sample must stand one after the other. Of two files with the same ending, the first counts.
+    The files of a sample must stand one after the other. Of two files with the same ending, the first counts. Hidden files,
+    whose name begins with a dot, are passed over: macOS puts one beside each file that it packs.
 
     Args:
         members: Name and content of each file, in the order of the tar file.
@@ -103,7 +102,7 @@ def group_samples(
     key, found, done = "", dict[str, Content](), set[str]()
     for name, content in members:
         prefix, ending = base_plus_ext(name)  # at the first dot after the last slash: folders may have dots
-        if prefix is None:
+        if prefix is None or name.rsplit("/", 1)[-1].startswith("."):
             continue
         if prefix != key:  # the last sample is complete
             if found:
@@ -113,14 +112,14 @@ def group_samples(
         ending = ending.lower()
         if prefix in done or ending in found:  # its sample has ended already, or has such a file already
             if faults is not None:
-                faults.append(("with a key that came before", prefix))
+                faults.append(Fault("with a key that came before", prefix))
         else:
             found[ending] = content
     if found:
         yield key, found
 
 
-def _members(shard: str, contents: ShardContents) -> Iterator[tuple[str, Member]]:
+def _members(shard: str, contents: ShardContents) -> Iterator[tuple[str, tuple[int, int, bytes | None]]]:
     end = None if is_remote(shard) else Path(shard).stat().st_size
     name = ""
     with open_shard(shard) as file:
@@ -152,7 +151,7 @@ def _members(shard: str, contents: ShardContents) -> Iterator[tuple[str, Member]
         except tarfile.ReadError as error:
             check_fetched(counted)
             kind = "after which the file breaks off" if name else f"in a file that is no uncompressed tar ({error})"
-            contents.faults.append((kind, name))
+            contents.faults.append(Fault(kind, name))
 
 
 def _open_tar(file: Any, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
@@ -198,25 +197,3 @@ def check_fetched(file: Any) -> None:
         while file.read(1 << 20):  # it ends only when all that it sends was read
             pass
         file.wait_for_child()
-
-
-def _texts(members: dict[str, Member]) -> tuple[list[str], list[int] | None]:
-    # The "texts" of the .json come first, then the .txt, then the "caption" of the .json. The ids are those that
-    # `write_shards` wrote, or None.
-    try:
-        facts = json.loads(members["json"][2] or b"{}") if "json" in members else {}
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        facts = {}
-    facts = facts if isinstance(facts, dict) else {}
-    texts, ids = facts.get("texts"), facts.get("text_ids")
-    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-        is_ours = isinstance(ids, list) and len(ids) == len(texts) and all(type(number) is int for number in ids)
-        return [_clean(text) for text in texts], ids if is_ours else None
-    text = (members["txt"][2] or b"").decode("utf-8-sig", errors="replace").strip() if "txt" in members else ""
-    text = text or _clean(str(facts.get("caption") or "")).strip()
-    return [text] if text else [], None
-
-
-def _clean(text: str) -> str:
-    # Texts from the web hold halves of UTF-16 pairs, which no tokenizer can encode.
-    return text.encode("utf-8", errors="replace").decode()

@@ -2,6 +2,7 @@ import os
 import tarfile
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,3 +80,15 @@ def test_nothing_to_use(tmp_path):
     write_tar(tmp_path / "00000.tar", [("a.jpg", png(1))])
     with pytest.raises(ValueError, match=r"found none \(\{'without a caption': 1\}\)\. A sample is"):
         ShardDataset(tmp_path)
+
+
+def test_an_index_of_an_earlier_version_is_built_anew(tmp_path):
+    """Version 1 had a .txt of two lines as one text, and shards that are as they were."""
+    write_tar(tmp_path / "0.tar", [("0.png", png(0)), ("0.txt", b"one\ntwo")])
+    ShardDataset(tmp_path)
+    (index,) = tmp_path.glob("*.index")
+    values = torch.load(index, weights_only=True)
+    old = PackedStrings.pack(["one\ntwo"])
+    torch.save({**values, "version": 1, "text": [old.data, old.end], "text_image_id": torch.tensor([0])}, index)
+    assert ShardDataset(tmp_path).texts[:] == ["one", "two"]
+    assert torch.load(index, weights_only=True)["version"] == 2

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from lightning_itm import ShardDataset
-from tests.helpers.shards import check_pairing, img2dataset_sample, png, write_img2dataset, write_tar
+from lightning_itm import ShardDataset, ShardStream
+from tests.helpers.shards import check_pairing, img2dataset_sample, png, streamed, write_img2dataset, write_tar
 
 FAULTS = {
     "without a caption": (
@@ -37,7 +37,7 @@ def test_any_order_of_members(kinds, tmp_path):
 
 def test_texts_and_names_of_any_kind(tmp_path):
     samples = {
-        "caf\udce9": (json.dumps({"caption": "half a pair: \ud83d"}).encode(), "half a pair: ?"),
+        "caf\udce9": (json.dumps({"caption": "a whole pair: \U0001f600"}).encode(), "a whole pair: \U0001f600"),
         "folder.of/日本": (json.dumps({"texts": ["犬", "dog"], "text_ids": ["x", "y"]}).encode(), "犬"),
         "b": (json.dumps({"texts": [], "caption": "the caption"}).encode(), "the caption"),
         "c": (json.dumps(["a", "list"]).encode(), "of the text file"),
@@ -52,6 +52,69 @@ def test_texts_and_names_of_any_kind(tmp_path):
     assert [pairs.texts[text] for text in first] == [text for _, text in samples.values()]
     assert pairs.contents.key[:] == list(samples)
     assert torch.equal(pairs.load_image(1), pairs.load_image(2))
+
+
+class TestCaptions:
+    def read(self, tmp_path, *samples):
+        members = [(f"{key}.png", png(key)) for key in range(len(samples))]
+        members += [(f"{key}.{kind}", data) for key, sample in enumerate(samples) for kind, data in sample.items()]
+        write_tar(
+            tmp_path / "0.tar",
+            sorted((name, data if isinstance(data, bytes) else data.encode()) for name, data in members),
+        )
+        return ShardDataset(tmp_path)
+
+    def test_lines_and_lists_are_several(self, tmp_path):
+        """The shards of CLIP_benchmark have five lines per ``.txt``. A folder of the same files gives the same texts."""
+        five = "".join(f"caption {number}\r\n" for number in range(5))
+        caption = {"caption": ["a dog", "a cat"]}
+        pairs = self.read(
+            tmp_path, {"txt": five}, {"json": json.dumps(caption)}, {"json": json.dumps({"texts": "one\ntwo"})}
+        )
+        assert pairs.texts[:] == [*five.split("\r\n")[:5], "a dog", "a cat", "one\ntwo"]
+        assert pairs.text_image_id.tolist() == [0] * 5 + [1, 1, 2]
+
+    @pytest.mark.parametrize("value", ["NaN", "3", '{"en": "a tree"}', "[[]]", '[["a"]]', r'"half \ud83d"', "true"])
+    def test_what_is_no_text_is_left_out_and_named(self, value, tmp_path):
+        samples = {"txt": "a"}, {"json": f'{{"caption": {value}}}'}, {"json": f'{{"texts": ["b", {value}]}}'}
+        with pytest.warns(
+            UserWarning, match=r"2 with a caption that is no text \(the first: .*0\.tar, key '1': "
+        ) as said:
+            assert self.read(tmp_path, *samples).texts[:] == ["a", "b"]
+        assert len(said) == 1
+
+    @pytest.mark.parametrize(
+        "odd", ["[" * 100_000, '{"id": ' + "1" * 5000 + "}", "{", b"\xff", '{"caption":"a","caption":"b"}']
+    )
+    def test_an_odd_json_is_left_out_and_named(self, odd, tmp_path):
+        with pytest.warns(UserWarning, match=r"2 with a \.json that can't be read \(the first: .*0\.tar, key '1': "):
+            pairs = self.read(tmp_path, {"txt": "a"}, {"txt": "b", "json": odd}, {"json": odd})
+        assert pairs.texts[:] == ["a", "b"]
+
+    @pytest.mark.parametrize("ids", [[10**30], [-1], [0.0], [True], "0", [0, 1]])
+    def test_ids_that_are_none_are_counted_anew(self, ids, tmp_path):
+        assert self.read(tmp_path, {"json": json.dumps({"texts": ["a"], "text_ids": ids})}).texts[:] == ["a"]
+
+    def test_encodings(self, tmp_path):
+        texts = [{"txt": "a café".encode(code)} for code in ("utf-8-sig", "utf-16", "cp1252")]
+        with pytest.warns(UserWarning, match=r"1 with a \.txt that is no UTF-8 \(the first: .*0\.tar, key '2': .*0xe9"):
+            assert self.read(tmp_path, *texts).texts[:] == ["a café", "a café"]
+
+
+def test_files_of_macos_are_passed_over(tmp_path):
+    junk = b"\0\5\x16\7\xff"
+    members = [
+        entry
+        for number in range(3)
+        for name, data in img2dataset_sample(number)
+        for entry in ((f"pictures/._{name}", junk), (f"pictures/{name}", data))
+    ]
+    write_tar(tmp_path / "0.tar", members)
+    pairs = ShardDataset(tmp_path)
+    assert len(pairs) == 3
+    check_pairing(pairs)
+    streamed_pairs = streamed(ShardStream(pairs), num_workers=0, batch_size=3)[0]
+    assert sorted(streamed_pairs["text"]) == ["number 0", "number 1", "number 2"]
 
 
 class TestFaults:

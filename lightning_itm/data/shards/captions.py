@@ -1,0 +1,61 @@
+"""The captions of a sample in a tar file, and what is wrong with a sample."""
+
+from typing import Any, NamedTuple
+
+from lightning_itm.data.readers.captions import captions_of_lines, shorten, split_captions
+from lightning_itm.data.readers.text_files import decode_text, load_json
+
+
+class Fault(NamedTuple):
+    """Say what is wrong with a sample.
+
+    Attributes:
+        kind: What is wrong, in words that follow a number. Such as ``"without an image"``.
+        key: The key of the sample, or ``""`` if it is the whole shard.
+        value: What was found instead, for a message.
+    """
+
+    kind: str
+    key: str
+    value: str = ""
+
+
+def read_captions(key: str, members: dict[str, bytes | None]) -> tuple[list[str], list[int] | None, list[Fault]]:
+    """Read the captions of a sample: the "texts" of its .json, else the lines of its .txt, else the "caption" of its .json.
+
+    Args:
+        key: The key of the sample, for the faults.
+        members: The content of each of its files, by their endings. Only that of ``json`` and ``txt`` is read.
+
+    Returns:
+        The captions, the ids that :func:`~lightning_itm.write_shards` gave them or None, and what can't be used.
+    """
+    facts: Any = {}
+    content, faults = "", list[Fault]()
+    try:
+        facts = load_json(members.get("json") or b"{}", "it")
+    except ValueError as error:
+        faults.append(Fault("with a .json that can't be read", key, shorten(str(error.__cause__))))
+    try:
+        content = decode_text(members.get("txt") or b"")
+    except UnicodeError as error:
+        faults.append(Fault("with a .txt that is no UTF-8", key, str(error)))
+    facts = facts if isinstance(facts, dict) else {}
+    for value in (facts.get("texts"), captions_of_lines(content), facts.get("caption")):
+        texts, others = split_captions(value)
+        if texts or not _is_nothing(value):  # what is not there is no fault while another place has a caption
+            faults += [Fault("with a caption that is no text", key, shorten(other)) for other in others]
+        if texts:
+            return texts, _ids(facts, texts) if value is facts.get("texts") else None, faults
+    return [], None, faults
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _ids(facts: dict[str, Any], texts: list[str]) -> list[int] | None:
+    ids = facts.get("text_ids")
+    if not isinstance(ids, list) or not len(ids) == len(texts) == len(facts["texts"]):
+        return None
+    return ids if all(type(number) is int and 0 <= number < 1 << 63 for number in ids) else None  # int64 holds no other
