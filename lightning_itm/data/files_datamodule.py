@@ -1,7 +1,7 @@
 """Read image-text data in the form that people have it: one function, and a datamodule that needs only paths."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.image import open_clip_transforms
 from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.data.readers import read_json
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
-from lightning_itm.data.shards.paths import is_remote
+from lightning_itm.data.shards.paths import COMPRESSED, is_remote, tar_files
 from lightning_itm.data.shards.stream import ShardStream
 
 Source = str | PathLike[str] | Sequence[str | PathLike[str]]
@@ -27,25 +28,34 @@ def read_pairs(
     split: str = "train",
     image_column: str = "image",
     text_column: str = "text",
+    delimiter: str | None = None,
+    encoding: str | None = None,
     index: str | PathLike[str] | None = None,
     **kwargs: Any,
 ) -> ImageTextDataset:
     """Read image-text pairs from files. The form is told by the name.
 
+    In every form, an image has one caption or several: the rows of a table with the same image, the lines of a ``.txt``, a
+    list of strings in a JSON. What is no text there, such as NaN, a number, an object or an empty cell, is left out. One
+    warning says how many of them there are, and where the first is.
+
     Args:
-        source: A Karpathy ``.json``, a table (``.csv``, ``.tsv``, ``.jsonl``), a folder of images with ``.txt`` files beside
-            them, or tar shards: a folder of ``.tar`` files, a pattern such as ``"train/{00000..00031}.tar"``, or a list.
+        source: A ``.json`` (Karpathy's, COCO's ``captions_*.json``, or a list of objects as BLIP has), a table (``.csv``,
+            ``.tsv``, ``.jsonl``), a folder of images with ``.txt`` files beside them, or tar shards: a folder of ``.tar``
+            files, a pattern such as ``"train/{00000..00031}.tar"``, or a list.
         image_root: The folder that image paths in a JSON file or a table start from. Default: the folder of that file.
         split: The split of a Karpathy JSON to read, ``"train"``, ``"val"`` or ``"test"``. Other forms have no splits.
         image_column: The column of a table that holds the image paths. Change it if yours has another name.
         text_column: The column of a table that holds the texts. Change it if yours has another name.
+        delimiter: The sign between two columns. Default: the comma, tab, ``|`` or ``;`` by which the header has both columns.
+        encoding: The encoding of text files, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if a file begins with its mark.
         index: The file that says what is in the shards. Default: beside the first shard. Only shards have one, and remote
             shards need it.
         **kwargs: ``transform``, ``eval_transform``, ``tokenizer`` and ``equal_captions``, as
             :class:`~lightning_itm.ImageTextDataset` takes them.
 
     Raises:
-        ValueError: if ``source`` has none of these forms, or what it holds does not fit together.
+        ValueError: if ``source`` has none of these forms, is in another encoding, or what it holds does not fit together.
         FileNotFoundError: if ``source`` or its first image does not exist.
     """
     # A list can only be shards. Other forms are one file or one folder.
@@ -55,28 +65,29 @@ def read_pairs(
     if not ending and not path.exists():
         raise FileNotFoundError(f"Expected {source}, found none.")
     if path.is_dir():
-        return ImageTextDataset.from_folder(path, **kwargs)
+        return ImageTextDataset.from_folder(path, encoding=encoding, **kwargs)
     if ending not in (".json", ".jsonl", ".csv", ".tsv"):
         raise ValueError(
-            f"Expected a .json (Karpathy), .jsonl, .csv, .tsv or .tar file, a pattern of .tar files or a folder, got {source}."
+            f"Expected a .json, .jsonl, .csv, .tsv or .tar file, a pattern of .tar files or a folder, got {source}."
         )
     if not path.is_file():
         raise FileNotFoundError(f"Expected {source}, found none.")
     root = path.parent if image_root is None else image_root
+    columns: dict[str, Any] = {"image_column": image_column, "text_column": text_column, "encoding": encoding}
     if ending == ".json":
-        return ImageTextDataset.from_karpathy(path, root, split, **kwargs)
-    columns = {"image_column": image_column, "text_column": text_column}
+        return ImageTextDataset(*read_json(path, root, split, **columns), **kwargs)
     if ending == ".jsonl":
         return ImageTextDataset.from_jsonl(path, root, **columns, **kwargs)
-    return ImageTextDataset.from_csv(path, root, delimiter="," if ending == ".csv" else "\t", **columns, **kwargs)
+    return ImageTextDataset.from_csv(path, root, delimiter=delimiter, **columns, **kwargs)
 
 
 def is_shards(source: Source) -> bool:
     """Return whether a source is tar shards: a folder of them, a pattern, an address or a list."""
     if not isinstance(source, str | PathLike):
         return True
-    path = Path(source)
-    return path.suffix.lower() == ".tar" or is_remote(fspath(source)) or (path.is_dir() and any(path.glob("*.tar")))
+    if is_remote(fspath(source)) or fspath(source).lower().endswith((".tar", *COMPRESSED)):
+        return True
+    return Path(source).is_dir() and bool(tar_files(Path(source)))
 
 
 class ImageTextFilesDataModule(ImageTextDataModule):
@@ -91,6 +102,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         image_column: The column of a table that holds the image paths. Change it if yours has another name.
         text_column: The column of a table that holds the texts. Change it if yours has another name.
         equal_captions: ``"exclude"`` or ``"keep"`` captions of several images, as :class:`~lightning_itm.ImageTextDataset`.
+        delimiter: The sign between two columns. Default: the comma, tab, ``|`` or ``;`` by which the header has both columns.
+        encoding: The encoding of text files, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if a file begins with its mark.
         stream: Read ``train`` from front to back, as :class:`~lightning_itm.ShardStream` does. For shards that are remote or
             on a slow disk.
         shuffle_buffer: The number of pairs among which a worker of the stream draws the next one. More shuffles better and
@@ -128,6 +141,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         image_column: str = "image",
         text_column: str = "text",
         equal_captions: Literal["exclude", "keep"] = "exclude",
+        delimiter: str | None = None,
+        encoding: str | None = None,
         stream: bool = False,
         shuffle_buffer: int = 4096,
         resampled: bool = False,
@@ -152,9 +167,14 @@ class ImageTextFilesDataModule(ImageTextDataModule):
             seed=seed,
         )
         self.sources: dict[str, Any] = {"train": train, "val": val, "test": test}
-        self._warn_of_one_source_twice()
-        columns = {"image_column": image_column, "text_column": text_column}
-        self.options: dict[str, Any] = {"image_root": image_root, **columns, "equal_captions": equal_captions}
+        self._warn_of_one_source_twice(lambda source: not str(source).endswith(".json"))
+        columns = {"image_column": image_column, "text_column": text_column, "delimiter": delimiter}
+        self.options: dict[str, Any] = {
+            "image_root": image_root,
+            "encoding": encoding,
+            **columns,
+            "equal_captions": equal_captions,
+        }
         self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
         self.stream_options: dict[str, Any] = {
             "shuffle_buffer": shuffle_buffer,
@@ -165,11 +185,11 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         self._own_transforms: dict[str, Any] | None = None  # made at the first use, since that takes a second
         self._read_with: dict[str, Any] = {}
 
-    def _warn_of_one_source_twice(self) -> None:
+    def _warn_of_one_source_twice(self, has_no_splits: Callable[[Any], bool]) -> None:
         for one, other in itertools.combinations(self.sources, 2):
             source = self.sources[one]
             # Most likely a slip, after which the result on `val` would be that of the training set.
-            if source is not None and source == self.sources[other] and not str(source).endswith(".json"):
+            if source is not None and source == self.sources[other] and has_no_splits(source):
                 rank_zero_warn(
                     f"`{one}` and `{other}` are the same, {source}, which has no splits as a Karpathy .json has: both will be "
                     "all of it."
@@ -198,6 +218,11 @@ class ImageTextFilesDataModule(ImageTextDataModule):
             if self.sources[split] is not None and self._read_with.get(split) is not self.transforms:
                 setattr(self, f"{split}_dataset", self._read(split))
                 self._read_with[split] = self.transforms
+        if stage == "fit" and self.val_dataset is not None:  # of JSON files, only Karpathy's have splits
+            train_images, val_images = (
+                getattr(pairs, "images", None) for pairs in (self.train_dataset, self.val_dataset)
+            )
+            self._warn_of_one_source_twice(lambda of: str(of).endswith(".json") and train_images == val_images)
 
     @property
     def transforms(self) -> dict[str, Any]:

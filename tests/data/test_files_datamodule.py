@@ -120,6 +120,25 @@ class TestImageTextFilesDataModule:
             assert captions().tolist() == [0, 0, 1]
         assert captions(equal_captions="keep") is None
 
+    def test_a_json_without_splits_that_comes_twice(self, tmp_path):
+        """Only what it holds tells that it is not Karpathy's."""
+        write_karpathy(tmp_path)
+        rows = [{"image": str(image), "caption": f"a {image.stem}"} for image in Path("val2014").iterdir()]
+        Path("list.json").write_text(json.dumps(rows))
+        trainer, model = L.Trainer(max_steps=1, **SILENT), TinyWithTransforms()
+        options = {"num_workers": 0, "batch_size": 4}
+        with pytest.warns(UserWarning, match=r"`train` and `val` are the same, list\.json, which has no splits"):
+            trainer.fit(model, datamodule=ImageTextFilesDataModule("list.json", "list.json", **options))
+
+    def test_options_of_a_table(self, tmp_path):
+        write_karpathy(tmp_path)
+        image = next(Path("val2014").iterdir())
+        Path("a.csv").write_bytes(f"file:title\n{image}:a café\n".encode("cp1252"))
+        names = {"image_column": "file", "text_column": "title"}
+        data = ImageTextFilesDataModule(val="a.csv", delimiter=":", encoding="cp1252", num_workers=0, **names)
+        L.Trainer(**SILENT).validate(TinyWithTransforms(), datamodule=data, verbose=False)
+        assert data.val_dataset.texts == ["a café"]
+
     def test_what_can_not_be_set_up(self, tmp_path):
         write_karpathy(tmp_path)
         trainer, model = L.Trainer(max_epochs=1, **SILENT), TinyWithTransforms()

@@ -10,6 +10,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 MANIFEST = "manifest.json"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
@@ -25,6 +26,7 @@ def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> 
 
     Raises:
         FileNotFoundError: if a local shard does not exist, or if there is none at all.
+        ValueError: if a local shard is compressed, also where it lies in a folder beside others.
 
     Example:
         >>> from lightning_itm.data.shards import find_shards
@@ -36,7 +38,7 @@ def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> 
     elif Path(shards).is_dir():
         # A manifest knows also of a shard that was lost since it was written.
         manifest = read_manifest(Path(shards))
-        names = [entry["name"] for entry in manifest["shards"]] if manifest else _tar_files(Path(shards))
+        names = [entry["name"] for entry in manifest["shards"]] if manifest else tar_files(Path(shards))
         found = [str(Path(shards, name)) for name in names]
     else:
         found = [path for name in braceexpand(fspath(shards)) for path in _matches(name)]
@@ -47,6 +49,12 @@ def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> 
             f"Expected every shard to be there, found none at {missing[0]} ({len(missing)} of {len(found)} are missing)."
             if missing
             else f"Expected at least one .tar file in {shards}, found none."
+        )
+    compressed = [shard for shard in found if not is_remote(shard) and shard.lower().endswith(COMPRESSED)]
+    if compressed:
+        raise ValueError(
+            f"Expected every shard to be an uncompressed .tar, in which any image can be found, got {compressed[0]} "
+            f"({len(compressed)} of {len(found)} are compressed). Decompress it, or name only the others: 'folder/*.tar'."
         )
     return found
 
@@ -71,5 +79,7 @@ def _matches(name: str) -> list[str]:
     return sorted(glob(name)) or [name] if is_pattern else [name]
 
 
-def _tar_files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.tar"))
+def tar_files(folder: Path) -> list[str]:
+    """List the names of the tar files in a folder, compressed ones, too. Hidden files are passed over."""
+    names = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(name for name in names if name.lower().endswith((".tar", *COMPRESSED)))

@@ -15,7 +15,7 @@ from webdataset import TarWriter
 
 from lightning_itm.data.image import UnreadableImageError, open_rgb
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.data.shards.paths import MANIFEST, find_shards, read_manifest
+from lightning_itm.data.shards.paths import MANIFEST, find_shards, read_manifest, tar_files
 from lightning_itm.data.shards.tar import TarMember
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -57,7 +57,7 @@ def write_shards(
         raise ValueError(f"Expected `images_per_shard` to be at least 1, got {images_per_shard}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.tar")):
+    if tar_files(folder):
         raise FileExistsError(
             f"Expected a folder without shards, got {folder}. Nothing is overwritten: name another one."
         )
