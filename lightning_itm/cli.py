@@ -13,10 +13,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.callbacks.negative_writer import NegativeWriter
 from lightning_itm.data.datamodule import ImageTextDataModule
-from lightning_itm.data.files_datamodule import ImageTextFilesDataModule, read_pairs
-from lightning_itm.data.shards.dataset import warn_of_faults
-from lightning_itm.data.shards.index import ShardIndex
-from lightning_itm.data.shards.writer import verify_shards, write_shards
+from lightning_itm.data.files_datamodule import ImageTextFilesDataModule
+from lightning_itm.data.shards.commands import index, verify, write
 from lightning_itm.models.dual_encoder import DualEncoder
 from lightning_itm.models.open_clip_dual_encoder import OpenCLIPDualEncoder
 
@@ -37,7 +35,7 @@ The options that most runs need:
   --config FILE               a YAML with all options (those that follow on the command line replace its values)
   --model.model_name NAME     a model of open_clip (--model.pretrained TAG chooses its weights)
   --model.loss CLASS          such as lightning_itm.TripletLoss (--model.loss.negatives selective sets an argument of it)
-  --data.train SOURCE         a Karpathy .json, a .csv, .tsv or .jsonl, a folder or shards (also --data.val and --data.test)
+  --data.train SOURCE         a .json, .jsonl, .csv or .tsv, a folder or shards (also --data.val and --data.test)
   --data.batch_size N         pairs per batch on each process
   --trainer.max_epochs N      and all that Lightning's Trainer takes: accelerator, devices, strategy, precision, callbacks
 
@@ -182,55 +180,6 @@ def _subcommand_options(name: str) -> dict[str, Any]:
         name == "mine"
     )
     return {"usage": usage, "description": description, "formatter_class": HelpFormatter}
-
-
-def write(
-    source: str,
-    output: str,
-    *,
-    image_root: str | None = None,
-    split: str = "train",
-    image_column: str = "image",
-    text_column: str = "text",
-    images_per_shard: int = 1000,
-) -> None:
-    """Write image-text pairs into tar shards, with a manifest and an index beside them.
-
-    Args:
-        source: A Karpathy .json, a .csv, .tsv or .jsonl, a folder of images with .txt files, or other shards.
-        output: The folder for the shards. It is made, and must not hold shards already.
-        image_root: The folder that image paths start from. By default, the folder of the file.
-        split: The split of a Karpathy JSON that is written. "train" includes "restval", as published results on COCO do.
-        image_column: The column of a table that holds the paths of the images.
-        text_column: The column of a table that holds the texts.
-        images_per_shard: How many images go into one shard. Make shards of 100 MB to 1 GB.
-    """
-    pairs = read_pairs(source, image_root, split=split, image_column=image_column, text_column=text_column)
-    manifest = write_shards(pairs, output, images_per_shard=images_per_shard)
-    ShardIndex.open(output)  # builds the index now, so that the first run need not
-    print(f"{manifest['images']} images and {manifest['pairs']} texts in {len(manifest['shards'])} shards: {output}")
-
-
-def index(shards: str, output: str | None = None) -> None:
-    """Build the index of shards, such as those of img2dataset, and name the samples that can't be used.
-
-    Args:
-        shards: A folder, or a pattern such as "shards/{00000..00031}.tar" or "https://host/{00000..00031}.tar".
-        output: The file of the index. By default it lies beside the first shard. Remote shards need one.
-    """
-    found = ShardIndex.open(shards, output)
-    warn_of_faults(found)
-    print(f"{len(found.key)} images and {len(found.text)} texts in {len(found.shards)} shards.")
-
-
-def verify(folder: str) -> None:
-    """Compare every shard with its SHA-256 in the manifest.
-
-    Args:
-        folder: A folder that `lightning-itm shards write` wrote.
-    """
-    verify_shards(folder)
-    print(f"{folder}: every shard is as it was written.")
 
 
 def main(args: list[str] | None = None) -> None:
