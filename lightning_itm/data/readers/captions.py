@@ -29,7 +29,8 @@ def split_captions(value: Any) -> tuple[list[str], list[Any]]:
         ((['a dog'], ['', 3]), ([], [{'en': 'a dog'}]))
     """
     entries = value if isinstance(value, list | tuple) and value else [value]
-    return [entry for entry in entries if _is_text(entry)], [entry for entry in entries if not _is_text(entry)]
+    texts = [entry for entry in entries if _is_text(entry)]
+    return texts, [] if len(texts) == len(entries) else [entry for entry in entries if not _is_text(entry)]
 
 
 def captions_of_lines(content: str) -> list[str] | str:
@@ -49,6 +50,7 @@ class CaptionsOfImages:
     def __init__(self, source: str | PathLike[str], image_root: str | PathLike[str]) -> None:
         self.source, self.image_root = source, image_root
         self.captions: dict[Path, list[str]] = {}  # in the order in which each image comes first
+        self.texts_of: dict[str | Path, list[str]] = {}  # the same lists, by what the file calls the image
         self.num_left_out = 0
         self.first_left_out = ""
 
@@ -69,7 +71,9 @@ class CaptionsOfImages:
                 "out."
             )
         texts, others = split_captions(value)
-        self.captions.setdefault(Path(self.image_root, image), []).extend(texts)
+        if image not in self.texts_of:  # two spellings of one path share a list; paths are slow to make and to compare
+            self.texts_of[image] = self.captions.setdefault(Path(self.image_root, image), [])
+        self.texts_of[image].extend(texts)
         if others and not self.num_left_out:
             self.first_left_out = f"{where}: {shorten(others[0])}"
         self.num_left_out += len(others)

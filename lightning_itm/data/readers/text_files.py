@@ -30,26 +30,26 @@ def open_text(path: str | PathLike[str], encoding: str | None = None, newline: s
         with open(path, encoding=chosen, newline=newline) as text:
             yield text
     except UnicodeError as error:
-        way_out = "Name the one that it is in." if encoding else 'A file from Windows often needs `encoding="cp1252"`.'
-        raise ValueError(
-            f"Expected {path} to be in the encoding {chosen.removesuffix('-sig')}, got {_where(path, chosen, error)}. "
-            f"{way_out}"
-        ) from error
+        raise _other_encoding(path, encoding, chosen, error) from error
 
 
 def read_text(path: str | PathLike[str], encoding: str | None = None) -> str:
     """Read a text file in whole. Arguments and errors are those of :func:`open_text`."""
-    with open_text(path, encoding) as file:
-        return file.read()
+    data = Path(path).read_bytes()
+    chosen = text_encoding(data[:2], encoding)
+    try:
+        return decode_text(data, chosen)
+    except UnicodeError as error:
+        raise _other_encoding(path, encoding, chosen, error) from error
 
 
-def decode_text(data: bytes) -> str:
+def decode_text(data: bytes, encoding: str | None = None) -> str:
     """Decode the bytes of a text file. Each kind of line end becomes a line feed.
 
     Raises:
-        UnicodeError: if they are no UTF-8, and do not begin with the byte-order mark of UTF-16.
+        UnicodeError: if they are in another encoding. By default, it is told by the first two, as in :func:`open_text`.
     """
-    return io.TextIOWrapper(io.BytesIO(data), encoding=text_encoding(data[:2])).read()
+    return io.TextIOWrapper(io.BytesIO(data), encoding=encoding or text_encoding(data[:2])).read()
 
 
 def text_encoding(start: bytes, encoding: str | None = None) -> str:
@@ -99,13 +99,15 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _where(path: str | PathLike[str], encoding: str, error: UnicodeError) -> str:
+def _other_encoding(path: str | PathLike[str], encoding: str | None, chosen: str, error: UnicodeError) -> ValueError:
+    got: object = error
     data = Path(path).read_bytes()  # in whole: the error of a stream knows only its place in a part of the file
     try:
-        data.decode(encoding)
+        data.decode(chosen)
     except UnicodeDecodeError as found:
         line = 1 + len(re.findall(rb"\r\n|\r|\n", data[: found.start]))
-        return f"the byte 0x{data[found.start]:02x} in line {line}, at byte {found.start} of the file"
+        got = f"the byte 0x{data[found.start]:02x} in line {line}, at byte {found.start} of the file"
     except UnicodeError:
         pass
-    return str(error)
+    way_out = "Name the one that it is in." if encoding else 'A file from Windows often needs `encoding="cp1252"`.'
+    return ValueError(f"Expected {path} to be in the encoding {chosen.removesuffix('-sig')}, got {got}. {way_out}")
