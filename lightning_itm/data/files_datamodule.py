@@ -47,7 +47,7 @@ def read_pairs(
         split: The split of a Karpathy JSON to read, ``"train"``, ``"val"`` or ``"test"``. Other forms have no splits.
         image_column: The column of a table that holds the image paths. Change it if yours has another name.
         text_column: The column of a table that holds the texts. Change it if yours has another name.
-        delimiter: The sign between two columns. Default: the comma, tab, ``|`` or ``;`` by which the header has both columns.
+        delimiter: The sign between columns. Default: the comma, tab, ``|`` or semicolon by which the header has both columns.
         encoding: The encoding of text files, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if a file begins with its mark.
         index: The file that says what is in the shards. Default: beside the first shard. Only shards have one, and remote
             shards need it.
@@ -102,7 +102,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         image_column: The column of a table that holds the image paths. Change it if yours has another name.
         text_column: The column of a table that holds the texts. Change it if yours has another name.
         equal_captions: ``"exclude"`` or ``"keep"`` captions of several images, as :class:`~lightning_itm.ImageTextDataset`.
-        delimiter: The sign between two columns. Default: the comma, tab, ``|`` or ``;`` by which the header has both columns.
+        delimiter: The sign between columns. Default: the comma, tab, ``|`` or semicolon by which the header has both columns.
         encoding: The encoding of text files, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if a file begins with its mark.
         stream: Read ``train`` from front to back, as :class:`~lightning_itm.ShardStream` does. For shards that are remote or
             on a slow disk.
@@ -169,18 +169,11 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         self.sources: dict[str, Any] = {"train": train, "val": val, "test": test}
         self._warn_of_one_source_twice(lambda source: not str(source).endswith(".json"))
         columns = {"image_column": image_column, "text_column": text_column, "delimiter": delimiter}
-        self.options: dict[str, Any] = {
-            "image_root": image_root,
-            "encoding": encoding,
-            **columns,
-            "equal_captions": equal_captions,
-        }
+        self.options: dict[str, Any] = {"image_root": image_root, "encoding": encoding, **columns}
+        self.options["equal_captions"] = equal_captions
         self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
-        self.stream_options: dict[str, Any] = {
-            "shuffle_buffer": shuffle_buffer,
-            "resampled": resampled,
-            "pairs_per_epoch": pairs_per_epoch,
-        }
+        self.stream_options: dict[str, Any] = {"shuffle_buffer": shuffle_buffer, "resampled": resampled}
+        self.stream_options["pairs_per_epoch"] = pairs_per_epoch
         self.model_name, self.pretrained, self.augmentation = model_name, pretrained, augmentation
         self._own_transforms: dict[str, Any] | None = None  # made at the first use, since that takes a second
         self._read_with: dict[str, Any] = {}

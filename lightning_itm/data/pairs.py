@@ -139,7 +139,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             image_root: The folder that image paths start from. Default: the current folder.
             image_column: The column that holds the image paths. In tables for open_clip it is ``filepath``.
             text_column: The column that holds the texts. In tables for open_clip it is ``title``.
-            delimiter: The sign between two columns. Default: the comma, the tab, ``|`` or ``;`` by which the header has both
+            delimiter: The sign between two columns. Default: the comma, tab, ``|`` or semicolon by which the header has both
                 columns.
             encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
             **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.

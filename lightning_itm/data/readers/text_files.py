@@ -16,10 +16,10 @@ def open_text(path: str | PathLike[str], encoding: str | None = None, newline: s
     """Open a text file for reading.
 
     Args:
-        path: The file.
+        path: The path of the file.
         encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if the file begins with its
             byte-order mark.
-        newline: As in Python's ``open``. By default, each kind of line end becomes a line feed.
+        newline: What Python's ``open`` takes under this name. By default, each kind of line end becomes a line feed.
 
     Raises:
         ValueError: if the file is in another encoding, or if Python does not know that encoding.
