@@ -34,6 +34,11 @@ loaders, ``ResumableLoader`` and ``StreamLoader``, ask :meth:`Position.next_batc
 
 So what happens once per epoch must ask for `trainer.current_epoch`, and not wait for a hook.
 
+**What a stop within an epoch leaves behind.** Where `max_steps`, `max_time` or `trainer.should_stop` ends a run in the middle
+of an epoch, Lightning runs `on_train_epoch_end` and counts the epoch as processed. Resumed from such a checkpoint, it would
+give the rest of this epoch the next number, and leave the order of that next epoch out. So :func:`mend_broken_epoch` takes the
+count back before Lightning restores it. The run then goes on as one that was killed at that batch.
+
 **What the state holds.** Three numbers, on each rank the same:
 
 - ``epoch``: the epoch that the next batch belongs to.
@@ -85,15 +90,15 @@ class Position:
                 None where the training set is no stream, and ``is_composed``, whether a callback composes the order.
         """
         epoch, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
-        num_done, num_batches = batches.current.processed, trainer.num_training_batches
+        num_done, is_over = batches.current.processed, batches.is_last_batch
         is_between_epochs = epoch.started == epoch.processed
         # A checkpoint is written in `on_train_batch_end`, after validation, or in `on_train_epoch_end`, where Lightning has
         # already counted the epoch as processed.
-        if 0 < num_done < num_batches:
-            # An epoch that `max_steps` broke off counts as processed, and goes on all the same.
+        if num_done > 0 and not is_over:
+            # An epoch that was broken off counts as processed, and goes on all the same: `mend_broken_epoch`.
             position = epoch.processed - is_between_epochs, num_done
         else:
-            position = epoch.processed + (not is_between_epochs and num_done >= num_batches), 0
+            position = epoch.processed + (not is_between_epochs and is_over), 0
         return {
             "epoch": int(position[0]),
             "batch": int(position[1]),
@@ -133,6 +138,48 @@ class Position:
         if state["batch"] > 0 and state.get("stream") is not None:
             _check_stream(state, settings)
         self._restored = dict(state)
+
+
+def mend_broken_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a resumed run finish the epoch that `max_steps`, `max_time` or `trainer.should_stop` broke off.
+
+    Args:
+        checkpoint: A checkpoint of Lightning, before its counts are restored. Its epoch is no longer counted as processed. One
+            of a run that stopped elsewhere is left as it is.
+    """
+    progress = _progress(checkpoint)
+    if progress is None:
+        return
+    epoch, batches = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    is_broken_off = batches["current"]["processed"] > 0 and not batches["is_last_batch"]
+    if epoch["current"]["processed"] < epoch["current"]["started"]:
+        return
+    for count in (epoch["total"], epoch["current"]):
+        count["processed"] = count["completed"] = count["started"] - is_broken_off
+    if not is_broken_off:
+        # With `max_steps`, Lightning goes on in the epoch that is over, finds no batch left, and counts one epoch too many.
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+
+
+def epoch_to_resume(checkpoint: dict[str, Any]) -> int:
+    """Return the epoch of the batch that a run reads first after it is resumed.
+
+    Args:
+        checkpoint: A checkpoint of Lightning, after :func:`mend_broken_epoch` where that is called.
+    """
+    progress = _progress(checkpoint)
+    if progress is None:
+        return int(checkpoint.get("epoch", 0))
+    epoch, batches = progress["epoch_progress"]["current"], progress["epoch_loop.batch_progress"]
+    is_within = epoch["started"] > epoch["processed"]
+    # A checkpoint of the last batch of an epoch: Lightning has not counted the epoch yet, but nothing of it is left.
+    return int(epoch["processed"] + (is_within and batches["is_last_batch"]))
+
+
+def _progress(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    progress: dict[str, Any] | None = checkpoint.get("loops", {}).get("fit_loop")
+    return progress
 
 
 def _check_stream(state: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_itm.data.datamodule import ImageTextDataModule
+from lightning_itm.data.position import mend_broken_epoch
 from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams
 
 
@@ -41,6 +43,8 @@ class ResumableModule(L.LightningModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._restored_rng = checkpoint.get("rng")
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+            if isinstance(datamodule, ImageTextDataModule):  # which finds its place in the middle of an epoch again
+                mend_broken_epoch(checkpoint)
             for name in getattr(datamodule, "earlier_names", ()):
                 if name in checkpoint:  # Lightning looks for the present name alone
                     datamodule.load_state_dict(checkpoint[name])
