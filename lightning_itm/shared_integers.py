@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-_READY, _PENDING, _AT_WORK = range(3)
+_READY, _PENDING, _AT_WORK, _GIVEN_UP = range(4)
 _WAY_OUT = (
-    "Perhaps a callback reads a batch before `OfflineHardNegativeMining` has mined, as `LearningRateFinder` does. Put it "
-    "after the mining in the list of callbacks. Use the Tuner without mining."
+    "Perhaps a callback reads a batch before `OfflineHardNegativeMining` has mined. Put it after the mining in the list of "
+    "callbacks. Lightning puts `LearningRateFinder` and `BatchSizeFinder` first: use these and the Tuner in a run without "
+    "mining, and then fit with it."
 )
 
 
@@ -55,8 +56,19 @@ class SharedIntegers:
             self._pending.fill_(_AT_WORK)
 
     def remove(self) -> None:
-        """Delete the file, in the process that made it. Processes that have mapped it keep its content."""
+        """Delete the file, in the process that made it. Processes that have mapped it keep its content, and wait no longer."""
+        self._give_up()
         self._finalizer()
+
+    def require(self) -> None:
+        """Raise if the first entries are still to come, in the process that makes them: to wait would be for ever.
+
+        Raises:
+            RuntimeError: if there are no entries.
+        """
+        if self.is_pending:
+            self._give_up()
+            raise RuntimeError(f"Expected a {type(self).__name__} with entries: {self.missing}. {_WAY_OUT}")
 
     def wait(self) -> None:
         """Wait for the first entries, in a worker.
@@ -68,8 +80,8 @@ class SharedIntegers:
         until = time.monotonic() + self.patience
         while self.is_pending:
             main = multiprocessing.parent_process()
-            if main is None or not main.is_alive():
-                raise RuntimeError(f"Expected a {type(self).__name__} with entries: {self.missing}. {_WAY_OUT}")
+            if main is None or not main.is_alive() or int(self._pending) == _GIVEN_UP:
+                self.require()
             if int(self._pending) == _AT_WORK:
                 until = time.monotonic() + self.patience
             if time.monotonic() > until:
@@ -88,9 +100,17 @@ class SharedIntegers:
             tensor.copy_(value)
         self.is_pending = False  # last: a worker that sees it finds all entries there
 
+    def _give_up(self) -> None:
+        if self.is_pending:
+            self._pending.fill_(_GIVEN_UP)  # workers that wait end with an error, and need not be killed
+
     def _map(self) -> None:
+        size = 1 + sum(torch.Size(shape).numel() for shape in self.shapes)
+        self._cut(torch.from_file(self.path, shared=True, size=size, dtype=torch.int32))
+
+    def _cut(self, whole: Tensor) -> None:
         sizes = [torch.Size(shape).numel() for shape in self.shapes]
-        whole = torch.from_file(self.path, shared=True, size=1 + sum(sizes), dtype=torch.int32)
+        self._whole = whole
         self._pending = whole[0]  # in the file as well, so that workers see it change
         parts = whole[1:].split(sizes)
         self.tensors: tuple[Tensor, ...] = tuple(
@@ -99,11 +119,27 @@ class SharedIntegers:
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker gets the path and maps the same file. The entries themselves would be a copy.
-        return {"path": self.path, "shapes": self.shapes}
+        if Path(self.path).exists():
+            return {"path": self.path, "shapes": self.shapes}
+        return self._own_state()  # after a fit, the file is gone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        whole = state.pop("whole", None)
         self.__dict__.update(state)
-        self._map()
+        if whole is None:
+            self._map()
+        else:
+            self._cut(whole)
+        self._finalizer = weakref.finalize(self, _remove, self.path, -1)  # the file belongs to who made it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedIntegers":
+        """Return a copy with entries of its own, without a file."""
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self._own_state())
+        return copied
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"path": self.path, "shapes": self.shapes, "whole": self._whole.clone()}
 
 
 def _remove(path: str, process: int) -> None:

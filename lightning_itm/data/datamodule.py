@@ -7,15 +7,16 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_itm.data.batch import collate_pairs
-from lightning_itm.data.evaluation_items import KINDS, EvaluationItems
+from lightning_itm.data.evaluation_items import KINDS, EvaluationItems, evaluation_view
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.position import Position
 from lightning_itm.data.resumable_loader import EpochOrder, EpochSampler, OrderedDataset, ResumableLoader, SeededDataset
 from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
 from lightning_itm.data.shards.stream import ShardStream
+from lightning_itm.shared_integers import SharedIntegers
 
 
 class ImageTextDataModule(L.LightningDataModule):
@@ -42,6 +43,7 @@ class ImageTextDataModule(L.LightningDataModule):
         predict_split: The set that ``Trainer.predict`` reads: ``"train"``, ``"val"`` or ``"test"``.
         train_order: The order of each epoch's training pairs, where a callback composes it in its ``setup``. None: a random
             order.
+        awaited: What a callback publishes before the first batch is loaded, such as its table of negatives. None: nothing.
 
     Raises:
         ValueError: if ``batch_size`` or ``eval_batch_size`` is not positive.
@@ -84,24 +86,27 @@ class ImageTextDataModule(L.LightningDataModule):
         self.seed = seed
         self.predict_split: Literal["train", "val", "test"] = "test"
         self.train_order: EpochOrder | None = None
+        self.awaited: SharedIntegers | None = None
         self._was_composed = False
         self._fit_trainer: L.Trainer | None = None
         self._position = Position()
 
     def setup(self, stage: str) -> None:
-        """Forget where an earlier run was resumed, and the order that its callbacks composed."""
+        """Forget where an earlier run was resumed, and the order that its callbacks composed. Check the training set."""
         if stage != "fit":
             return  # perhaps of another Trainer, that validates within a fit
         # In this hook, which runs before `load_state_dict`: a checkpoint of this run is not forgotten. It runs before the
         # `setup` of callbacks, too, and after a fit that ended with an error.
         self._position.forget()
-        self.train_order, self._was_composed = None, False
+        self.train_order, self.awaited, self._was_composed = None, None, False
         # Each Trainer that gets this object writes itself into `self.trainer`. The position is that of the one that fits.
         self._fit_trainer = self.trainer
+        self._check_train_dataset()
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Return the loader of this rank's part of each epoch. Without a Trainer, it is a plain one."""
         dataset, trainer = _given(self.train_dataset, "train_dataset"), self._training()
+        self._check_one_batch(dataset)
         if isinstance(dataset, ShardStream):
             return self._stream_loader(dataset, trainer)
         if trainer is None:
@@ -119,13 +124,14 @@ class ImageTextDataModule(L.LightningDataModule):
             rank=trainer.global_rank,
             seed=self.seed,
         )
-        self._check_one_batch(len(sampler))
         # A checkpoint may be saved after the fit, when the callback has taken its order back.
         self._was_composed = self.train_order is not None
         ordered = seeded if self.train_order is None else OrderedDataset(seeded, self.train_order)
-        return ResumableLoader(
+        loader = ResumableLoader(
             ordered, self.batch_size, sampler=sampler, drop_last=self.drop_last, **self._loader_options()
         )
+        loader.before_first = self._require_awaited
+        return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the loader of ``val_dataset``, in order, with evaluation transforms. It may be missing."""
@@ -179,20 +185,35 @@ class ImageTextDataModule(L.LightningDataModule):
     def _training(self) -> L.Trainer | None:
         return self.trainer if self._fit_trainer is None else self._fit_trainer
 
+    def _require_awaited(self) -> None:
+        # In the main process, which would publish it, and which would wait for workers that wait for it.
+        if self.awaited is not None:
+            self.awaited.require()
+
     def _next_batch(self) -> tuple[int, int]:
         return self._position.next_batch(self._training())
 
+    def _check_train_dataset(self) -> None:
+        """Raise if training can't begin. Not in the loader: Lightning leaves DataLoader patched after an error there."""
+        if type(self).train_dataloader is not ImageTextDataModule.train_dataloader:
+            return
+        if self.train_dataset is not None or type(self).setup is ImageTextDataModule.setup:  # others may read it later
+            self._check_one_batch(_given(self.train_dataset, "train_dataset"))
+
     def _stream_loader(self, stream: ShardStream, trainer: L.Trainer | None) -> StreamLoader:
         world_size, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
-        self._check_one_batch(-(-len(stream) // world_size))  # rounded up: some pairs come twice, to make ranks equal
         batches = StreamedBatches(
             stream, self.batch_size, drop_last=self.drop_last, rank=rank, world_size=world_size, seed=self.seed
         )
         # The workers yield whole batches, so the DataLoader has nothing to collate.
         options = {name: value for name, value in self._loader_options().items() if name != "collate_fn"}
-        return StreamLoader(batches, self._next_batch, **options)
+        loader = StreamLoader(batches, self._next_batch, **options)
+        loader.before_first = self._require_awaited
+        return loader
 
-    def _check_one_batch(self, num_pairs: int) -> None:
+    def _check_one_batch(self, dataset: Any) -> None:
+        trainer = self._training()
+        num_pairs = -(-len(dataset) // (1 if trainer is None else trainer.world_size))  # ranks are made equal
         if self.drop_last and num_pairs < self.batch_size:
             raise MisconfigurationException(
                 f"Expected at least one batch of {self.batch_size} pairs a rank, got {num_pairs} pairs. "
@@ -200,7 +221,7 @@ class ImageTextDataModule(L.LightningDataModule):
             )
 
     def _evaluation_loader(self, dataset: Dataset[Any] | ShardStream) -> DataLoader[Any]:
-        return DataLoader(_evaluation_view(dataset), batch_size=self.eval_batch_size, **self._loader_options())
+        return DataLoader(evaluation_view(dataset), batch_size=self.eval_batch_size, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {
@@ -211,16 +232,6 @@ class ImageTextDataModule(L.LightningDataModule):
             # Of its own: the workers' seed is drawn from it, and not from the stream that dropout draws from.
             "generator": torch.Generator().manual_seed(self.seed),
         }
-
-
-def _evaluation_view(dataset: Dataset[Any] | ShardStream) -> Dataset[Any]:
-    if isinstance(dataset, ShardStream):
-        dataset = dataset.pairs  # the shards, which can be read by number
-    if isinstance(dataset, ImageTextDataset):
-        return dataset.evaluation()
-    if isinstance(dataset, Subset):
-        return Subset(_evaluation_view(dataset.dataset), dataset.indices)
-    return dataset
 
 
 def _default_num_workers() -> int:

@@ -4,9 +4,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.shards.stream import ShardStream
 
 Kind = Literal["image", "text"]
 KINDS: tuple[Kind, ...] = ("image", "text")
@@ -88,3 +89,14 @@ class TextsOfImages:
     def text_id(self, image_id: Tensor, index: Tensor) -> Tensor:
         """Return the id of the text number ``index`` of each image. Both have the same shape, and so has the result."""
         return self.order[self.start[image_id] + index]
+
+
+def evaluation_view(dataset: Dataset[Any] | ShardStream) -> Dataset[Any]:
+    """Return the same samples in the same order, as evaluation sees them, where the dataset can tell."""
+    if isinstance(dataset, ShardStream):
+        dataset = dataset.pairs  # the shards, which can be read by number
+    if isinstance(dataset, ImageTextDataset):
+        return dataset.evaluation()
+    if isinstance(dataset, Subset):
+        return Subset(evaluation_view(dataset.dataset), dataset.indices)
+    return dataset

@@ -216,6 +216,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
                 getattr(pairs, "images", None) for pairs in (self.train_dataset, self.val_dataset)
             )
             self._warn_of_one_source_twice(lambda of: str(of).endswith(".json") and train_images == val_images)
+        if stage == "fit":
+            self._check_train_dataset()
 
     @property
     def transforms(self) -> dict[str, Any]:

@@ -136,8 +136,17 @@ class EpochSampler(DistributedSampler[Any]):
 class ResumableLoader(DataLoader[Any]):
     """Load batches, from the position that the datamodule keeps.
 
-    The two methods are there for Lightning, which else warns at every resume in the middle of an epoch.
+    The two methods of the state are there for Lightning, which else warns at every resume in the middle of an epoch.
+
+    Attributes:
+        before_first: A function that is called before the first batch of each iterator is asked for. It may raise.
     """
+
+    before_first: Callable[[], None] | None = None
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()  # here, so that workers start before the first batch is asked for
+        return batches if self.before_first is None else _checked(batches, self.before_first)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing, because the position is in the datamodule's state."""
@@ -145,3 +154,8 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing, because the sampler asks the datamodule for the position."""
+
+
+def _checked(batches: Iterator[Any], before_first: Callable[[], None]) -> Iterator[Any]:
+    before_first()
+    yield from batches

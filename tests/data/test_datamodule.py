@@ -1,11 +1,14 @@
 import copy
 
 import lightning as L
+import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from lightning_itm import ImageTextDataModule
+from tests.helpers.fit import fit
 from tests.helpers.resume import NUM_PAIRS, Watch
 from tests.helpers.tiny import NUM_IMAGES, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs
 
@@ -79,3 +82,29 @@ def test_another_trainer_that_validates_within_a_fit_changes_nothing(tmp_path):
 
 def test_without_a_validation_set_there_is_no_loader_of_one():
     assert ImageTextDataModule(tiny_pairs(), num_workers=0).val_dataloader() == []
+
+
+class TestASetThatIsTooSmall:
+    """The error comes in `setup`: after one in `train_dataloader()`, Lightning leaves DataLoader patched for the process."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"batch_size": 64}, r"at least one batch of 64 pairs a rank, got 46 pairs"),
+            (None, "`train_dataset` to be given"),
+        ],
+    )
+    def test_leaves_dataloader_as_it_was(self, options, message):
+        data = ImageTextDataModule(num_workers=0) if options is None else tiny_data(drop_last=True, **options)
+        before = DataLoader.__init__
+        with pytest.raises(MisconfigurationException, match=message):
+            fit(Tiny, data)
+        assert DataLoader.__init__ is before
+
+    def test_may_be_read_by_a_subclass_after_setup(self):
+        class Later(ImageTextDataModule):
+            def setup(self, stage):
+                super().setup(stage)
+                self.train_dataset = tiny_pairs()
+
+        assert fit(Tiny, Later(batch_size=4, num_workers=0), max_epochs=1).trainer.global_step == 11

@@ -188,7 +188,12 @@ class StreamLoader:
         batches: The batches of this rank. The workers of the loader read them.
         position: A function that returns the epoch and how many of its batches are done. It is called for each new iterator.
         **options: Options of ``torch.utils.data.DataLoader``, such as ``num_workers``.
+
+    Attributes:
+        before_first: A function that is called before the first batch of each iterator is asked for. It may raise.
     """
+
+    before_first: Callable[[], None] | None = None
 
     def __init__(self, batches: StreamedBatches, position: Callable[[], tuple[int, int]], **options: Any) -> None:
         self.batches, self.position = batches, position
@@ -200,6 +205,8 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, so that no worker starts before the first batch: Lightning also makes iterators that it never uses.
+        if self.before_first is not None:
+            self.before_first()
         self.batches.position.copy_(torch.tensor(self.position()))
         yield from self.loader
 
