@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from lightning_itm.callbacks._strategies import check_whole_weights
 from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.data.position import epoch_to_resume
 from lightning_itm.embeddings import RETURN_EMBEDDINGS
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
 from lightning_itm.mining.figure import contact_sheet
@@ -104,9 +105,7 @@ class OfflineHardNegativeMining(Callback):
         encoding = {"batch_size": batch_size, "num_workers": num_workers}
         self._options: dict[str, Any] = {**encoding, **guards, "relative_margin": relative_margin}
         self._mining: Mining | None = None
-        self._epoch, self._is_finished, self._is_fitting = 0, False, False
-        self._restored: dict[str, Any] | None = None
-        self._unlogged: dict[str, float] = {}
+        self._is_fitting = False
 
     @property
     def pairs(self) -> ImageTextDataset | None:
@@ -136,7 +135,6 @@ class OfflineHardNegativeMining(Callback):
         if not self._is_fitting:
             return
         check_whole_weights(trainer, "mining encodes with the whole module")
-        self._epoch, self._is_finished, self._restored, self._unlogged = 0, False, None, {}
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         pairs, ways = pairs_to_mine(self.dataset, datamodule), {"inject": self.inject, "encode": self.encode}
         self._mining = Mining(pairs, self.dataset, **ways, counts=self._counts, ways=self._ways)
@@ -153,17 +151,22 @@ class OfflineHardNegativeMining(Callback):
         if self._is_fitting:
             self.teardown(trainer, pl_module, "fit")  # Lightning itself does not call it after an exception
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember where the run goes on, also with a checkpoint of a run without this callback."""
+        # `trainer.current_epoch` is restored only after `on_fit_start`, where the answer is needed.
+        if self._mining is not None and self._is_fitting:
+            self._mining.first_epoch = epoch_to_resume(checkpoint)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mine for the first epoch, or go on with the restored table."""
         # Checkpoints are restored by now. `on_train_epoch_start` is too late: workers load the first batches before it.
-        restored, self._restored, mining = self._restored, None, self._attached()
+        mining = self._attached()
         mining.injection.announce()
-        is_new_epoch = restored is None or bool(restored["is_finished"])
-        self._epoch = 0 if restored is None else int(restored["epoch"]) + is_new_epoch
-        has_all = restored is None or mining.injection.resume(restored, pl_module.device)
-        has_steps = trainer.limit_train_batches != 0 and self._epoch != trainer.max_epochs
-        if has_steps and (is_new_epoch or not has_all):
-            self._begin_epoch(trainer, pl_module, must_mine=not has_all)
+        epoch = trainer.current_epoch if mining.first_epoch is None else mining.first_epoch
+        has_all = mining.resume(pl_module.device)
+        has_steps = trainer.limit_train_batches != 0 and epoch != trainer.max_epochs
+        if has_steps and (mining.progress.is_before(epoch) or not has_all):
+            mining.begin_epoch(trainer, pl_module, epoch, self.is_due, must_mine=not has_all, **self._options)
         mining.table.is_pending = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -171,8 +174,13 @@ class OfflineHardNegativeMining(Callback):
         self._log(pl_module)  # in `on_fit_start`, where it was done, Lightning takes no logs
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what was mined for this epoch."""
-        self._log(pl_module)  # at its start, so that the numbers stand beside those of the epoch they are for
+        """Mine for this epoch, unless that is done, and log what was mined."""
+        # Here and not at the end of the last epoch. By now its checkpoint is written, so an error in mining costs no epoch,
+        # and nothing is mined where `max_steps`, `max_time` or `trainer.should_stop` ends the run.
+        mining = self._attached()
+        if trainer.current_epoch > mining.progress.epoch:
+            mining.begin_epoch(trainer, pl_module, trainer.current_epoch, self.is_due, **self._options)
+        self._log(pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -188,20 +196,21 @@ class OfflineHardNegativeMining(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the embeddings of the step, and remember whether the epoch is finished."""
-        embeddings = self._attached().training_embeddings
-        if embeddings is not None and outputs:  # a step that returned None has none
-            embeddings.update(*step_embeddings(outputs))
+        mining = self._attached()
+        if mining.training_embeddings is not None and outputs:  # a step that returned None has none
+            mining.training_embeddings.update(*step_embeddings(outputs))
         # A checkpoint of the last batch is written before `on_train_epoch_end`. A run resumed from it skips that hook.
-        self._is_finished = trainer.is_last_batch
+        mining.progress.is_finished = trainer.is_last_batch
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Mine for the next epoch, if there is one."""
-        # At the end and not at the next start: by then workers have loaded the first batches of that epoch.
-        epoch = trainer.current_epoch + 1
-        if epoch <= self._epoch or epoch == trainer.max_epochs:
-            return  # `trainer.should_stop` is no reason: with `min_epochs`, Lightning goes on
-        self._epoch, self._is_finished = epoch, False
-        self._begin_epoch(trainer, pl_module)
+        """Let workers wait that start before the next epoch is mined, which those of a new loader do."""
+        # Otherwise, the next iterator is made after `on_train_epoch_start`.
+        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            self._attached().injection.announce(is_new=True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let nobody wait: no epoch follows."""
+        self._attached().table.is_pending = False
 
     def plot(self, n: int = 8, *, num_negatives: int = 4, seed: int = 0) -> Any:
         """Draw some pairs with the hardest texts and images that were mined for them, as a matplotlib figure.
@@ -216,9 +225,7 @@ class OfflineHardNegativeMining(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is mined, and which epoch it is for."""
-        if self._mining is None:
-            return {}
-        return {**self._mining.state_dict(), "epoch": self._epoch, "is_finished": bool(self._is_finished)}
+        return {} if self._mining is None else self._mining.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Publish the table of a checkpoint, in a run that goes on.
@@ -228,20 +235,11 @@ class OfflineHardNegativeMining(Callback):
         """
         # Lightning calls this hook in validate, test and predict as well.
         if self._mining is not None and self._is_fitting and state_dict:
-            is_replaced = state_dict["is_finished"] and self.is_due(int(state_dict["epoch"]) + 1)
-            self._mining.load_state_dict(state_dict, is_replaced=is_replaced)
-            self._restored = state_dict
-
-    def _begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule, *, must_mine: bool = False) -> None:
-        mining = self._attached()
-        if must_mine or self.is_due(self._epoch):
-            self._unlogged = mining.mine(trainer, pl_module, self._epoch, **self._options)
-        else:
-            self._unlogged = mining.injection.begin_epoch(self._epoch)
+            self._mining.load_state_dict(state_dict, self.is_due)
 
     def _log(self, pl_module: L.LightningModule) -> None:
-        pl_module.log_dict(self._unlogged, on_step=False, on_epoch=True, sync_dist=True)
-        self._unlogged = {}
+        unlogged = self._attached().take_logs()
+        pl_module.log_dict(unlogged, on_step=False, on_epoch=True, sync_dist=True)
 
     def _attached(self) -> Mining:
         if self._mining is None:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.evaluation_items import TextsOfImages
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.shards.stream import ShardStream
@@ -141,3 +143,35 @@ def pairs_to_mine(given: Any, datamodule: Any) -> ImageTextDataset:
 def train_set(given: Any, datamodule: Any) -> Any:
     """Return the dataset that the user names, or else the datamodule's training set, with what wraps its pairs."""
     return getattr(datamodule, "train_dataset", None) if given is None else given
+
+
+def check_batches_can_be_composed(dataset: Any, pairs: ImageTextDataset, datamodule: Any, trainer: L.Trainer) -> None:
+    """Raise if the order of the pairs is not the datamodule's to choose, or if the loss needs random batches.
+
+    Args:
+        dataset: The training set, with what wraps its pairs.
+        pairs: The pairs that are mined.
+        datamodule: The Trainer's datamodule, or ``None``.
+        trainer: The Trainer, whose module has the loss.
+
+    Raises:
+        MisconfigurationException: if it is so.
+    """
+    if isinstance(dataset, ShardStream):
+        raise MisconfigurationException(
+            "Expected pairs that can be read in any order with `inject='batches'`, got a ShardStream, which reads shards "
+            "from front to back. Train on its `ShardDataset` (`stream=False`), or use `inject='embeddings'`."
+        )
+    is_ours = isinstance(datamodule, ImageTextDataModule)
+    if not is_ours or pairs is not pairs_to_mine(None, datamodule):
+        raise MisconfigurationException(
+            "Expected an ImageTextDataModule with the pairs as `train_dataset` with `inject='batches'`, got "
+            f"{type(datamodule).__name__ if not is_ours else 'another set in the datamodule'}. It orders the pairs of an "
+            "epoch. For a loader of your own, call `lightning_itm.mining.compose_batches`."
+        )
+    if getattr(loss := getattr(trainer.lightning_module, "loss", None), "needs_random_batches", False):
+        raise MisconfigurationException(
+            "Expected a loss that compares candidates with each other with `inject='batches'`, got "
+            f"{type(loss).__name__}, which learns how rare a match is in a random batch. Hard batches made it worse in our "
+            "runs. Use InfoNCELoss or a TripletLoss, or `inject='samples'`."
+        )

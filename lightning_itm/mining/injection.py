@@ -9,14 +9,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_itm.data.datamodule import ImageTextDataModule
-from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.resumable_loader import EpochOrder
 from lightning_itm.data.shards.stream import ShardStream
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
 from lightning_itm.mining.encode import EncodedPairs
 from lightning_itm.mining.hard_batches import check_group_size, compose_batches
-from lightning_itm.mining.hard_negative_dataset import HardNegativeDataset, pairs_to_mine, train_set
+from lightning_itm.mining.hard_negative_dataset import (
+    HardNegativeDataset,
+    check_batches_can_be_composed,
+    pairs_to_mine,
+    train_set,
+)
 from lightning_itm.mining.negative_table import NegativeTable
+from lightning_itm.shared_integers import SharedIntegers
 
 
 class Injection:
@@ -29,6 +34,8 @@ class Injection:
         seed: Another seed gives other draws of embeddings.
         group_size: Number of pairs of a group of hard batches.
     """
+
+    is_fixed = False  # whether each epoch has what the first one had
 
     def __init__(
         self, given: Any, table: NegativeTable, *, coupled_ranks: bool = True, seed: int = 0, group_size: int = 4
@@ -52,9 +59,20 @@ class Injection:
     def detach(self, datamodule: Any) -> None:
         """Undo :meth:`attach`, where the training set is still as it left it."""
 
-    def announce(self) -> None:
-        """Let workers wait for as long as the first mining takes."""
-        self.table.announce()
+    @property
+    def awaited(self) -> SharedIntegers:
+        """What must be published before the first batch is loaded."""
+        return self.table
+
+    def announce(self, *, is_new: bool = False) -> None:
+        """Let workers wait for as long as mining takes.
+
+        Args:
+            is_new: Whether they must wait though something was published already, because a new epoch begins.
+        """
+        if is_new and not self.is_fixed:
+            self.awaited.is_pending = True
+        self.awaited.announce()
 
     def begin_epoch(self, epoch: int, encoded: EncodedPairs | None = None) -> dict[str, float]:
         """Take in what was mined for an epoch, before its first batch is loaded. Return what can be logged.
@@ -104,13 +122,15 @@ class SampleInjection(Injection):
                 "Expected an ImageTextDataModule with the pairs as `train_dataset`, or `dataset=HardNegativeDataset(pairs)` "
                 "that the train loader reads, got neither. No negative would reach a batch."
             )
+        if isinstance(datamodule, ImageTextDataModule):
+            datamodule.awaited = self.table
 
     def detach(self, datamodule: Any) -> None:
         """Unwrap the training set, where the draws are still those of this table."""
         dataset = getattr(datamodule, "train_dataset", None)
         # What the user wrapped stays wrapped.
         if isinstance(dataset, HardNegativeDataset) and dataset is not self.given and dataset.table is self.table:
-            datamodule.train_dataset = dataset.pairs
+            datamodule.train_dataset, datamodule.awaited = dataset.pairs, None
         stream = dataset if self.given is None else self.given
         if isinstance(stream, ShardStream) and getattr(stream.negatives, "table", None) is self.table:
             stream.negatives = None
@@ -172,24 +192,25 @@ class BatchInjection(Injection):
             ValueError: if groups do not fit into batches.
         """
         pairs = pairs_to_mine(self.given, datamodule)
-        _check_batches_can_be_composed(train_set(self.given, datamodule), pairs, datamodule, trainer)
+        check_batches_can_be_composed(train_set(self.given, datamodule), pairs, datamodule, trainer)
         super().attach(datamodule, trainer)
         self.batch_size, self.order_seed = datamodule.batch_size * trainer.world_size, datamodule.seed
         check_group_size(self.group_size, self.batch_size, len(pairs))
         self.pairs, self.is_fixed = pairs, trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        self.order = datamodule.train_order = EpochOrder(len(pairs))
+        self.order = datamodule.train_order = datamodule.awaited = EpochOrder(len(pairs))
 
     def detach(self, datamodule: Any) -> None:
         """Let the datamodule draw its order again, and leave no file behind."""
         order = getattr(self, "order", None)
         if order is not None:  # it is, where `attach` refused the set-up
             if datamodule.train_order is order:
-                datamodule.train_order = None
+                datamodule.train_order = datamodule.awaited = None
             order.remove()
 
-    def announce(self) -> None:
-        """Let workers wait for as long as the first mining and composing take."""
-        self.order.announce()
+    @property
+    def awaited(self) -> SharedIntegers:
+        """The order, which is composed after mining."""
+        return self.order
 
     def begin_epoch(self, epoch: int, encoded: EncodedPairs | None = None) -> dict[str, float]:
         """Compose the order of an epoch from the table, and publish it."""
@@ -226,24 +247,3 @@ class BatchInjection(Injection):
 
 
 INJECTIONS = {"samples": SampleInjection, "embeddings": EmbeddingInjection, "batches": BatchInjection}
-
-
-def _check_batches_can_be_composed(dataset: Any, pairs: ImageTextDataset, datamodule: Any, trainer: L.Trainer) -> None:
-    if isinstance(dataset, ShardStream):
-        raise MisconfigurationException(
-            "Expected pairs that can be read in any order with `inject='batches'`, got a ShardStream, which reads shards "
-            "from front to back. Train on its `ShardDataset` (`stream=False`), or use `inject='embeddings'`."
-        )
-    is_ours = isinstance(datamodule, ImageTextDataModule)
-    if not is_ours or pairs is not pairs_to_mine(None, datamodule):
-        raise MisconfigurationException(
-            "Expected an ImageTextDataModule with the pairs as `train_dataset` with `inject='batches'`, got "
-            f"{type(datamodule).__name__ if not is_ours else 'another set in the datamodule'}. It orders the pairs of an "
-            "epoch. For a loader of your own, call `lightning_itm.mining.compose_batches`."
-        )
-    if getattr(loss := getattr(trainer.lightning_module, "loss", None), "needs_random_batches", False):
-        raise MisconfigurationException(
-            "Expected a loss that compares candidates with each other with `inject='batches'`, got "
-            f"{type(loss).__name__}, which learns how rare a match is in a random batch. Hard batches made it worse in our "
-            "runs. Use InfoNCELoss or a TripletLoss, or `inject='samples'`."
-        )

@@ -47,6 +47,11 @@ class TrainingEmbeddings:
         self.is_known = self.is_known.to(rows.device).index_fill_(0, text_id, True)
         self.rows.index_copy_(1, text_id, rows)
 
+    def to(self, device: torch.device) -> None:
+        """Move what there is to a device, where it is mined."""
+        self.is_known = self.is_known.to(device)
+        self.rows = None if self.rows is None else self.rows.to(device)
+
     def encoded(self) -> EncodedPairs:
         """Return what :func:`~lightning_itm.mining.find_negatives` searches.
 
@@ -78,7 +83,7 @@ class TrainingEmbeddings:
         return {"rows": rows, "is_known": self.is_known.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the rows of a checkpoint. The next batch takes them to its device."""
+        """Go on with the rows of a checkpoint. The next batch, or mining, takes them to its device."""
         self.rows, self.is_known = state["rows"], state["is_known"]
 
 

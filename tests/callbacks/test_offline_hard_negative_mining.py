@@ -387,7 +387,7 @@ class TestBadInput:
                 miner = trainer.callbacks[0]
                 kept["table"], kept["is_pending"] = miner.table.texts.clone(), miner.table.is_pending
 
-        with pytest.raises(ValueError, match=r"finite image embeddings when mining on rank 0, epoch 1, got NaN"):
+        with pytest.raises(ValueError, match=r"finite image embeddings when mining on rank 0, epoch 2, got NaN"):
             fit(callbacks=[Breaks(), Keep()], limit_val_batches=0)
         assert (kept["table"] >= 0).all()
         assert not kept["is_pending"]

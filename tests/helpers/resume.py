@@ -58,6 +58,7 @@ def fit(
     seed=0,
     mining=None,
     memory=None,
+    callbacks=(),
     **trainer_options,
 ):
     L.seed_everything(seed, verbose=False)
@@ -70,7 +71,7 @@ def fit(
         memory = dict(memory)
         sampler = FalseNegativeSampler(posterior=memory.pop("posterior", "histogram"), min_count=4)
         banks.append(FalseNegativeElimination(16, **memory, sampler=sampler))
-    trainer = L.Trainer(callbacks=[*banks, watch, *miners, checkpoint], **options)
+    trainer = L.Trainer(callbacks=[*banks, watch, *miners, *callbacks, checkpoint], **options)
     data = tiny_data(**{name: value for name, value in loader.items() if name != "shards"})
     if "shards" in loader:
         transforms = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": tokenize}
