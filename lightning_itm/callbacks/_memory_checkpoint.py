@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import lightning as L
+
+from lightning_itm.identity import identity_of, set_difference
 from lightning_itm.memory_bank.agreement import Agreement
 from lightning_itm.memory_bank.false_negative_sampler import FalseNegativeSampler
 from lightning_itm.memory_bank.momentum_encoder import MomentumEncoder
@@ -17,6 +20,7 @@ def memory_state(
     sampler: FalseNegativeSampler,
     agreement: Agreement,
     queue_size: int,
+    trainer: L.Trainer,
 ) -> dict[str, Any]:
     """Collect the state of the parts, for a checkpoint that loads with ``weights_only=True``."""
     return {
@@ -26,6 +30,7 @@ def memory_state(
         "agreement": agreement.state_dict(),
         "version": VERSION,
         "queue_size": queue_size,
+        "set": _training_set(trainer),
     }
 
 
@@ -58,14 +63,31 @@ def restore_memory(
     return bank
 
 
-def check_queue_size(state: dict[str, Any], queue_size: int) -> None:
-    """Raise if the queue of a checkpoint has another size.
+def check_memory_state(state: dict[str, Any], queue_size: int, trainer: L.Trainer) -> None:
+    """Raise if the queue of a checkpoint does not fit the run.
+
+    Args:
+        state: What :func:`memory_state` returned.
+        queue_size: The size of the queue of this run.
+        trainer: The Trainer of this run. With a data module, its training set must be the same, because the queue has ids.
 
     Raises:
-        ValueError: if the sizes differ. Pairs would have to be dropped, or places would stay empty.
+        ValueError: if the sizes differ, because pairs would have to be dropped, or places would stay empty. Also if the
+            training set differs.
     """
+    difference = set_difference(state.get("set", {}), _training_set(trainer))
+    if difference is not None:
+        raise ValueError(
+            f"Expected the checkpoint's memory bank to be of this training set, got that of another: it has {difference}. An "
+            "image in the bank would be taken for another one. Resume with the same data, or start from the weights alone "
+            "(`load_from_checkpoint`)."
+        )
     if state["queue_size"] != queue_size:
         raise ValueError(
             f"Expected a queue of {queue_size} pairs, got one of {state['queue_size']} in the checkpoint. "
             f"Resume with `queue_size={state['queue_size']}`, or start from the weights alone (`load_from_checkpoint`)."
         )
+
+
+def _training_set(trainer: L.Trainer) -> dict[str, Any]:
+    return identity_of(getattr(trainer.datamodule, "train_dataset", None))  # type: ignore[attr-defined]

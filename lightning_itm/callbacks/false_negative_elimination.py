@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_itm.callbacks._memory_checkpoint import CHECKPOINT_KEY, check_queue_size, memory_state, restore_memory
+from lightning_itm.callbacks._memory_checkpoint import CHECKPOINT_KEY, check_memory_state, memory_state, restore_memory
 from lightning_itm.callbacks._memory_checks import (
     check_arguments,
     check_finite,
@@ -212,7 +212,7 @@ class FalseNegativeElimination(Callback):
         # Not by `state_dict`, whose key is the name of the class: a subclass can go on with the checkpoint.
         if self.encoder is not None:
             parts = self.encoder, self.bank, self.sampler, self.agreement
-            checkpoint[CHECKPOINT_KEY] = memory_state(*parts, self.queue_size)
+            checkpoint[CHECKPOINT_KEY] = memory_state(*parts, self.queue_size, trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until the fit starts.
@@ -223,7 +223,7 @@ class FalseNegativeElimination(Callback):
         # It cannot be put in place yet: the slow copy is made in `on_fit_start`.
         restored = checkpoint.get(CHECKPOINT_KEY)
         if self._is_fitting and restored is not None:
-            check_queue_size(restored, self.queue_size)
+            check_memory_state(restored, self.queue_size, trainer)
             self._restored = restored
 
     def _log(self, pl_module: L.LightningModule, bank: MemoryBank, batch_size: int) -> None:

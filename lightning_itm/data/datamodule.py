@@ -10,12 +10,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_itm.data.batch import collate_pairs
+from lightning_itm.data.composed.joins import check_ids
 from lightning_itm.data.evaluation_items import KINDS, EvaluationItems, evaluation_view
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.position import Position
 from lightning_itm.data.resumable_loader import EpochOrder, EpochSampler, OrderedDataset, ResumableLoader, SeededDataset
 from lightning_itm.data.shards.loader import StreamedBatches, StreamLoader
 from lightning_itm.data.shards.stream import ShardStream
+from lightning_itm.identity import identity_of
 from lightning_itm.shared_integers import SharedIntegers
 
 
@@ -93,6 +95,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Forget where an earlier run was resumed, and the order that its callbacks composed. Check the training set."""
+        check_ids(train_dataset=self.train_dataset, val_dataset=self.val_dataset, test_dataset=self.test_dataset)
         if stage != "fit":
             return  # perhaps of another Trainer, that validates within a fit
         # In this hook, which runs before `load_state_dict`: a checkpoint of this run is not forgotten. It runs before the
@@ -174,9 +177,11 @@ class ImageTextDataModule(L.LightningDataModule):
             self._position.load_state_dict(state_dict, trainer, self._order_settings())
 
     def _order_settings(self) -> dict[str, Any]:
-        """Return what the batches of an epoch depend on, beside seed and ranks."""
+        """Return what the batches of an epoch depend on, beside ranks."""
         return {
             "batch_size": self.batch_size,
+            "seed": self.seed,
+            "set": identity_of(self.train_dataset),
             "num_workers": self.num_workers,
             "stream": self.train_dataset.settings() if isinstance(self.train_dataset, ShardStream) else None,
             "is_composed": self.train_order is not None or self._was_composed,
@@ -195,9 +200,8 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def _check_train_dataset(self) -> None:
         """Raise if training can't begin. Not in the loader: Lightning leaves DataLoader patched after an error there."""
-        if type(self).train_dataloader is not ImageTextDataModule.train_dataloader:
-            return
-        if self.train_dataset is not None or type(self).setup is ImageTextDataModule.setup:  # others may read it later
+        is_given = self.train_dataset is not None or type(self).setup is ImageTextDataModule.setup  # or read later
+        if is_given and type(self).train_dataloader is ImageTextDataModule.train_dataloader:
             self._check_one_batch(_given(self.train_dataset, "train_dataset"))
 
     def _stream_loader(self, stream: ShardStream, trainer: L.Trainer | None) -> StreamLoader:

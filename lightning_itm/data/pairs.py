@@ -15,11 +15,19 @@ from lightning_itm.captions import number_captions, warn_of_equal_captions
 from lightning_itm.checks import check_choice, check_tokens
 from lightning_itm.data.batch import UnreadablePairError as UnreadablePairError
 from lightning_itm.data.batch import load_or_next
-from lightning_itm.data.image import ImageSource, UnreadableImageError, check_sources, open_rgb, to_tensor
+from lightning_itm.data.composed.joins import Joinable
+from lightning_itm.data.image import (
+    ImageSource,
+    UnreadableImageError,
+    check_sources,
+    open_rgb,
+    to_tensor,
+)
 from lightning_itm.data.readers import flatten_texts, read_folder, read_jsonl, read_karpathy, read_table
+from lightning_itm.identity import image_identity, set_identity
 
 
-class ImageTextDataset(Dataset[dict[str, Any]]):
+class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
     """Read image-text pairs with random access. One item is one *text* with its image.
 
     In training, another pair stands in for one that can't be read, because its image does not open or its text is empty. Such
@@ -69,6 +77,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self.texts, self.text_image_id = flatten_texts(texts, text_image_id, len(self.images))
         self._set_up(transform, eval_transform, tokenizer, equal_captions)
         check_sources(self.images)
+
+    _identity: dict[str, Any] | None = None  # computed when it is asked for
 
     # Apart from the constructor, for subclasses whose images and texts come from elsewhere.
     def _set_up(
@@ -198,6 +208,13 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             return self._load_or_raise(index % len(self))  # nothing stands in: it would be the result of another set
         sample, _ = load_or_next(self._load, index, len(self), what="pairs", report=self.report)
         return sample
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this set from another, wherever its folder is: :func:`~lightning_itm.identity.set_identity`."""
+        if self._identity is None:
+            parts = self.texts, self.text_image_id, len(self.images)
+            self._identity = set_identity(*parts, **image_identity(self.images))
+        return self._identity
 
     def load_image(self, image_id: int) -> Any:
         """Return one image, transformed as for training, or for evaluation in a view of :meth:`evaluation`.

@@ -46,13 +46,15 @@ count back before Lightning restores it. The run then goes on as one that was ki
 - ``total``: how many batches were ever trained on. It tells whether training has moved on since the checkpoint was loaded.
   Until then the position is the checkpoint's. Afterwards Lightning's own counts tell it.
 
-Beside them stand the settings that the batches of an epoch depend on: ``batch_size``, ``world_size``, ``num_workers`` and
-those of a stream. In the middle of an epoch they must be what they were.
+Beside them stand the settings that the batches of an epoch depend on: ``batch_size``, ``world_size``, ``num_workers``,
+``seed``, the identity of the training set and the settings of a stream. In the middle of an epoch they must be what they were.
 """
 
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_itm.identity import set_difference
 
 
 class Position:
@@ -86,8 +88,9 @@ class Position:
 
         Args:
             trainer: The Trainer whose progress is saved.
-            settings: What the order depends on beside seed and ranks: ``batch_size``, ``num_workers``, ``stream``, which is
-                None where the training set is no stream, and ``is_composed``, whether a callback composes the order.
+            settings: What the order depends on beside ranks: ``batch_size``, ``seed``, ``set``, which says which pairs there
+                are, ``num_workers``, ``stream``, which is None where the training set is no stream, and ``is_composed``,
+                whether a callback composes the order.
         """
         epoch, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
         num_done, is_over = batches.current.processed, batches.is_last_batch
@@ -135,9 +138,24 @@ class Position:
                 f"batch {state['batch']} of epoch {state['epoch']}, got one that is {orders[settings['is_composed']]}: pairs "
                 "would be left out or come twice. Resume with the same callbacks, or from the end of an epoch."
             )
+        if state["batch"] > 0:
+            _check_set(state, settings)
         if state["batch"] > 0 and state.get("stream") is not None:
             _check_stream(state, settings)
         self._restored = dict(state)
+
+
+def _check_set(state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Compare seed and training set with the checkpoint of the middle of an epoch. Older checkpoints have neither."""
+    place = f"as when the run stopped after batch {state['batch']} of epoch {state['epoch']}"
+    way_out = "pairs would be left out or come twice. Resume with the same, or from the end of an epoch."
+    if state.get("seed", settings["seed"]) != settings["seed"]:
+        raise MisconfigurationException(f"Expected `seed` {state['seed']}, {place}, got {settings['seed']}: {way_out}")
+    difference = set_difference(state.get("set", {}), settings["set"])
+    if difference is not None:
+        raise MisconfigurationException(
+            f"Expected the training set to be the same, {place}, got {difference}: {way_out}"
+        )
 
 
 def mend_broken_epoch(checkpoint: dict[str, Any]) -> None:

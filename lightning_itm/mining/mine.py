@@ -201,8 +201,8 @@ class Mining:
     def state_dict(self) -> dict[str, Any]:
         """Return the table, its epoch and set, what its injection needs, and the embeddings that are to be mined."""
         table = {"texts": self.table.texts.clone(), "images": self.table.images.clone()}
-        state: dict[str, Any] = {**table, "fingerprint": fingerprint(self.pairs), **self.injection.state_dict()}
-        state.update(asdict(self.progress))
+        identity = {"fingerprint": fingerprint(self.pairs), "set": self.pairs.identity()}
+        state: dict[str, Any] = {**table, **identity, **asdict(self.progress), **self.injection.state_dict()}
         if self.training_embeddings is not None:
             state["training_embeddings"] = self.training_embeddings.state_dict()
         return state

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.identity import set_difference
 from lightning_itm.shared_integers import SharedIntegers
 
 
@@ -97,7 +98,7 @@ def draw_from_rows(
 
 
 def fingerprint(pairs: ImageTextDataset) -> str:
-    """Return what tells one training set from another: its texts, and which image each belongs to.
+    """Return what told one training set from another in older versions: its texts, and which image each belongs to.
 
     Example:
         >>> from PIL import Image
@@ -125,10 +126,13 @@ def check_state(state: dict[str, Any], pairs: ImageTextDataset, table: NegativeT
     Raises:
         ValueError: if the state is of another training set, or of a table with other numbers of negatives.
     """
-    if state["fingerprint"] != fingerprint(pairs):
+    difference = set_difference(state.get("set", {}), pairs.identity())
+    if difference is None and "set" not in state and state["fingerprint"] != fingerprint(pairs):
+        difference = "other images or texts, or another order"
+    if difference is not None:
         raise ValueError(
-            "Expected the checkpoint's negatives to be of this training set, got those of another: its images, texts or "
-            "their order differ. Resume with the same data, or start from the weights alone (`load_from_checkpoint`)."
+            f"Expected the checkpoint's negatives to be of this training set, got those of another: it has {difference}. "
+            "Resume with the same data, or start from the weights alone (`load_from_checkpoint`)."
         )
     places = state["texts"].shape[1], state["images"].shape[1]
     expected = table.shapes[0][1], table.shapes[1][1]

@@ -1,7 +1,7 @@
 """Image-text pairs in tar shards, as webdataset and img2dataset write them, with random access."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -9,9 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
-from lightning_itm.data.shards.index import ShardIndex
+from lightning_itm.data.shards.index import PackedStrings, ShardIndex
 from lightning_itm.data.shards.paths import is_remote
 from lightning_itm.data.shards.tar import TarMember
+from lightning_itm.identity import set_identity
 
 
 class ShardDataset(ImageTextDataset):
@@ -72,6 +73,15 @@ class ShardDataset(ImageTextDataset):
         """Whether all shards are local, so that any image can be read at any time."""
         return not any(is_remote(shard) for shard in self.contents.shards)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what tells these shards from others. Images count by key and size."""
+        if self._identity is None:
+            contents = self.contents
+            names, sizes = list(_encoded(contents.key)), contents.size.numpy().tobytes()
+            parts = _encoded(contents.text), self.text_image_id, len(names)
+            self._identity = set_identity(*parts, image_names=names, image_sizes=sizes)
+        return self._identity
+
     def load_image(self, image_id: int) -> Any:
         """Return one image, transformed as for training, or for evaluation in a view of :meth:`evaluation`.
 
@@ -103,6 +113,14 @@ class ShardDataset(ImageTextDataset):
             return self._open(image_id, data)
         except UnreadablePairError as error:  # bytes have no name: say which file they are of
             raise UnreadablePairError(f"{error} ({self.images[image_id]})") from error
+
+
+def _encoded(strings: PackedStrings) -> Iterator[bytes]:
+    """Yield packed strings in UTF-8, much faster than one by one."""
+    data, start = strings.data.numpy().tobytes(), 0
+    for end in strings.end.tolist():
+        yield data[start:end]
+        start = end
 
 
 class TarImages(Sequence[TarMember]):
