@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
-from lightning_itm.data.shards.index import PackedStrings, ShardIndex
+from lightning_itm.data.shards.index import ShardIndex
+from lightning_itm.data.shards.packed_strings import PackedStrings
 from lightning_itm.data.shards.paths import is_remote
 from lightning_itm.data.shards.tar import TarMember
 from lightning_itm.identity import set_identity
@@ -86,7 +87,7 @@ class ShardDataset(ImageTextDataset):
         """Return one image, transformed as for training, or for evaluation in a view of :meth:`evaluation`.
 
         Raises:
-            RuntimeError: if the shard of the image is remote.
+            RuntimeError: if the shard of the image is remote, or was replaced since it was indexed.
             UnreadablePairError: if the image does not open.
         """
         source = self.images[image_id]
@@ -95,6 +96,7 @@ class ShardDataset(ImageTextDataset):
                 f"Expected local shards to read image {image_id} at random, got {source.path}. Train with a ShardStream, and "
                 "copy sets for validation and test to a disk."
             )
+        source.check()
         return self._open(image_id, source)
 
     def load_data(self, image_id: int, data: bytes | None) -> Any:

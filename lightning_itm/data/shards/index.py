@@ -4,9 +4,8 @@ import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -17,55 +16,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_itm.data.image import IMAGE_ENDINGS
 from lightning_itm.data.shards.captions import Fault
+from lightning_itm.data.shards.packed_strings import PackedStrings
 from lightning_itm.data.shards.paths import MANIFEST, find_shards, is_remote, read_manifest
+from lightning_itm.data.shards.stamps import (
+    changed_shard,
+    check_index_is_ours,
+    default_index_path,
+    is_same,
+    stamp,
+    whole_address,
+)
 from lightning_itm.data.shards.tar import ShardContents, TarMember, read_shard
 
 INDEX_VERSION = 2  # of 1, a .txt was one text, whatever it had for lines
-INDEX_ENDING = ".index"
-
-
-class PackedStrings(Sequence[str]):
-    """Hold many strings in one tensor of bytes. A list of a million strings would be copied into every worker.
-
-    Args:
-        data: All strings in UTF-8, one after the other, as uint8 `(bytes,)`.
-        end: Where each string ends, int64 `(strings,)`.
-
-    Example:
-        >>> from lightning_itm.data.shards.index import PackedStrings
-        >>> strings = PackedStrings.pack(["a dog", "", "über"])
-        >>> len(strings), strings[-1], list(strings[:2])
-        (3, 'über', ['a dog', ''])
-    """
-
-    def __init__(self, data: Tensor, end: Tensor) -> None:
-        self.data, self.end = data, end
-
-    @classmethod
-    def pack(cls, strings: Iterable[str]) -> "PackedStrings":
-        """Pack strings into a tensor."""
-        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]  # names of files may be no UTF-8
-        data = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)  # not of an empty one
-        return cls(data, torch.tensor([len(part) for part in encoded], dtype=torch.int64).cumsum(0))
-
-    def __len__(self) -> int:
-        return len(self.end)
-
-    def __iter__(self) -> Iterator[str]:
-        # Ten times as fast as one index after the other, each of which reads two tensors.
-        data, start = memoryview(cast("Any", self.data.numpy())), 0
-        for end in self.end.tolist():
-            yield str(data[start:end], "utf-8", "surrogatepass")
-            start = end
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[other] for other in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"Expected an index below {len(self)}, got {index}.")
-        index %= len(self)
-        start = int(self.end[index - 1]) if index else 0
-        return self.data[start : int(self.end[index])].numpy().tobytes().decode("utf-8", "surrogatepass")
 
 
 @dataclass
@@ -82,6 +45,8 @@ class ShardIndex:
         text_image_id: The image that each text belongs to. int64 `(texts,)`.
         faults: How many samples or captions are left out, by what is wrong with them. Such as ``{"without an image": 2}``.
         first_fault: For each kind of fault, the shard and the key of the first sample that has it, and what it has instead.
+        seen: What :func:`~lightning_itm.data.shards.stamps.stamp` said of each shard when it was indexed.
+        file: The file of the index.
     """
 
     shards: list[str]
@@ -93,6 +58,8 @@ class ShardIndex:
     text_image_id: Tensor
     faults: dict[str, int]
     first_fault: dict[str, str]
+    seen: list[list[Any]] = field(default_factory=list)
+    file: str = ""
 
     @classmethod
     def open(
@@ -106,22 +73,54 @@ class ShardIndex:
 
         Raises:
             FileNotFoundError: if a local shard does not exist.
-            ValueError: if no sample can be used, or if the shards are remote and ``path`` is not given.
+            ValueError: if no sample can be used, if the shards are remote and ``path`` is not given, or if ``path`` is the
+                index of another set.
             PermissionError: if the file can't be written.
         """
         found = find_shards(shards)
-        seen = [_stamp(shard) for shard in found]
-        file = Path(path) if path is not None else _default_path(found)
-        index = cls._load(file, found, seen) if file.is_file() else None
+        file = Path(path) if path is not None else default_index_path(found)
+        index = cls._load(file, found) if file.is_file() else None
         if index is None:
-            cls._put_together(found, read_all(found))._save(file, seen)
-            index = cls._load(file, found, seen)  # mapped: what was built is in the memory of this process alone
-        return cast("ShardIndex", index)
+            seen = [stamp(shard) for shard in found]  # first: what changes while it is read is found later
+            built = cls._put_together(found, read_all(found))
+            built.seen, built.file = seen, str(file)
+            built._save(file)
+            index = cls._load(file, found)  # mapped: what was built is in the memory of this process alone
+        return index or built  # another process may have written its own in between
 
     def member(self, image_id: int) -> TarMember:
         """Return the place of an image: its shard, and where in the shard its bytes are."""
         shard = self.shards[self.shard_of(image_id)]
-        return TarMember(shard, self.key[image_id], int(self.offset[image_id]), int(self.size[image_id]))
+        place = int(self.offset[image_id]), int(self.size[image_id])
+        return TarMember(shard, self.key[image_id], *place, index_file=self.file)
+
+    def check_unchanged(self, shard: int) -> None:
+        """Raise if a remote shard has changed since it was indexed, as far as its server tells.
+
+        A local one was compared when the set was opened. If it breaks off later, other pairs stand in for what is lost.
+
+        Args:
+            shard: Which shard, as an index of ``shards``.
+
+        Raises:
+            RuntimeError: if size, time or entity tag are others.
+        """
+        path = self.shards[shard]
+        if shard < len(self.seen) and is_remote(path):
+            then, now = self.seen[shard], stamp(path)
+            if not is_same(then, now):
+                raise changed_shard(path, f"{now} instead of {then}", self.file)
+
+    def check_size(self, image_id: int, data: bytes | None) -> None:
+        """Raise if the bytes of an image are more or fewer than when its shard was indexed.
+
+        Raises:
+            RuntimeError: if it is so.
+        """
+        size = int(self.size[image_id])
+        if data is not None and len(data) != size:
+            what = f"{self.key[image_id]} of {len(data)} bytes instead of {size}"
+            raise changed_shard(self.shards[self.shard_of(image_id)], what, self.file)
 
     def shard_of(self, image_id: int) -> int:
         """Return which shard an image is in, as an index of ``shards``."""
@@ -166,11 +165,12 @@ class ShardIndex:
             first_fault,
         )
 
-    def _save(self, path: Path, seen: list[list[int]]) -> None:
+    def _save(self, path: Path) -> None:
         values = {
             "version": INDEX_VERSION,
             "shards": [Path(shard).name for shard in self.shards],
-            "seen": seen,
+            "paths": [whole_address(shard) for shard in self.shards],
+            "seen": self.seen,
             "key": [self.key.data, self.key.end],
             "text": [self.text.data, self.text.end],
             **{name: getattr(self, name) for name in ("first", "offset", "size", "text_image_id")},
@@ -189,7 +189,7 @@ class ShardIndex:
             ) from error
 
     @classmethod
-    def _load(cls, path: Path, shards: list[str], seen: list[list[int]]) -> "ShardIndex | None":
+    def _load(cls, path: Path, shards: list[str]) -> "ShardIndex | None":
         if not os.access(path, os.R_OK):
             raise PermissionError(f"Expected to read {path}, the index of the shards. Name another file with `index`.")
         try:
@@ -197,10 +197,18 @@ class ShardIndex:
         except (RuntimeError, pickle.UnpicklingError, EOFError):  # damaged, so that it is built anew
             return None
         # By names and not by paths: a folder that is moved with its index needs no new one.
-        is_ours = isinstance(values, dict) and values.get("version") == INDEX_VERSION
-        if not is_ours or values["shards"] != [Path(shard).name for shard in shards] or values["seen"] != seen:
+        if not isinstance(values, dict) or values.get("version") != INDEX_VERSION:
+            return None
+        is_named_so = values["shards"] == [Path(shard).name for shard in shards]
+        check_index_is_ours(path, values.get("paths", []), values["seen"], shards)
+        # Remote shards are compared when they are read: one request for each would take minutes here.
+        as_seen = all(
+            is_remote(shard) or seen == stamp(shard) for shard, seen in zip(shards, values["seen"], strict=False)
+        )
+        if not (is_named_so and as_seen):
             return None
         rest = {name: values[name] for name in ("first", "offset", "size", "text_image_id", "faults", "first_fault")}
+        rest.update(seen=values["seen"], file=str(path))
         return cls(shards, PackedStrings(*values["key"]), text=PackedStrings(*values["text"]), **rest)
 
 
@@ -232,20 +240,3 @@ class _Shards(Dataset[ShardContents]):
 
     def __getitem__(self, index: int) -> ShardContents:
         return read_shard(self.shards[index])
-
-
-def _stamp(shard: str) -> list[int]:
-    if is_remote(shard):  # its name alone tells it apart, because to ask for its size would take a request
-        return []
-    status = os.stat(shard)
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _default_path(shards: list[str]) -> Path:
-    if is_remote(shards[0]):
-        raise ValueError(
-            f"Expected `index`, the file in which to keep where each image is, because {shards[0]} is remote. It is "
-            "written at the first use, which reads all shards once."
-        )
-    name = blake2b("\n".join(Path(shard).name for shard in shards).encode(), digest_size=4).hexdigest()
-    return Path(shards[0]).parent / f"{name}{INDEX_ENDING}"

@@ -1,6 +1,7 @@
 """Where the shards of a set are, and what their manifest says."""
 
 import json
+import os
 from collections.abc import Sequence
 from glob import glob
 from os import PathLike, fspath
@@ -26,7 +27,7 @@ def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> 
 
     Raises:
         FileNotFoundError: if a local shard does not exist, or if there is none at all.
-        ValueError: if a local shard is compressed, also where it lies in a folder beside others.
+        ValueError: if a local shard is compressed, also where it lies in a folder beside others, or if a shard comes twice.
 
     Example:
         >>> from lightning_itm.data.shards import find_shards
@@ -56,6 +57,7 @@ def find_shards(shards: str | PathLike[str] | Sequence[str | PathLike[str]]) -> 
             f"Expected every shard to be an uncompressed .tar, in which any image can be found, got {compressed[0]} "
             f"({len(compressed)} of {len(found)} are compressed). Decompress it, or name only the others: 'folder/*.tar'."
         )
+    _check_once(found)
     return found
 
 
@@ -72,6 +74,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return manifest
+
+
+def _check_once(shards: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        place = shard if is_remote(shard) else os.path.realpath(shard)
+        if place in seen:
+            raise ValueError(
+                f"Expected every shard once, got {shard} twice (first as {seen[place]}): each of its images would be a "
+                "negative of its own texts. List it once."
+            )
+        seen[place] = shard
 
 
 def _matches(name: str) -> list[str]:

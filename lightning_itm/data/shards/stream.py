@@ -183,14 +183,18 @@ def read_images(contents: ShardIndex, shard: int, image_ids: Iterable[int]) -> I
     Raises:
         FileNotFoundError: if the shard no longer exists.
         OSError: if the shard can't be fetched.
+        RuntimeError: if it has changed since it was indexed.
     """
+    contents.check_unchanged(shard)
     image_of, url = {contents.key[image_id]: image_id for image_id in image_ids}, contents.shards[shard]
     with open_shard(url) as file:
         files = tar_file_expander([{"url": url, "stream": file}], handler=_is_broken_off)
         for key, sample in group_samples((entry["fname"], entry["data"]) for entry in files if entry):
             image_id = image_of.pop(key, None)
             if image_id is not None:
-                yield image_id, next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
+                data = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
+                contents.check_size(image_id, data)
+                yield image_id, data
             if not image_of:
                 return  # the rest of the shard belongs to other workers
         check_fetched(file)

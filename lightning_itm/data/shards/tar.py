@@ -14,6 +14,7 @@ from webdataset.tariterators import base_plus_ext
 from lightning_itm.data.image import IMAGE_ENDINGS
 from lightning_itm.data.shards.captions import Fault, read_captions
 from lightning_itm.data.shards.paths import is_remote
+from lightning_itm.data.shards.stamps import changed_shard
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,30 @@ class TarMember:
         key: The name of the sample, which is that of the file without its ending.
         offset: Where the content of the file starts, in bytes from the start of the tar file.
         size: How many bytes the file has.
+        index_file: The file of the index that says so.
     """
 
     path: str
     key: str
     offset: int
     size: int
+    index_file: str = ""
+
+    def check(self) -> None:
+        """Raise if the shard was replaced since it was indexed: the header before the content must be that of this file.
+
+        Raises:
+            RuntimeError: if another file, or none, starts here.
+        """
+        with suppress(OSError), open(self.path, "rb") as file:  # a shard that is gone is told where it is read
+            header = os.pread(file.fileno(), tarfile.BLOCKSIZE, self.offset - tarfile.BLOCKSIZE)
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                raise changed_shard(self.path, f"no file at byte {self.offset}", self.index_file) from None
+            if info.size != self.size or not _is_name_of(info.name, self.key):
+                found = f"{info.name} of {info.size} bytes where {self.key} of {self.size} bytes was"
+                raise changed_shard(self.path, found, self.index_file)
 
     def read_bytes(self) -> bytes:
         """Read the content of this file, and nothing else of the tar file."""
@@ -39,6 +58,12 @@ class TarMember:
 
     def __str__(self) -> str:
         return f"{self.path}, key {self.key}"
+
+
+def _is_name_of(name: str, key: str) -> bool:
+    # A header holds 100 bytes of ASCII. What does not fit stands in another header before, and is not compared.
+    prefix, _ = base_plus_ext(name)
+    return prefix == key or not key.isascii() or len(key) > tarfile.LENGTH_NAME - len(".jpeg")
 
 
 @dataclass

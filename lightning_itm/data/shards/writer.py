@@ -133,6 +133,7 @@ def encoded_image(source: Any) -> tuple[bytes, str]:
     if isinstance(source, bytes):
         data = source
     elif isinstance(source, TarMember):
+        source.check()
         data = source.read_bytes()
     elif isinstance(source, str | PathLike):
         try:
