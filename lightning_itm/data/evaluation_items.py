@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.shards.stream import ShardStream
@@ -99,4 +99,6 @@ def evaluation_view(dataset: Dataset[Any] | ShardStream) -> Dataset[Any]:
         return dataset.evaluation()
     if isinstance(dataset, Subset):
         return Subset(evaluation_view(dataset.dataset), dataset.indices)
+    if isinstance(dataset, ConcatDataset):
+        return ConcatDataset([evaluation_view(part) for part in dataset.datasets])
     return dataset

@@ -17,6 +17,7 @@ from lightning_itm import (
     ShardDataset,
     write_shards,
 )
+from lightning_itm.data.evaluation_items import evaluation_view
 from lightning_itm.identity import set_difference
 from tests.helpers.fit import fit
 from tests.helpers.tiny import SILENT, Tiny, tiny_pairs
@@ -116,6 +117,11 @@ class TestSplit:
         train, val = tiny_pairs().split(0.7, seed=1)
         run = fit(Tiny, ImageTextDataModule(train, val, batch_size=4, num_workers=1), max_epochs=1)
         assert 0 < run.metrics["val/rsum"] <= 600
+
+
+def test_a_concatdataset_of_one_is_evaluated_like_it():
+    pairs = numbered([1], eval_transform=lambda image: "evaluation")
+    assert evaluation_view(ConcatDataset([pairs]))[0]["image"] == "evaluation"
 
 
 class TestIdsThatComeTwice:
