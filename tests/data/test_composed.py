@@ -63,6 +63,18 @@ class TestJoined:
         write_shards(numbered(range(5)), tmp_path / "shards", images_per_shard=2)
         assert read(ShardDataset(tmp_path / "shards") + numbered([77])) == [0, 1, 2, 3, 4, 77]
 
+    def test_equal_captions_of_both(self):
+        red, blue = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
+        with pytest.warns(UserWarning, match="2 of 4 pairs share their caption"):
+            joined = ImageTextDataset([red, red], ["a mug", "a cup"]) + ImageTextDataset(
+                [blue, blue], ["A Mug", "a dog"]
+            )
+        assert joined.caption_id.tolist() == [0, 1, 0, 2]
+        kept = ImageTextDataset([blue], ["A mug"], equal_captions="keep")
+        assert (kept + kept).caption_id is None
+        with pytest.raises(ValueError, match=r"same `equal_captions`, got 'exclude' and 'keep'"):
+            ImageTextDataset([red], ["a mug"]) + kept
+
     def test_a_path_in_both_is_an_error(self, tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
         one = ImageTextDataset([tmp_path / "a.png"], ["a"])
@@ -83,7 +95,7 @@ class TestJoined:
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_are_mined(self, workers):
-        joined = tiny_pairs(12) + tiny_pairs(12)
+        joined = tiny_pairs(12, equal_captions="keep") + tiny_pairs(12, equal_captions="keep")
         data = ImageTextDataModule(joined, joined, batch_size=4, num_workers=workers)
         miner = OfflineHardNegativeMining(texts_per_image=8, images_per_text=4)
         fit(Tiny(QuintupletLoss()), data, miner, max_epochs=1)

@@ -19,7 +19,8 @@ class ComposedDataset(ImageTextDataset):
 
     Raises:
         TypeError: if a part is no :class:`~lightning_itm.ImageTextDataset`.
-        ValueError: if there is no part, no image, a path that comes twice, or a part whose shards are remote.
+        ValueError: if there is no part, no image, a path that comes twice, a part whose shards are remote, or parts with
+            different ``equal_captions``.
     """
 
     def __init__(self, parts: Sequence[ImageTextDataset], image_ids: Sequence[Tensor]) -> None:
@@ -32,7 +33,7 @@ class ComposedDataset(ImageTextDataset):
         self.images = ComposedSequence([part.images for part in parts], self.image_part, self.image_index)
         self.texts = ComposedSequence([part.texts for part in parts], self.text_part, self.text_index)
         self.text_image_id = torch.cat([owner + first for (_, owner), first in zip(rows, first_image, strict=False)])
-        self._set_up(parts[0].transform, parts[0].eval_transform, parts[0].tokenizer)
+        self._set_up(parts[0].transform, parts[0].eval_transform, parts[0].tokenizer, parts[0].equal_captions)
         self.is_evaluation = all(part.is_evaluation for part in parts)
         if len(parts) > 1:
             check_sources([source for part in parts for source in _sources(part)])
@@ -101,6 +102,11 @@ def check_parts(parts: Sequence[ImageTextDataset]) -> None:
             raise ValueError(
                 "Expected sets whose images can be read at random, got remote shards. Copy them to a disk, or give the "
                 "addresses of all shards to one ShardDataset."
+            )
+        if part.equal_captions != parts[0].equal_captions:
+            raise ValueError(
+                f"Expected all sets to have the same `equal_captions`, got {parts[0].equal_captions!r} and "
+                f"{part.equal_captions!r}. Make both sets with one of them."
             )
 
 
