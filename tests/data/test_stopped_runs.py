@@ -107,8 +107,8 @@ class Interrupted(Quintuplet):
 
 @pytest.fixture
 def restored_signals():
-    """Lightning ignores Ctrl+C after the first."""
-    handler = signal.getsignal(signal.SIGINT)
+    """Take Ctrl+C as Python does. A shell's background job ignores it, and Lightning does after the first."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
 
