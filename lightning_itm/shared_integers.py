@@ -1,12 +1,21 @@
 """Integers in a file that all processes map, so that workers which already run see a change."""
 
+import errno
 import multiprocessing
 import os
+import platform
 import tempfile
 import time
 import weakref
+from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where a file that is open can't be deleted, and so needs no lock
+    fcntl = None  # type: ignore[assignment]
 
 import torch
 from torch import Tensor
@@ -23,9 +32,14 @@ class SharedIntegers:
     """Hold int32 tensors in a file that all processes map.
 
     A worker that is already running sees new entries at once. It got this object by fork or by pickle, and maps the same file.
+    The file lies in the folder for temporary files, and goes with this object. What a killed process left there is deleted
+    when the next object is made.
 
     Args:
         shapes: The shape of each tensor, such as ``[(100, 8), (500, 4)]``.
+
+    Raises:
+        OSError: if there is no room for the file.
     """
 
     missing: ClassVar[str] = "nothing was published before the first batch"
@@ -35,11 +49,21 @@ class SharedIntegers:
 
     def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
         self.shapes = shapes
+        sweep(tempfile.gettempdir())
         # A file and not `share_memory_()`: /dev/shm is small in containers.
-        handle, self.path = tempfile.mkstemp(prefix="lightning-itm-")
-        os.close(handle)
+        handle, self.path = _locked_file()
+        self._finalizer = weakref.finalize(self, _remove, self.path, handle, os.getpid())
+        size = 4 * (1 + sum(torch.Size(shape).numel() for shape in shapes))
+        try:
+            reserve(handle, size)  # else a write to the mapped file would end the process with SIGBUS
+        except OSError as error:
+            self._finalizer()
+            raise OSError(
+                error.errno,
+                f"Expected room for a {type(self).__name__} of {size / 1e6:.1f} MB in {os.path.dirname(self.path)}, got: "
+                f"{error.strerror}. Make room there, or set the environment variable TMPDIR to a folder that has it.",
+            ) from error
         self._map()
-        self._finalizer = weakref.finalize(self, _remove, self.path, os.getpid())
 
     @property
     def is_pending(self) -> bool:
@@ -130,7 +154,7 @@ class SharedIntegers:
             self._map()
         else:
             self._cut(whole)
-        self._finalizer = weakref.finalize(self, _remove, self.path, -1)  # the file belongs to who made it
+        self._finalizer = weakref.finalize(self, _remove, self.path, -1, -1)  # the file belongs to who made it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedIntegers":
         """Return a copy with entries of its own, without a file."""
@@ -142,6 +166,69 @@ class SharedIntegers:
         return {"path": self.path, "shapes": self.shapes, "whole": self._whole.clone()}
 
 
-def _remove(path: str, process: int) -> None:
+def reserve(handle: int, size: int) -> None:
+    """Take the room for a file on the disk, so that later writes find it.
+
+    Args:
+        handle: The file, open for writing and empty.
+        size: Its size in bytes.
+
+    Raises:
+        OSError: if there is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(handle, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that can't, without a way around it
+                raise
+    zeros = bytes(1 << 20)
+    while size > 0:
+        size -= os.write(handle, zeros[:size])
+
+
+def sweep(folder: str) -> None:
+    """Delete the files that killed processes of this user on this machine left in a folder.
+
+    Args:
+        folder: The folder. Files of others stay, and so do those of processes that still run.
+    """
+    for path in Path(folder).glob(f"{_prefix()}*"):
+        with suppress(OSError):  # it is in use, or someone else's, or another process has just deleted it
+            if fcntl is None:
+                path.unlink()
+            elif path.stat().st_uid == os.getuid():
+                _unlink_if_unlocked(path)
+
+
+def _unlink_if_unlocked(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock of a process ends with it, however that ends
+        path.unlink()
+    finally:
+        os.close(handle)
+
+
+def _locked_file() -> tuple[int, str]:
+    """Make a file that :func:`sweep` leaves alone as long as this process, or one that it forked, has it open."""
+    while True:
+        handle, path = tempfile.mkstemp(prefix=_prefix())
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks, where nothing can be swept either
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # else another process has swept it before it was locked
+            return handle, path
+        os.close(handle)
+
+
+def _prefix() -> str:
+    # The machine, because a folder may be shared by several, which do not see each other's locks.
+    return f"lightning-itm-{blake2b(platform.node().encode(), digest_size=4).hexdigest()}-"
+
+
+def _remove(path: str, handle: int, process: int) -> None:
     if os.getpid() == process:  # not in a worker that was forked
+        os.close(handle)  # first: Windows deletes no file that is open
         Path(path).unlink(missing_ok=True)
