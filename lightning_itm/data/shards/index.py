@@ -1,10 +1,11 @@
 """The index of a set of tar shards: where each image is. Built once, kept in a file, and mapped by every process."""
 
 import os
-import pickle
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_itm.data.image import IMAGE_ENDINGS
+from lightning_itm.data.inputs.packed_strings import PackedStrings
 from lightning_itm.data.shards.captions import Fault
-from lightning_itm.data.shards.packed_strings import PackedStrings
-from lightning_itm.data.shards.paths import MANIFEST, find_shards, is_remote, read_manifest
+from lightning_itm.data.shards.paths import MANIFEST, fetched_again, find_shards, is_remote, read_manifest
 from lightning_itm.data.shards.stamps import (
     changed_shard,
     check_index_is_ours,
@@ -75,7 +76,7 @@ class ShardIndex:
             FileNotFoundError: if a local shard does not exist.
             ValueError: if no sample can be used, if the shards are remote and ``path`` is not given, or if ``path`` is the
                 index of another set.
-            PermissionError: if the file can't be written.
+            PermissionError: if the file can't be written, because the folder is not ours or the disk is full.
         """
         found = find_shards(shards)
         file = Path(path) if path is not None else default_index_path(found)
@@ -121,6 +122,22 @@ class ShardIndex:
         if data is not None and len(data) != size:
             what = f"{self.key[image_id]} of {len(data)} bytes instead of {size}"
             raise changed_shard(self.shards[self.shard_of(image_id)], what, self.file)
+
+    def check_present(self, shard: int) -> None:
+        """Raise if a local shard is gone.
+
+        Args:
+            shard: Which shard, as an index of ``shards``.
+
+        Raises:
+            FileNotFoundError: if there is no file.
+        """
+        path = self.shards[shard]
+        if not is_remote(path) and not Path(path).is_file():
+            raise FileNotFoundError(
+                f"Expected shard {shard} of the {len(self.shards)} shards at {path}, found none. It was there when the set "
+                "was opened. Put it back, and resume the run."
+            )
 
     def shard_of(self, image_id: int) -> int:
         """Return which shard an image is in, as an index of ``shards``."""
@@ -182,10 +199,12 @@ class ShardIndex:
             with open(part, "xb") as file:
                 torch.save(values, file)
             os.replace(part, path)  # in one step: several processes may build it, and none may read half of it
-        except OSError as error:
-            part.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # PyTorch raises a RuntimeError where there is no room
+            with suppress(OSError):  # the error that is told is that of writing
+                part.unlink(missing_ok=True)
             raise PermissionError(
-                f"Expected to write the index of the shards to {path}, got: {error}. Name another file with `index`."
+                f"Expected to write the index of the shards to {path}, got: {error}. Name another file with `index`, or make "
+                "room."
             ) from error
 
     @classmethod
@@ -193,8 +212,10 @@ class ShardIndex:
         if not os.access(path, os.R_OK):
             raise PermissionError(f"Expected to read {path}, the index of the shards. Name another file with `index`.")
         try:
-            values = torch.load(path, mmap=True, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError):  # damaged, so that it is built anew
+            with zipfile.ZipFile(path) as archive:
+                is_whole = archive.testzip() is None  # compares checksums, which PyTorch writes and does not read
+            values: Any = torch.load(path, mmap=True, weights_only=True) if is_whole else None
+        except Exception:  # a damaged file can raise anything, and is built anew
             return None
         # By names and not by paths: a folder that is moved with its index needs no new one.
         if not isinstance(values, dict) or values.get("version") != INDEX_VERSION:
@@ -239,4 +260,5 @@ class _Shards(Dataset[ShardContents]):
         return len(self.shards)
 
     def __getitem__(self, index: int) -> ShardContents:
-        return read_shard(self.shards[index])
+        shard = self.shards[index]
+        return next(fetched_again(shard, lambda: [read_shard(shard)]))

@@ -1,16 +1,21 @@
-"""Where the shards of a set are, and what their manifest says."""
+"""Where the shards of a set are, what their manifest says, and how often a remote one is tried."""
 
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from glob import glob
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from braceexpand import braceexpand
 
+Item = TypeVar("Item")
+
 MANIFEST = "manifest.json"
+WAITS: tuple[float, ...] = (1.0, 2.0, 4.0)
+"""Seconds before a transfer that broke off is tried again, for each try."""
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -97,3 +102,28 @@ def tar_files(folder: Path) -> list[str]:
     """List the names of the tar files in a folder, compressed ones, too. Hidden files are passed over."""
     names = (path.name for path in folder.iterdir() if not path.name.startswith("."))
     return sorted(name for name in names if name.lower().endswith((".tar", *COMPRESSED)))
+
+
+def fetched_again(shard: str, read: Callable[[], Iterable[Item]]) -> Iterator[Item]:
+    """Yield what is read of a shard, and read it again if it is remote and its transfer breaks off.
+
+    Args:
+        shard: The path or the address of the shard.
+        read: Reads the shard from its start. When it is called again, it must leave out what it has yielded.
+
+    Raises:
+        OSError: if a local shard can't be read, or if each transfer of a remote one breaks off.
+    """
+    for wait in (*WAITS, None):
+        try:
+            yield from read()
+            return
+        except OSError as error:
+            if not is_remote(shard):
+                raise
+            if wait is None:
+                raise OSError(
+                    f"Expected to fetch the shard {shard}, got: {error}, in each of {len(WAITS) + 1} tries. Is it there, and "
+                    "the connection well? A run that has a checkpoint can be resumed."
+                ) from error
+            time.sleep(wait)

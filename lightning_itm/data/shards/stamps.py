@@ -93,5 +93,7 @@ def default_index_path(shards: list[str]) -> Path:
             f"Expected `index`, the file in which to keep where each image is, because {shards[0]} is remote. It is "
             "written at the first use, which reads all shards once."
         )
-    name = blake2b("\n".join(Path(shard).name for shard in shards).encode(), digest_size=4).hexdigest()
+    name = blake2b(
+        "\n".join(Path(shard).name for shard in shards).encode("utf-8", "surrogatepass"), digest_size=4
+    ).hexdigest()
     return Path(shards[0]).parent / f"{name}{INDEX_ENDING}"

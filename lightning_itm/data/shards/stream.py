@@ -16,6 +16,7 @@ from webdataset.tariterators import tar_file_expander
 from lightning_itm.data.image import IMAGE_ENDINGS
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
+from lightning_itm.data.shards.paths import fetched_again
 from lightning_itm.data.shards.tar import check_fetched, group_samples, open_shard
 from lightning_itm.randomness import seeded
 
@@ -185,21 +186,28 @@ def read_images(contents: ShardIndex, shard: int, image_ids: Iterable[int]) -> I
         OSError: if the shard can't be fetched.
         RuntimeError: if it has changed since it was indexed.
     """
+    contents.check_present(shard)
     contents.check_unchanged(shard)
     image_of, url = {contents.key[image_id]: image_id for image_id in image_ids}, contents.shards[shard]
+    # Each image leaves `image_of` when it is yielded, so that a second try yields the others.
+    for image_id, data in fetched_again(url, lambda: _read_images(url, image_of)):
+        contents.check_size(image_id, data)
+        yield image_id, data
+    for image_id in image_of.values():  # the shard has changed since it was indexed
+        yield image_id, None
+
+
+def _read_images(url: str, image_of: dict[str, int]) -> Iterator[tuple[int, bytes | None]]:
     with open_shard(url) as file:
         files = tar_file_expander([{"url": url, "stream": file}], handler=_is_broken_off)
         for key, sample in group_samples((entry["fname"], entry["data"]) for entry in files if entry):
-            image_id = image_of.pop(key, None)
-            if image_id is not None:
-                data = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
-                contents.check_size(image_id, data)
-                yield image_id, data
+            data = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
+            # Without its image, the sample may be the one within which the transfer broke off.
+            if key in image_of and data is not None:
+                yield image_of.pop(key), data
             if not image_of:
                 return  # the rest of the shard belongs to other workers
         check_fetched(file)
-    for image_id in image_of.values():  # the shard has changed since it was indexed
-        yield image_id, None
 
 
 def _is_broken_off(error: Exception) -> bool:

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_itm import ImageTextDataset, ShardDataset, write_shards
-from lightning_itm.data.shards.index import PackedStrings
+from lightning_itm.data.inputs.packed_strings import PackedStrings
+from tests.helpers.no_room import SMALL_DISK, files_below, on_a_small_disk
 from tests.helpers.shards import check_pairing, img2dataset_sample, picture, png, write_img2dataset, write_tar
 
 
@@ -56,6 +59,42 @@ def test_the_index_is_for_everybody_and_mends_itself(tmp_path):
         index.write_bytes(damaged)
         check_pairing(ShardDataset(tmp_path))
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".tar"] == [index.name]
+
+
+def test_one_damaged_byte_is_enough(tmp_path):
+    """Whichever: a text, an offset, or what holds the file together."""
+    write_img2dataset(tmp_path, shards=1)
+    ShardDataset(tmp_path)
+    (index,) = tmp_path.glob("*.index")
+    whole = index.read_bytes()
+    for place in range(0, len(whole), 29):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        index.write_bytes(damaged)
+        check_pairing(ShardDataset(tmp_path))
+
+
+class TestNoRoomForTheIndex:
+    def test_a_limit_of_the_size_of_files(self, tmp_path):
+        write_img2dataset(tmp_path, shards=1)
+        with pytest.raises(PermissionError, match="Name another file with `index`, or make room"), files_below(1000):
+            ShardDataset(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
+
+    @SMALL_DISK
+    @pytest.mark.slow
+    def test_a_full_disk(self, tmp_path):
+        write_img2dataset(tmp_path, shards=1)
+        shard, disk = tmp_path / "00000.tar", tmp_path / "disk"
+        disk.mkdir()
+        code = (
+            "import os, shutil, sys; from lightning_itm import ShardDataset; shutil.copy(*sys.argv[1:])\n"
+            "try: ShardDataset(sys.argv[2])\n"
+            "except PermissionError as error: print(error, os.listdir(sys.argv[2]))"
+        )
+        command = on_a_small_disk(disk, shard.stat().st_size, [sys.executable, "-c", code, str(shard), str(disk)])
+        ended = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert "Name another file with `index`, or make room. ['00000.tar']" in ended.stdout, ended.stderr
 
 
 def test_no_index_for_remote_shards():
