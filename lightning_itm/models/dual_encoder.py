@@ -14,6 +14,7 @@ from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.models.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
+from lightning_itm.models.negatives_check import ChecksNegatives
 from lightning_itm.models.optimization import decay_groups, warmup_cosine
 from lightning_itm.models.resumable_module import ResumableModule
 from lightning_itm.models.retrieval_metrics import RetrievalMetrics
@@ -22,7 +23,7 @@ LOSS_INPUTS = ("memory", "hard", "selective")
 """The entries of a batch that are passed on to the loss if a callback has put them there."""
 
 
-class DualEncoder(ResumableModule):
+class DualEncoder(ResumableModule, ChecksNegatives):
     """Train two encoders so that matching images and texts are close.
 
     In plain terms: subclass it, write :meth:`encode_image` and :meth:`encode_text`, and give it to a Lightning ``Trainer``.
@@ -244,5 +245,4 @@ class DualEncoder(ResumableModule):
 
     def _log_retrieval(self, stage: str) -> None:
         for values in self._retrieval.compute(stage):
-            # Equal on all ranks already. Lightning warns without sync_dist.
-            self.log_dict(values, sync_dist=True)
+            self.log_dict(values, sync_dist=True)  # equal on all ranks already, but Lightning warns without

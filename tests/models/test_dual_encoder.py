@@ -295,6 +295,7 @@ class TestBadInput:
         with pytest.raises(Exception, match="Expected `test_dataset` to be given to ImageTextDataModule, got None"):
             trainer().test(Tiny(), datamodule=data)
 
+    @pytest.mark.filterwarnings("ignore:.*there are no negatives")
     def test_batches_of_one_pair_train(self):
         data = tiny_data(batch_size=1)
         model = Tiny(TripletLoss(negatives="selective"))
