@@ -1,17 +1,13 @@
-"""What a batch is before the encoders, how samples become one, and what stands in for a sample that can't be read."""
+"""What a batch is before the encoders, and how samples become one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
-
-Key = TypeVar("Key")
-Loaded = TypeVar("Loaded")
 
 
 class ImageTextBatch(TypedDict):
@@ -154,89 +150,3 @@ def pad_if_ragged(values: Sequence[Any]) -> Any:
     if values and all(isinstance(value, Unpadded) for value in values):
         return PaddedSequence.pad([value.values for value in values])
     return None
-
-
-class UnreadablePairError(RuntimeError):
-    """Tell that a pair can't be used: its image does not open, or its text is empty."""
-
-
-def with_stand_ins(
-    attempts: Iterable[tuple[Key, Callable[[], Loaded]]],
-    *,
-    what: str,
-    report: Callable[[UnreadablePairError], object] | None = None,
-) -> Iterator[tuple[Loaded, Key, bool]]:
-    """Load one thing after the other, and let a neighbour stand in for one that can't be read.
-
-    So every key comes once, and the number of samples is known beforehand. The next thing that can be read stands in. At the
-    end, it is the last one that could be read.
-
-    Args:
-        attempts: One key for each thing, such as its id, and the function that loads it.
-        what: What is loaded, in the plural, for the message of the error. Such as ``"images"``.
-        report: Called with each error, to count or to warn. By default, errors are only replaced.
-
-    Yields:
-        What was loaded, the key that it is for, and whether it is the key's own.
-
-    Raises:
-        UnreadablePairError: if nothing at all can be read.
-
-    Example:
-        >>> from lightning_itm.data.batch import UnreadablePairError, with_stand_ins
-        >>> def load(name):
-        ...     if name == "broken":
-        ...         raise UnreadablePairError(name)
-        ...     return name.upper()
-        >>> list(with_stand_ins([(0, lambda: load("broken")), (1, lambda: load("dog"))], what="images"))
-        [('DOG', 1, True), ('DOG', 0, False)]
-    """
-    loaded: list[Loaded] = []  # the last thing that could be read, or none
-    waiting: list[Key] = []  # only the keys: the bytes of what is broken would pile up
-    first_error: UnreadablePairError | None = None
-    for key, load in attempts:
-        try:
-            loaded = [load()]
-        except UnreadablePairError as error:
-            first_error = first_error or error
-            waiting.append(key)
-            if report is not None:
-                report(error)
-            continue
-        yield loaded[0], key, True
-        yield from ((loaded[0], other, False) for other in waiting)
-        waiting = []
-    if waiting and not loaded:
-        raise UnreadablePairError(
-            f"None of the {len(waiting)} {what} can be read. The first: {first_error}. Is the path of the images right?"
-        ) from first_error
-    yield from ((loaded[0], other, False) for other in waiting)
-
-
-def load_or_next(
-    load: Callable[[int], Loaded],
-    index: int,
-    num: int,
-    *,
-    what: str,
-    report: Callable[[UnreadablePairError], object] | None = None,
-) -> tuple[Loaded, bool]:
-    """Load the thing at an index, or else the next one that can be read, and from the end on the first ones.
-
-    Args:
-        load: The function that loads the thing at an index.
-        index: The index that is wanted. A negative one counts from the end.
-        num: The number of things there are, such as the length of a dataset.
-        what: What is loaded, in the plural, for the message of the error. Such as ``"images"``.
-        report: Called with each error, to count or to warn. By default, errors are only replaced.
-
-    Returns:
-        What was loaded, and whether it is the wanted one.
-
-    Raises:
-        UnreadablePairError: if nothing at all can be read.
-    """
-    # From the last index the search goes on at the first, so it meets each index once.
-    attempts = ((other % num, partial(load, other % num)) for other in range(index, index + num))
-    loaded, found, _ = next(with_stand_ins(attempts, what=what, report=report))
-    return loaded, found == index % num

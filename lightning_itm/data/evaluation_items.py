@@ -1,13 +1,15 @@
 """Each image and each text once, as evaluation reads them, and the texts that belong to an image."""
 
+import random
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.stream import ShardStream
+from lightning_itm.unreadable import load_or_other
 
 Kind = Literal["image", "text"]
 KINDS: tuple[Kind, ...] = ("image", "text")
@@ -16,7 +18,7 @@ KINDS: tuple[Kind, ...] = ("image", "text")
 class EvaluationItems(Dataset[dict[str, Any]]):
     """Read all images, or all texts, of a set by id, each as evaluation sees it.
 
-    An input that can't be read is stood in for by the next one that can. So batches keep their size and ids keep their place,
+    An input that can't be read is stood in for by another one that can. So batches keep their size and ids keep their place,
     and ``"image_is_valid"`` (or ``"text_is_valid"``) is false for it. Its embedding must not be used.
 
     Args:
@@ -49,16 +51,10 @@ class EvaluationItems(Dataset[dict[str, Any]]):
         return self.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # From the last id the search goes on at the first, so it meets every input once.
-        for other in range(index, index + self.num_items):
-            try:
-                loaded = self.load(other % self.num_items)
-            except UnreadablePairError:
-                continue
-            return {self.kind: loaded, f"{self.kind}_id": index, f"{self.kind}_is_valid": other == index}
-        raise UnreadablePairError(
-            f"None of the {self.num_items} {self.kind}s can be read. Is the path of the images right?"
-        )
+        # Drawn by the index, and not from the streams of the run. Of a lost folder, all neighbours would be tried.
+        draw = random.Random(index).randrange
+        loaded, is_own = load_or_other(self.load, index, self.num_items, what=f"{self.kind}s", draw=draw)
+        return {self.kind: loaded, f"{self.kind}_id": index, f"{self.kind}_is_valid": is_own}
 
 
 class TextsOfImages:

@@ -117,6 +117,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         pretrained: The tag of its weights, if ``model_name`` is given. Some weights need other transforms.
         augmentation: Arguments of ``open_clip.AugmentationCfg`` for the training images, if ``model_name`` is given. Such as
             ``{"scale": (0.5, 1)}``.
+        max_unreadable: The fraction of pairs that may be unreadable in training. Raise it for a set from the web of which more
+            is lost.
         batch_size: Number of pairs per batch on each rank. More pairs are more negatives.
         eval_batch_size: Number of pairs per batch in evaluation, which needs less memory. Default: ``batch_size``.
         num_workers: Number of processes per loader. Default: the usable cores, at most 8.
@@ -151,6 +153,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         model_name: str | None = None,
         pretrained: str | None = None,
         augmentation: dict[str, Any] | None = None,
+        max_unreadable: float = 0.05,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
@@ -170,7 +173,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         self._warn_of_one_source_twice(lambda source: not str(source).endswith(".json"))
         columns = {"image_column": image_column, "text_column": text_column, "delimiter": delimiter}
         self.options: dict[str, Any] = {"image_root": image_root, "encoding": encoding, **columns}
-        self.options["equal_captions"] = equal_captions
+        self.options.update(equal_captions=equal_captions, max_unreadable=max_unreadable)
         self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
         self.stream_options: dict[str, Any] = {"shuffle_buffer": shuffle_buffer, "resampled": resampled}
         self.stream_options["pairs_per_epoch"] = pairs_per_epoch

@@ -2,7 +2,6 @@
 
 import io
 import logging
-from collections.abc import Iterable
 from os import PathLike
 from typing import Any, Protocol, runtime_checkable
 
@@ -96,35 +95,6 @@ def open_clip_transforms(
     finally:
         logging.disable(logging.NOTSET)
     return {"transform": transform, "eval_transform": eval_transform, "tokenizer": open_clip.get_tokenizer(model_name)}
-
-
-def check_sources(images: Iterable[Any]) -> None:
-    """Raise if an entry can't be an image, before training starts. Files are not opened.
-
-    Raises:
-        TypeError: if an entry is of another kind than ``ImageSource``, or an array of another dtype or shape.
-        ValueError: if a path comes twice.
-    """
-    first_index: dict[str, int] = {}
-    for image_id, image in enumerate(images):
-        if not isinstance(image, str | PathLike | bytes | Image.Image | np.ndarray | ImageFile):
-            raise TypeError(
-                f"Expected images to be paths, bytes, PIL images or arrays, got {type(image).__name__} for image {image_id}."
-            )
-        if isinstance(image, str | PathLike) and first_index.setdefault(str(image), image_id) != image_id:
-            raise ValueError(
-                f"Expected every image once, got {image} as image {first_index[str(image)]} and image {image_id}: its texts "
-                "would be negatives of each other. Give a list of texts per image, or `text_image_id`; `from_csv` groups rows."
-            )
-        if isinstance(image, np.ndarray) and not _is_picture(image):
-            raise TypeError(
-                "Expected an array to be uint8 (height, width) or (height, width, 1, 3 or 4 channels), got "
-                f"{image.dtype} {image.shape} for image {image_id}."
-            )
-
-
-def _is_picture(array: np.ndarray[Any, Any]) -> bool:
-    return array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

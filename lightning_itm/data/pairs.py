@@ -1,41 +1,36 @@
 """Image-text pairs with random access: one or more texts per image, and images in whatever form they come."""
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.captions import number_captions, warn_of_equal_captions
 from lightning_itm.checks import check_choice, check_tokens
-from lightning_itm.data.batch import UnreadablePairError as UnreadablePairError
-from lightning_itm.data.batch import load_or_next
 from lightning_itm.data.composed.joins import Joinable
-from lightning_itm.data.image import (
-    ImageSource,
-    UnreadableImageError,
-    check_sources,
-    open_rgb,
-    to_tensor,
-)
+from lightning_itm.data.image import ImageSource, UnreadableImageError, open_rgb, to_tensor
+from lightning_itm.data.inputs.cut_captions import CutCaptions
+from lightning_itm.data.inputs.sources import by_number, check_files, check_sources
 from lightning_itm.data.readers import flatten_texts, read_folder, read_jsonl, read_karpathy, read_table
 from lightning_itm.identity import image_identity, set_identity
+from lightning_itm.unreadable import UnreadablePairError as UnreadablePairError
+from lightning_itm.unreadable import UnreadablePairs, load_or_other
 
 
 class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
     """Read image-text pairs with random access. One item is one *text* with its image.
 
-    In training, another pair stands in for one that can't be read, because its image does not open or its text is empty. Such
-    pairs are counted in ``num_replaced``.
+    In training, another pair, drawn at random, stands in for one that can't be read, because its image does not open or its
+    text is empty. Such pairs are counted in ``num_replaced``, each once.
 
     Args:
         images: One entry for each image: a path, the bytes of an image file, a PIL image, or a uint8 array `(height, width)`
-            or `(height, width, channels)`. Transparent pixels become white, as a browser shows them.
+            or `(height, width, channels)`. Transparent pixels become white, as a browser shows them. A sequence that decodes
+            its items when they are asked for, such as a column of a Hugging Face data set, stays as it is.
         texts: One text per image, or one list of texts per image. With ``text_image_id``, a flat list of all texts.
         text_image_id: The image that each text belongs to, such as ``[0, 0, 1]``. Give it where ``texts`` is a flat list.
         transform: Turns a PIL image into what the image tower takes, in training. Default: a float tensor
@@ -46,11 +41,14 @@ class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
         equal_captions: What a caption is to another image that has the same one, up to case, white space and Unicode form.
             ``"exclude"``: it is no negative of that image. Each pair then has a ``caption_id``, and a warning counts such
             pairs. ``"keep"``: it is a negative like any other, as in the papers. Use it to count false negatives.
+        max_unreadable: The fraction of pairs that may be unreadable in training. Above it, reading ends with an error. Raise
+            it for a set from the web of which more is lost.
 
     Raises:
         ValueError: if there are no images, if an image has no text, if texts and images do not match in number, if the ids
             are not dense, or if a path comes twice.
         TypeError: if an image is of a kind that can't be read, or if a text is no string.
+        FileNotFoundError: if more images than ``max_unreadable`` are missing. A warning counts fewer.
 
     Example:
         >>> from PIL import Image
@@ -71,12 +69,14 @@ class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
         eval_transform: Callable[[Image.Image], Any] | None = None,
         tokenizer: Callable[[list[str]], Tensor] | None = None,
         equal_captions: Literal["exclude", "keep"] = "exclude",
+        max_unreadable: float = 0.05,
     ) -> None:
-        self.images: Sequence[Any] = list(images)  # by position: a pandas Series is indexed by its labels
+        self.images: Sequence[Any] = by_number(images)
         self.texts: Sequence[str]
         self.texts, self.text_image_id = flatten_texts(texts, text_image_id, len(self.images))
-        self._set_up(transform, eval_transform, tokenizer, equal_captions)
+        self._set_up(transform, eval_transform, tokenizer, equal_captions, max_unreadable)
         check_sources(self.images)
+        check_files(self.images, max_unreadable)
 
     _identity: dict[str, Any] | None = None  # computed when it is asked for
 
@@ -87,6 +87,7 @@ class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
         eval_transform: Callable[[Image.Image], Any] | None,
         tokenizer: Callable[[list[str]], Tensor] | None,
         equal_captions: str = "exclude",
+        max_unreadable: float = 0.05,
     ) -> None:
         check_choice("equal_captions", equal_captions, ("exclude", "keep"))
         self.transform = transform or to_tensor
@@ -98,8 +99,17 @@ class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
         self.caption_id = number_captions(self.texts, self.text_image_id) if excludes else None  # (texts,)
         if self.caption_id is not None:
             warn_of_equal_captions(self.caption_id, self.text_image_id, stacklevel=3)
-        # In shared memory: workers count, and the main process sees it.
-        self.num_replaced = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.unreadable, self.cut = UnreadablePairs(len(self.texts), max_unreadable), CutCaptions(len(self.texts))
+
+    @property
+    def num_replaced(self) -> int:
+        """Number of pairs that could not be read so far, in all workers, and that others stood in for."""
+        return len(self.unreadable)
+
+    @property
+    def num_cut(self) -> int:
+        """Number of captions so far, in all workers, of which the tokenizer cut off the end. Only open_clip's are known."""
+        return len(self.cut)
 
     @classmethod
     def from_karpathy(
@@ -206,7 +216,7 @@ class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
             raise IndexError(f"Expected an index below {len(self)}, the number of pairs, got {index}.")
         if self.is_evaluation:
             return self._load_or_raise(index % len(self))  # nothing stands in: it would be the result of another set
-        sample, _ = load_or_next(self._load, index, len(self), what="pairs", report=self.report)
+        sample, _ = load_or_other(self._load, index, len(self), what="pairs", report=self.report)
         return sample
 
     def identity(self) -> dict[str, Any]:
@@ -222,7 +232,11 @@ class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
         Raises:
             UnreadablePairError: if it does not open.
         """
-        return self._open(image_id, self.images[image_id])
+        try:
+            source = self.images[image_id]
+        except UnreadableImageError as error:  # of a sequence that decodes on access
+            raise UnreadablePairError(str(error)) from error
+        return self._open(image_id, source)
 
     def _open(self, image_id: int, source: ImageSource) -> Any:
         try:
@@ -240,10 +254,15 @@ class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
         text = self.texts[text_id]
         if not text.strip():
             raise UnreadablePairError(f"Text {text_id}, of image {int(self.text_image_id[text_id])}, is empty")
-        return self._encode_text(text)
+        encoded = self._encode_text(text)
+        self.cut.look(self.tokenizer, text, encoded, text_id)
+        return encoded
 
     def _encode_text(self, text: str) -> Any:
-        return check_tokens(self.tokenizer([text])) if self.tokenizer else text  # (length,)
+        if self.tokenizer is None:
+            return text
+        # Texts from the web hold halves of UTF-16 pairs, which some tokenizers refuse.
+        return check_tokens(self.tokenizer([text.encode("utf-8", "replace").decode()]))  # (length,)
 
     def _load(self, text_id: int) -> dict[str, Any]:
         # The text first: where it is empty, its image need not be read.
@@ -264,13 +283,6 @@ class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
                 "or leave the image and its texts out."
             ) from error
 
-    def report(self, error: Exception) -> None:
-        """Count a pair that can't be used, and warn at the first."""
-        self.num_replaced += 1
-        # The count is shared, so all workers together warn once. A thousand broken files would fill the log.
-        if int(self.num_replaced) == 1:
-            warnings.warn(
-                f"{error}. Another pair takes its place. Further ones are counted in "
-                "`ImageTextDataset.num_replaced` and not reported.",
-                stacklevel=5,  # past `with_stand_ins`, `load_or_next` and `__getitem__`: at the line that asked for the pair
-            )
+    def report(self, error: Exception, text_id: int) -> None:
+        """Count a pair that can't be used, warn at the first, and raise a RuntimeError above ``max_unreadable``."""
+        self.unreadable.report(error, text_id)

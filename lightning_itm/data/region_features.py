@@ -139,7 +139,7 @@ class RegionFeatureDataset(ImageTextDataset):
             )
         self.vocabulary = Vocabulary.build(self.texts) if vocabulary is None else vocabulary
         self.drop_regions, self.change_words = drop_regions, change_words
-        self._set_up(None, None, None, equal_captions)
+        self._set_up(None, None, None, equal_captions, max_unreadable=1.0)  # no files that could be lost
 
     @classmethod
     def from_scan(

@@ -95,7 +95,7 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
             try:
                 return self.pairs.load_image(image_id), self.pairs.load_text(text_id), image_id
             except UnreadablePairError as error:
-                self.pairs.report(error)
+                self.pairs.report(error, text_id)
         return sample["image"], sample["text"], -1
 
     def draw(self, texts: Tensor, images: Tensor) -> tuple[int, int]:

@@ -223,9 +223,8 @@ def test_more_places_than_negatives():
 def test_a_broken_image_is_never_mined():
     images = cut_outs(NUM_IMAGES)
     images[0] = images[5] = b"no image"
-    pairs = ImageTextDataset(
-        images, captions(NUM_IMAGES), transform=AUGMENTED, eval_transform=PLAIN, tokenizer=tokenize
-    )
+    transforms = {"transform": AUGMENTED, "eval_transform": PLAIN, "tokenizer": tokenize}
+    pairs = ImageTextDataset(images, captions(NUM_IMAGES), **transforms, max_unreadable=0.1)
     miner = OfflineHardNegativeMining(texts_per_image=NUM_TEXTS - 2, images_per_text=NUM_IMAGES - 1)
     data = ImageTextDataModule(pairs, batch_size=4, num_workers=0)
     data.val_dataloader = lambda: DataLoader(tiny_pairs().evaluation(), NUM_IMAGES, collate_fn=collate_pairs)

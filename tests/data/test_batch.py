@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from lightning_itm import ImageTextDataset
-from lightning_itm.data import PaddedSequence, UnreadablePairError, check_batch, collate_pairs
-from lightning_itm.data.batch import load_or_next, with_stand_ins
+from lightning_itm.data import PaddedSequence, check_batch, collate_pairs
 from tests.helpers.pictures import captions, cut_outs
 from tests.helpers.tiny import AUGMENTED, tiny_pairs
 
@@ -56,45 +55,3 @@ class TestPaddedSequence:
     def test_lengths_that_do_not_fit(self, lengths, message):
         with pytest.raises(ValueError, match=message):
             PaddedSequence(torch.zeros(2, 3), torch.tensor(lengths))
-
-
-BROKEN = {1, 2, 5}
-NUM_THINGS = 6
-
-
-def load(index):
-    if index in BROKEN:
-        raise UnreadablePairError(f"thing {index} is broken")
-    return f"thing {index}"
-
-
-class TestStandIns:
-    def test_every_key_comes_once_and_the_last_stands_in_at_the_end(self):
-        errors = []
-        attempts = ((index, lambda index=index: load(index)) for index in range(NUM_THINGS))
-        found = list(with_stand_ins(attempts, what="things", report=lambda error: errors.append(str(error))))
-        assert found == [
-            ("thing 0", 0, True),
-            ("thing 3", 3, True),
-            ("thing 3", 1, False),
-            ("thing 3", 2, False),
-            ("thing 4", 4, True),
-            ("thing 4", 5, False),
-        ]
-        assert errors == [f"thing {index} is broken" for index in sorted(BROKEN)]
-
-    @pytest.mark.parametrize(
-        ("index", "expected"), [(0, ("thing 0", True)), (1, ("thing 3", False)), (5, ("thing 0", False))]
-    )
-    def test_the_search_goes_on_at_the_start(self, index, expected):
-        assert load_or_next(load, index, NUM_THINGS, what="things") == expected
-        assert load_or_next(load, index - NUM_THINGS, NUM_THINGS, what="things") == expected
-
-    def test_nothing_can_be_read(self):
-        with pytest.raises(
-            UnreadablePairError, match=r"None of the 2 things can be read. The first: thing 2 is broken"
-        ):
-            list(with_stand_ins([(2, lambda: load(2)), (5, lambda: load(5))], what="things"))
-
-    def test_no_attempts_are_no_error(self):
-        assert list(with_stand_ins([], what="things")) == []

@@ -48,6 +48,19 @@ class TestReadPairs:
         with pytest.raises(ValueError, match=r"one of \['restval', 'test', 'train', 'val'\], .* got 'dev'"):
             read_pairs(tmp_path / "coco" / "dataset.json", split="dev")
 
+    def test_how_many_files_may_be_missing(self, tmp_path):
+        path = write_karpathy(tmp_path)
+        for image in sorted(path.parent.glob("train2014/*.jpg"))[-2:]:
+            image.unlink()
+        trainer = L.Trainer(**SILENT, max_epochs=1)
+        options = {"batch_size": 4, "num_workers": 0}
+        with pytest.raises(FileNotFoundError, match=r"at most 5\.0% of the 12 images .*found no file for 2"):
+            trainer.fit(TinyWithTransforms(), datamodule=ImageTextFilesDataModule(str(path), **options))
+        data = ImageTextFilesDataModule(str(path), max_unreadable=0.5, **options)
+        with pytest.warns(UserWarning, match="2 of 12 images are missing"), pytest.warns(UserWarning, match="Image"):
+            trainer.fit(TinyWithTransforms(), datamodule=data)
+        assert data.train_dataset.num_replaced == 10, "five texts each"
+
     def test_every_form_gives_the_same_pairs(self, tmp_path):
         write_karpathy(tmp_path)
         expected = read_pairs("dataset.json", split="val")

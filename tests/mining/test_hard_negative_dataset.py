@@ -106,7 +106,7 @@ class TestPairs:
 
     def test_a_mined_image_that_does_not_open(self):
         images = cut_outs(2)
-        pairs = HardNegativeDataset(ImageTextDataset([images[0], b"none"], captions(2)))
+        pairs = HardNegativeDataset(ImageTextDataset([images[0], b"none"], captions(2), max_unreadable=0.5))
         texts, places = torch.full((2, 300), -1), torch.full((4, 60), -1)
         texts[0, 0], places[0, 0] = 2, 1
         pairs.table.publish(texts, places)

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_itm.data.image import check_sources
+from lightning_itm.data.inputs.sources import check_sources
 from lightning_itm.data.pairs import ImageTextDataset
 
 
@@ -33,10 +33,16 @@ class ComposedDataset(ImageTextDataset):
         self.images = ComposedSequence([part.images for part in parts], self.image_part, self.image_index)
         self.texts = ComposedSequence([part.texts for part in parts], self.text_part, self.text_index)
         self.text_image_id = torch.cat([owner + first for (_, owner), first in zip(rows, first_image, strict=False)])
-        self._set_up(parts[0].transform, parts[0].eval_transform, parts[0].tokenizer, parts[0].equal_captions)
+        first, most = parts[0], max(part.unreadable.max_fraction for part in parts)
+        self._set_up(first.transform, first.eval_transform, first.tokenizer, first.equal_captions, most)
         self.is_evaluation = all(part.is_evaluation for part in parts)
         if len(parts) > 1:
             check_sources([source for part in parts for source in _sources(part)])
+
+    @property
+    def num_cut(self) -> int:
+        """Number of captions of all parts so far of which the tokenizer cut off the end."""
+        return sum(part.num_cut for part in self.parts)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this set from another: its own texts and order, and the identity of each part."""

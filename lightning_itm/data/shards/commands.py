@@ -35,7 +35,8 @@ def write(
         images_per_shard: How many images go into one shard. Make shards of 100 MB to 1 GB.
     """
     columns: dict[str, Any] = {"image_column": image_column, "text_column": text_column, "delimiter": delimiter}
-    pairs = read_pairs(source, image_root, split=split, encoding=encoding, **columns)
+    # Nothing is too much here, because the writer counts what it leaves out.
+    pairs = read_pairs(source, image_root, split=split, encoding=encoding, max_unreadable=1.0, **columns)
     manifest = write_shards(pairs, output, images_per_shard=images_per_shard)
     ShardIndex.open(output)  # builds the index now, so that the first run need not
     print(f"{manifest['images']} images and {manifest['pairs']} texts in {len(manifest['shards'])} shards: {output}")

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
+from lightning_itm.data.inputs.packed_strings import PackedStrings
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.shards.index import ShardIndex
-from lightning_itm.data.shards.packed_strings import PackedStrings
 from lightning_itm.data.shards.paths import is_remote
 from lightning_itm.data.shards.tar import TarMember
 from lightning_itm.identity import set_identity
@@ -37,6 +37,7 @@ class ShardDataset(ImageTextDataset):
             ``transform``.
         tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
         equal_captions: ``"exclude"`` or ``"keep"`` captions of several images, as :class:`~lightning_itm.ImageTextDataset`.
+        max_unreadable: The fraction of pairs that may be unreadable in training. Above it, reading ends with an error.
 
     Raises:
         FileNotFoundError: if a local shard does not exist.
@@ -62,11 +63,12 @@ class ShardDataset(ImageTextDataset):
         eval_transform: Callable[[Image.Image], Any] | None = None,
         tokenizer: Callable[[list[str]], Tensor] | None = None,
         equal_captions: Literal["exclude", "keep"] = "exclude",
+        max_unreadable: float = 0.05,
     ) -> None:
         self.contents = ShardIndex.open(shards, index)
         self.images = TarImages(self.contents)
         self.texts, self.text_image_id = self.contents.text, self.contents.text_image_id
-        self._set_up(transform, eval_transform, tokenizer, equal_captions)
+        self._set_up(transform, eval_transform, tokenizer, equal_captions, max_unreadable)
         warn_of_faults(self.contents)
 
     @property
@@ -88,6 +90,7 @@ class ShardDataset(ImageTextDataset):
 
         Raises:
             RuntimeError: if the shard of the image is remote, or was replaced since it was indexed.
+            FileNotFoundError: if the shard of the image is gone.
             UnreadablePairError: if the image does not open.
         """
         source = self.images[image_id]
@@ -97,7 +100,11 @@ class ShardDataset(ImageTextDataset):
                 "copy sets for validation and test to a disk."
             )
         source.check()
-        return self._open(image_id, source)
+        try:
+            return self._open(image_id, source)
+        except UnreadablePairError:
+            self.contents.check_present(self.contents.shard_of(image_id))  # a whole shard is more than a pair
+            raise
 
     def load_data(self, image_id: int, data: bytes | None) -> Any:
         """Return one image whose bytes were read from its shard already.

@@ -11,10 +11,15 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import shuffle as shuffled
 
-from lightning_itm.data.batch import collate_pairs, with_stand_ins
+from lightning_itm.data.batch import collate_pairs
+from lightning_itm.data.inputs.stand_ins import with_drawn_stand_ins
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.stream import ShardStream, read_images
 from lightning_itm.randomness import seeded
+from lightning_itm.unreadable import with_stand_ins
+
+StoredPair = tuple[int, bytes | None]
+"""The id of a text, and the bytes of its image, or None where it is no longer in its shard."""
 
 
 class EpochPart(NamedTuple):
@@ -119,18 +124,20 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
             rng = random.Random(random.getrandbits(64))
         buffer = self.stream.shuffle_buffer
         read = shuffled(buffer, initial=max(1, buffer // 4), rng=rng)(self.stream.read(order, part.start, part.stop))
-        # What was done before a resume is read again, because it fills the buffer, but it is not decoded.
-        attempts = (
-            (text_id, partial(self._load, epoch, text_id, data))
-            for text_id, data in itertools.islice(read, num_skipped, None)
+        # What was done before a resume is read again, because it fills the buffer, but it is not decoded. All ranks must keep
+        # the same number of batches, so that another pair stands in for what can't be read.
+        yield from with_drawn_stand_ins(
+            read,
+            partial(self._load, epoch),
+            what="pairs",
+            report=lambda error, key: self.stream.pairs.report(error, key[0]),
+            draw=lambda key: random.Random(repr((self.seed, epoch, key[0]))).randrange,
+            num_skipped=num_skipped,
         )
-        # A neighbour stands in for what can't be read: all ranks must keep the same number of batches.
-        for sample, _, _ in with_stand_ins(attempts, what="pairs", report=self.stream.pairs.report):
-            yield sample
 
-    def _load(self, epoch: int, text_id: int, data: bytes | None) -> dict[str, Any]:
-        with seeded(self.seed, epoch, text_id):  # by the pair, and not by the worker that happens to read it
-            return self.stream.load(text_id, data)
+    def _load(self, epoch: int, wanted: StoredPair, loaded: StoredPair) -> dict[str, Any]:
+        with seeded(self.seed, epoch, wanted[0]):  # by the pair, and not by the worker that happens to read it
+            return self.stream.load(*loaded)
 
 
 class StreamedImages(IterableDataset[dict[str, Any]]):

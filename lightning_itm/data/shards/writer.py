@@ -81,7 +81,9 @@ def write_shards(
         os.replace(folder / f"{entry['name']}.part", folder / entry["name"])
     totals = {name: sum(entry[name] for entry in shards) for name in ("images", "pairs")}
     manifest = {**totals, "shards": shards}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, folder / MANIFEST)
     return manifest
 
 

@@ -71,7 +71,8 @@ def test_bad_input(tmp_path):
 def test_images_that_do_not_open_are_left_out_and_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(png(3)[:40])
     images = [picture(0), tmp_path / "broken.png", picture(2), tmp_path / "missing.png", picture(4)]
-    pairs = ImageTextDataset(images, [f"number {i}" for i in range(5)])
+    with pytest.warns(UserWarning, match=r"1 of 5 images are missing, the first: .*missing\.png"):
+        pairs = ImageTextDataset(images, [f"number {i}" for i in range(5)], max_unreadable=0.2)
     with pytest.warns(UserWarning, match=r"2 of 5 images do not open .* image 1: .*broken\.png does not open"):
         manifest = write_shards(pairs, "shards", images_per_shard=2)
     assert [entry["images"] for entry in manifest["shards"]] == [1, 1, 1]

@@ -1,0 +1,66 @@
+"""Captions that are longer than the context length, of which a tokenizer drops the end without a word."""
+
+import warnings
+from typing import Any
+
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from torch import Tensor
+
+from lightning_itm.unreadable import PairMarks
+
+
+class CutCaptions(PairMarks):
+    """Count the captions that are cut, each once, and warn at the first.
+
+    Args:
+        num_texts: Number of texts of the set.
+    """
+
+    def look(self, tokenizer: Any, text: str, tokens: Any, text_id: int) -> None:
+        """Count a caption if it is cut.
+
+        Args:
+            tokenizer: What encoded the caption. Of one that is not open_clip's it is not known.
+            text: The caption.
+            tokens: The token ids that the tokenizer returned, `(context_length,)`.
+            text_id: The number of the caption.
+        """
+        if not is_cut(tokenizer, text, tokens) or not self.add(text_id) or len(self) > 1:
+            return
+        warnings.warn(
+            f"Text {text_id} is longer than {len(tokens)} tokens, the context length, and its end is cut off: {text[:80]!r}. "
+            "Further ones are counted in `ImageTextDataset.num_cut` and not reported. Shorten them, or split them into "
+            "several captions.",
+            stacklevel=6,  # past `load_text`, the loading and `__getitem__`: where the pair was asked for
+        )
+
+
+def is_cut(tokenizer: Any, text: str, tokens: Any) -> bool:
+    """Return whether an open_clip tokenizer dropped the end of a text. False where that is not known.
+
+    Args:
+        tokenizer: What encoded the text.
+        text: The whole text.
+        tokens: The token ids that the tokenizer returned, `(context_length,)`.
+
+    Example:
+        >>> import open_clip
+        >>> from lightning_itm.data.inputs.cut_captions import is_cut
+        >>> tokenizer = open_clip.SimpleTokenizer(context_length=5)
+        >>> [is_cut(tokenizer, text, tokenizer([text])[0]) for text in ("a red dog", "a big red dog")]
+        [False, True]
+    """
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or len(tokens) == 0:
+        return False
+    if isinstance(tokenizer, SimpleTokenizer):
+        # Padding at the end says that all fits. So few texts are encoded a second time. `reduction_fn` leaves words out on
+        # purpose.
+        is_full = tokenizer.reduction_fn is None and int(tokens[-1]) != 0
+        return is_full and len(tokenizer.encode(text)) + 2 > len(tokens)  # and the tokens of start and end
+    if isinstance(tokenizer, HFTokenizer) and not tokenizer.tokenizer_mode:
+        inner = tokenizer.tokenizer
+        # Where the last token becomes 0, it can't be told from padding.
+        if not tokenizer.strip_sep_token and inner.pad_token_id in (int(tokens[0]), int(tokens[-1])):
+            return False
+        return len(inner(tokenizer.clean_fn(text)).input_ids) > len(tokens)
+    return False
