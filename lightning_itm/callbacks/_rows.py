@@ -2,19 +2,41 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from lightning_itm.data.inputs.sources import LazyImages
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.tar import TarMember
 
 ROWS_AT_ONCE = 10_000
 
 
+@contextmanager
+def whole_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Give a folder to write files into, and rename them to their place when all are complete.
+
+    So what breaks off, by an error or for want of room, leaves no half file that would pass for a result.
+
+    Args:
+        folder: Where the files belong.
+        names: The names of the files.
+    """
+    with TemporaryDirectory(prefix=".part-", dir=folder) as part:  # on the same disk, where a rename copies nothing
+        yield Path(part)
+        for name in names:
+            os.replace(Path(part, name), folder / name)
+
+
 def describe_image(pairs: ImageTextDataset, image_id: int) -> dict[str, Any]:
     """Return the id and the name of an image. One in memory has no name."""
+    if isinstance(pairs.images, LazyImages):
+        return {"image_id": image_id, "image": None}  # not decoded only to find that it has no name
     source = pairs.images[image_id]
     if isinstance(source, TarMember):
         return {"image_id": image_id, "image": f"{source.path}/{source.key}"}
@@ -28,12 +50,15 @@ def describe_text(pairs: ImageTextDataset, text_id: int) -> dict[str, Any]:
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """Write one JSON object per line."""
-    with open(path, "w", encoding="utf-8") as file:
+    # Half a surrogate pair, which texts from the web have, is no UTF-8. Its escape is that of JSON: readers get it back.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """Write a Parquet file, a few thousand rows at once, so that they need not all be in memory.
+
+    It holds UTF-8 alone. So half a surrogate pair, which texts from the web have, becomes ``?``.
 
     Args:
         path: The file that is written.
@@ -48,7 +73,7 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     rows = itertools.chain([first], rows)
     with pa.parquet.ParquetWriter(path, schema) as writer:
         while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist(some, schema=schema))
+            writer.write_table(pa.Table.from_pylist(_in_utf8(some), schema=schema))
 
 
 def pyarrow() -> Any:
@@ -64,6 +89,14 @@ def pyarrow() -> Any:
             "Expected pyarrow, to write Parquet: `pip install pyarrow`, or use 'jsonl'."
         ) from error
     return pyarrow
+
+
+def _in_utf8(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {name: _in_utf8(part) for name, part in value.items()}
+    return [_in_utf8(part) for part in value] if isinstance(value, list) else value
 
 
 def _type(pa: Any, name: str) -> Any:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_itm.callbacks._rows import describe_image, describe_text, write_jsonl
+from lightning_itm.callbacks._rows import describe_image, describe_text, whole_files, write_jsonl
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.mining.encode import EncodedRows
@@ -123,13 +123,15 @@ class EmbeddingWriter(Callback):
             text_embeddings: `(texts, dim)`, in the order of the ids, on the module's device.
             text_is_valid: bool `(texts,)`, whether the text could be read.
         """
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        with whole_files(self.folder, self.results) as part:
             for name, embeddings, is_valid in (
                 ("image", image_embeddings, image_is_valid),
                 ("text", text_embeddings, text_is_valid),
             ):
                 # What can't be read has the embedding of a stand-in, which must not pass for its own.
                 rows = embeddings.float().masked_fill(~is_valid[:, None], torch.nan)  # (rows, dim)
-                np.save(self.folder / f"{name}.npy", rows.cpu().numpy())
-            write_jsonl(self.folder / "images.jsonl", (describe_image(pairs, i) for i in range(len(image_is_valid))))
-            write_jsonl(self.folder / "texts.jsonl", (describe_text(pairs, i) for i in range(len(text_is_valid))))
+                np.save(part / f"{name}.npy", rows.cpu().numpy())
+            write_jsonl(part / "images.jsonl", (describe_image(pairs, i) for i in range(len(image_is_valid))))
+            write_jsonl(part / "texts.jsonl", (describe_text(pairs, i) for i in range(len(text_is_valid))))

@@ -7,7 +7,14 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
-from lightning_itm.callbacks._rows import describe_image, describe_text, pyarrow, write_jsonl, write_parquet
+from lightning_itm.callbacks._rows import (
+    describe_image,
+    describe_text,
+    pyarrow,
+    whole_files,
+    write_jsonl,
+    write_parquet,
+)
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.checks import check_choice
 from lightning_itm.data.pairs import ImageTextDataset
@@ -72,8 +79,9 @@ class NegativeWriter(EmbeddingWriter):
         if not trainer.is_global_zero:
             return  # after the search, which gathers from every rank
         put = write_jsonl if self.format == "jsonl" else write_parquet
-        put(self.folder / self.results[0], _rows(pairs, "image", "text", mined.texts, mined.text_scores))
-        put(self.folder / self.results[1], _rows(pairs, "text", "image", mined.images, mined.image_scores))
+        with whole_files(self.folder, self.results) as part:
+            put(part / self.results[0], _rows(pairs, "image", "text", mined.texts, mined.text_scores))
+            put(part / self.results[1], _rows(pairs, "text", "image", mined.images, mined.image_scores))
 
 
 DESCRIBE = {"image": describe_image, "text": describe_text}

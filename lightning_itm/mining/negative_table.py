@@ -110,7 +110,7 @@ def fingerprint(pairs: ImageTextDataset) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for text in pairs.texts:
-        digest.update(text.encode() + b"\0")  # a separator, or "a", "b" would be "ab"
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")  # a separator, or "a", "b" would be "ab"
     digest.update(pairs.text_image_id.numpy().tobytes())
     return digest.hexdigest()
 

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from lightning_itm import EmbeddingWriter, ImageTextDataModule, ImageTextDataset
+from tests.helpers.no_room import files_below
 from tests.helpers.pictures import captions, cut_outs
 from tests.helpers.tiny import AUGMENTED, NUM_IMAGES, PLAIN, SILENT, Tiny, tiny_data, tokenize
 
@@ -67,6 +68,15 @@ def test_two_processes_write_what_one_writes():
         np.testing.assert_allclose(np.load(f"out-1/{name}.npy"), np.load(f"out-2/{name}.npy"), atol=1e-6)
     for name in ("images", "texts"):
         assert read_lines(f"out-1/{name}.jsonl") == read_lines(f"out-2/{name}.jsonl")
+
+
+def test_what_breaks_off_leaves_no_results():
+    """A disk that is full within the second file: here one too large."""
+    with pytest.raises(OSError, match="too large"), files_below(2000):  # images.jsonl is smaller, image.npy is not
+        write("out", model=Tiny())
+    assert list(Path("out").iterdir()) == []
+    write("out")  # and nothing is in the way of the next try
+    assert len(list(Path("out").iterdir())) == 4
 
 
 class TestBadInput:
