@@ -51,8 +51,7 @@ def read_pairs(
         encoding: The encoding of text files, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if a file begins with its mark.
         index: The file that says what is in the shards. Default: beside the first shard. Only shards have one, and remote
             shards need it.
-        **kwargs: ``transform``, ``eval_transform``, ``tokenizer`` and ``equal_captions``, as
-            :class:`~lightning_itm.ImageTextDataset` takes them.
+        **kwargs: The options of :class:`~lightning_itm.ImageTextDataset`, such as ``transform`` and ``tokenizer``.
 
     Raises:
         ValueError: if ``source`` has none of these forms, is in another encoding, or what it holds does not fit together.
@@ -172,11 +171,11 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         self.sources: dict[str, Any] = {"train": train, "val": val, "test": test}
         self._warn_of_one_source_twice(lambda source: not str(source).endswith(".json"))
         columns = {"image_column": image_column, "text_column": text_column, "delimiter": delimiter}
-        self.options: dict[str, Any] = {"image_root": image_root, "encoding": encoding, **columns}
-        self.options.update(equal_captions=equal_captions, max_unreadable=max_unreadable)
+        files = {"image_root": image_root, "encoding": encoding, "max_unreadable": max_unreadable}
+        self.options: dict[str, Any] = {**files, **columns, "equal_captions": equal_captions}
         self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
-        self.stream_options: dict[str, Any] = {"shuffle_buffer": shuffle_buffer, "resampled": resampled}
-        self.stream_options["pairs_per_epoch"] = pairs_per_epoch
+        shuffling = {"shuffle_buffer": shuffle_buffer, "resampled": resampled}
+        self.stream_options: dict[str, Any] = {**shuffling, "pairs_per_epoch": pairs_per_epoch}
         self.model_name, self.pretrained, self.augmentation = model_name, pretrained, augmentation
         self._own_transforms: dict[str, Any] | None = None  # made at the first use, since that takes a second
         self._read_with: dict[str, Any] = {}
@@ -186,10 +185,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
             source = self.sources[one]
             # Most likely a slip, after which the result on `val` would be that of the training set.
             if source is not None and source == self.sources[other] and has_no_splits(source):
-                rank_zero_warn(
-                    f"`{one}` and `{other}` are the same, {source}, which has no splits as a Karpathy .json has: both will be "
-                    "all of it."
-                )
+                what = f"`{one}` and `{other}` are the same, {source}, which has no splits as a Karpathy .json has"
+                rank_zero_warn(f"{what}: both will be all of it.")
 
     def prepare_data(self) -> None:
         """Index the shards."""
@@ -202,9 +199,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         """Read the sets that a stage needs, unless they were read before, with these transforms."""
         # In this hook and not in the constructor: only here the module is known, whose transforms may be the ones to use.
         super().setup(stage)
-        needed: list[str] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}.get(
-            stage, [self.predict_split]
-        )
+        splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
+        needed = splits.get(stage, [self.predict_split])
         if self.sources[needed[0]] is None:  # a fit needs `train`, and can do without `val`
             raise MisconfigurationException(
                 f"Expected `{needed[0]}`, a file, a folder or shards to read, for the stage {stage!r}, got None."
@@ -214,13 +210,11 @@ class ImageTextFilesDataModule(ImageTextDataModule):
             if self.sources[split] is not None and self._read_with.get(split) is not self.transforms:
                 setattr(self, f"{split}_dataset", self._read(split))
                 self._read_with[split] = self.transforms
-        if stage == "fit" and self.val_dataset is not None:  # of JSON files, only Karpathy's have splits
-            train_images, val_images = (
-                getattr(pairs, "images", None) for pairs in (self.train_dataset, self.val_dataset)
-            )
-            self._warn_of_one_source_twice(lambda of: str(of).endswith(".json") and train_images == val_images)
         if stage == "fit":
             self._check_train_dataset()
+            read = [getattr(pairs, "images", None) for pairs in (self.train_dataset, self.val_dataset)]
+            # Of JSON files, only Karpathy's have splits.
+            self._warn_of_one_source_twice(lambda source: str(source).endswith(".json") and read[0] == read[1])
 
     @property
     def transforms(self) -> dict[str, Any]:
@@ -243,8 +237,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         return transforms
 
     def _read(self, split: str) -> ImageTextDataset | ShardStream:
-        index = self.index.get(split)
-        pairs = read_pairs(self.sources[split], split=split, index=index, **self.options, **self.transforms)
+        options = {**self.options, **self.transforms, "index": self.index.get(split)}
+        pairs = read_pairs(self.sources[split], split=split, **options)
         if not self.stream or split != "train":
             return pairs  # in evaluation each id is wanted once, in order, which a stream can't promise
         if not isinstance(pairs, ShardDataset):

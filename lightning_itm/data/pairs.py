@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from os import PathLike
 from typing import Any, Literal
 
 from PIL import Image
@@ -15,13 +14,14 @@ from lightning_itm.data.composed.joins import Joinable
 from lightning_itm.data.image import ImageSource, UnreadableImageError, open_rgb, to_tensor
 from lightning_itm.data.inputs.cut_captions import CutCaptions
 from lightning_itm.data.inputs.sources import by_number, check_files, check_sources
-from lightning_itm.data.readers import flatten_texts, read_folder, read_jsonl, read_karpathy, read_table
+from lightning_itm.data.readers import flatten_texts
+from lightning_itm.data.readers.from_files import FromFiles
 from lightning_itm.identity import image_identity, set_identity
 from lightning_itm.unreadable import UnreadablePairError as UnreadablePairError
 from lightning_itm.unreadable import UnreadablePairs, load_or_other
 
 
-class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
+class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
     """Read image-text pairs with random access. One item is one *text* with its image.
 
     In training, another pair, drawn at random, stands in for one that can't be read, because its image does not open or its
@@ -110,97 +110,6 @@ class ImageTextDataset(Joinable, Dataset[dict[str, Any]]):
     def num_cut(self) -> int:
         """Number of captions so far, in all workers, of which the tokenizer cut off the end. Only open_clip's are known."""
         return len(self.cut)
-
-    @classmethod
-    def from_karpathy(
-        cls,
-        path: str | PathLike[str],
-        image_root: str | PathLike[str],
-        split: str | Sequence[str] = "train",
-        *,
-        encoding: str | None = None,
-        **kwargs: Any,
-    ) -> "ImageTextDataset":
-        """Read a Karpathy split (``dataset_flickr8k.json``, ``dataset_flickr30k.json``, ``dataset_coco.json``).
-
-        Args:
-            path: The path of the JSON file.
-            image_root: The folder of the images. COCO's ``filepath`` is looked up below it.
-            split: The split to read, such as ``"val"``, or a list of splits. ``"train"`` takes ``restval`` in, as published
-                results on COCO do. ``["train"]`` does not.
-            encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
-            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
-
-        Raises:
-            ValueError: if the file has another form, or if no image has that split.
-            FileNotFoundError: if the first image does not exist.
-
-        References:
-            Karpathy and Fei-Fei, *Deep Visual-Semantic Alignments for Generating Image Descriptions*, CVPR 2015.
-        """
-        return cls(*read_karpathy(path, image_root, split, encoding), **kwargs)
-
-    @classmethod
-    def from_csv(
-        cls,
-        path: str | PathLike[str],
-        image_root: str | PathLike[str] = ".",
-        *,
-        image_column: str = "image",
-        text_column: str = "text",
-        delimiter: str | None = None,
-        encoding: str | None = None,
-        **kwargs: Any,
-    ) -> "ImageTextDataset":
-        """Read a table with a header and one pair per row. Rows with the same image share it.
-
-        Args:
-            path: The path of the CSV file.
-            image_root: The folder that image paths start from. Default: the current folder.
-            image_column: The column that holds the image paths. In tables for open_clip it is ``filepath``.
-            text_column: The column that holds the texts. In tables for open_clip it is ``title``.
-            delimiter: The sign between two columns. Default: the comma, tab, ``|`` or semicolon by which the header has both
-                columns.
-            encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
-            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
-
-        Raises:
-            ValueError: if a column is missing, if a row has another number of cells than the header, if a quote is not closed,
-                if the file is in another encoding, or if no row has a text.
-            FileNotFoundError: if the first image does not exist.
-        """
-        return cls(*read_table(path, image_root, image_column, text_column, delimiter, encoding), **kwargs)
-
-    @classmethod
-    def from_jsonl(
-        cls,
-        path: str | PathLike[str],
-        image_root: str | PathLike[str] = ".",
-        *,
-        image_column: str = "image",
-        text_column: str = "text",
-        encoding: str | None = None,
-        **kwargs: Any,
-    ) -> "ImageTextDataset":
-        """Read one JSON object per line. Its text is a string or a list of strings. The rest is as in :meth:`from_csv`."""
-        return cls(*read_jsonl(path, image_root, image_column, text_column, encoding), **kwargs)
-
-    @classmethod
-    def from_folder(
-        cls, folder: str | PathLike[str], *, encoding: str | None = None, **kwargs: Any
-    ) -> "ImageTextDataset":
-        """Read a folder of images, each with a ``.txt`` of the same name beside it. Each line is a text.
-
-        Args:
-            folder: The folder. Its subfolders are read, too, all in the order of their names. Hidden files are not.
-            encoding: The encoding of the texts, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if one begins with its mark.
-            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
-
-        Raises:
-            FileNotFoundError: if there is no image, or if an image has no ``.txt``.
-            ValueError: if two images have one name, or if a text is in another encoding.
-        """
-        return cls(*read_folder(folder, encoding), **kwargs)
 
     def evaluation(self) -> "ImageTextDataset":
         """Return a view of the same pairs with ``eval_transform``. What can't be read is an error there."""

@@ -222,8 +222,7 @@ class FeatureRows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> "np.ndarray[Any, Any]":
-        row: np.ndarray[Any, Any] = self.rows[index]
-        return row
+        return self.rows[index]  # type: ignore[no-any-return]
 
     def _map(self) -> None:
         array = self.source if isinstance(self.source, np.ndarray) else np.load(self.source, mmap_mode="r")

@@ -1,5 +1,7 @@
 """The captions of a sample in a tar file, and what is wrong with a sample."""
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from lightning_itm.data.readers.captions import captions_of_lines, shorten, split_captions
@@ -18,6 +20,18 @@ class Fault(NamedTuple):
     kind: str
     key: str
     value: str = ""
+
+
+def count_faults(shards: Sequence[str], faults: Sequence[Iterable[Fault]]) -> tuple[dict[str, int], dict[str, str]]:
+    """Count the faults of shards by their kind, and say where the first of each kind is."""
+    count: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for shard, part in zip(shards, faults, strict=True):
+        for kind, key, value in part:
+            count[kind] += 1
+            where = f"{shard}, key {key!r}" if key else shard
+            first.setdefault(kind, f"{where}: {value}" if value else where)
+    return dict(count), first
 
 
 def read_captions(key: str, members: dict[str, bytes | None]) -> tuple[list[str], list[int] | None, list[Fault]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_itm.data.inputs.packed_strings import PackedStrings
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.shards.index import ShardIndex
-from lightning_itm.data.shards.paths import is_remote
+from lightning_itm.data.shards.paths import check_present, is_remote
 from lightning_itm.data.shards.tar import TarMember
 from lightning_itm.identity import set_identity
 
@@ -103,7 +103,7 @@ class ShardDataset(ImageTextDataset):
         try:
             return self._open(image_id, source)
         except UnreadablePairError:
-            self.contents.check_present(self.contents.shard_of(image_id))  # a whole shard is more than a pair
+            check_present(self.contents.shards, self.contents.shard_of(image_id))  # a whole shard is more than a pair
             raise
 
     def load_data(self, image_id: int, data: bytes | None) -> Any:

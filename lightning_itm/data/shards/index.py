@@ -3,8 +3,7 @@
 import os
 import time
 import zipfile
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_itm.data.image import IMAGE_ENDINGS
 from lightning_itm.data.inputs.packed_strings import PackedStrings
-from lightning_itm.data.shards.captions import Fault
+from lightning_itm.data.shards.captions import Fault, count_faults
 from lightning_itm.data.shards.paths import MANIFEST, fetched_again, find_shards, is_remote, read_manifest
 from lightning_itm.data.shards.stamps import (
     changed_shard,
@@ -112,52 +111,40 @@ class ShardIndex:
             if not is_same(then, now):
                 raise changed_shard(path, f"{now} instead of {then}", self.file)
 
-    def check_size(self, image_id: int, data: bytes | None) -> None:
-        """Raise if the bytes of an image are more or fewer than when its shard was indexed.
+    def check_sample(self, image_id: int, data: bytes, text_ids: Iterable[int], captions: list[str]) -> None:
+        """Raise if an image has another number of bytes than when its shard was indexed, or other captions.
+
+        Args:
+            image_id: The image.
+            data: Its bytes as they are now.
+            text_ids: Texts of it that are wanted.
+            captions: All of its captions as they are now, none if they are not known.
 
         Raises:
             RuntimeError: if it is so.
         """
-        size = int(self.size[image_id])
-        if data is not None and len(data) != size:
-            what = f"{self.key[image_id]} of {len(data)} bytes instead of {size}"
-            raise changed_shard(self.shards[self.shard_of(image_id)], what, self.file)
-
-    def check_present(self, shard: int) -> None:
-        """Raise if a local shard is gone.
-
-        Args:
-            shard: Which shard, as an index of ``shards``.
-
-        Raises:
-            FileNotFoundError: if there is no file.
-        """
-        path = self.shards[shard]
-        if not is_remote(path) and not Path(path).is_file():
-            raise FileNotFoundError(
-                f"Expected shard {shard} of the {len(self.shards)} shards at {path}, found none. It was there when the set "
-                "was opened. Put it back, and resume the run."
-            )
+        size, key = int(self.size[image_id]), self.key[image_id]
+        others = [self.text[text_id] for text_id in text_ids if self.text[text_id] not in captions]
+        if len(data) != size:
+            what = f"{key} of {len(data)} bytes instead of {size}"
+        elif captions and others:  # none where a transfer broke off after the image
+            what = f"the captions {captions} of {key}, and not {others[0]!r}"
+        else:
+            return
+        raise changed_shard(self.shards[self.shard_of(image_id)], what, self.file)
 
     def shard_of(self, image_id: int) -> int:
         """Return which shard an image is in, as an index of ``shards``."""
-        # The last shard whose first image is not after this one: shards without an image are passed over.
-        return int(torch.searchsorted(self.first, image_id, right=True)) - 1
+        return int(torch.searchsorted(self.first, image_id, right=True)) - 1  # the last one that begins before it
 
     @classmethod
     def _put_together(cls, shards: list[str], contents: list[ShardContents]) -> "ShardIndex":
-        faults: Counter[str] = Counter()
-        first_fault: dict[str, str] = {}
-        for shard, part in zip(shards, contents, strict=True):
-            for kind, key, value in part.faults:
-                faults[kind] += 1
-                where = f"{shard}, key {key!r}" if key else shard
-                first_fault.setdefault(kind, f"{where}: {value}" if value else where)
+        faults, first_fault = count_faults(shards, [part.faults for part in contents])
         lists = [texts for part in contents for texts in part.texts]
         if not lists:
             raise ValueError(
                 f"Expected an image with a text in the {len(shards)} shards, {shards[0]} the first, found none"
-                + (f" ({dict(faults)})" if faults else "")
+                + (f" ({faults})" if faults else "")
                 + f". A sample is an image ({', '.join(IMAGE_ENDINGS)}) and a .txt, or a .json with 'texts' or 'caption'."
             )
         texts = [text for entry in lists for text in entry]
@@ -178,7 +165,7 @@ class ShardIndex:
             torch.tensor([size for part in contents for size in part.sizes]),
             PackedStrings.pack(texts),
             text_image_id,
-            dict(faults),
+            faults,
             first_fault,
         )
 
@@ -223,9 +210,8 @@ class ShardIndex:
         is_named_so = values["shards"] == [Path(shard).name for shard in shards]
         check_index_is_ours(path, values.get("paths", []), values["seen"], shards)
         # Remote shards are compared when they are read: one request for each would take minutes here.
-        as_seen = all(
-            is_remote(shard) or seen == stamp(shard) for shard, seen in zip(shards, values["seen"], strict=False)
-        )
+        local = [pair for pair in zip(shards, values["seen"], strict=False) if not is_remote(pair[0])]
+        as_seen = all(stamp(shard) == seen for shard, seen in local)
         if not (is_named_so and as_seen):
             return None
         rest = {name: values[name] for name in ("first", "offset", "size", "text_image_id", "faults", "first_fault")}

@@ -176,7 +176,7 @@ class StreamedImages(IterableDataset[dict[str, Any]]):
         contents = self.pairs.contents
         for shard, group in itertools.groupby(wanted, contents.shard_of):  # ids are in the order of the shards
             times = Counter(group)
-            for image_id, data in read_images(contents, shard, times):
+            for image_id, data in read_images(contents, shard, dict.fromkeys(times, ())):
                 yield from [(image_id, data)] * times[image_id]
 
 

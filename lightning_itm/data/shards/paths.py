@@ -127,3 +127,21 @@ def fetched_again(shard: str, read: Callable[[], Iterable[Item]]) -> Iterator[It
                     "the connection well? A run that has a checkpoint can be resumed."
                 ) from error
             time.sleep(wait)
+
+
+def check_present(shards: Sequence[str], number: int) -> None:
+    """Raise if a local shard is gone.
+
+    Args:
+        shards: The shards of a set.
+        number: Which of them, as an index.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+    """
+    path = shards[number]
+    if not is_remote(path) and not Path(path).is_file():
+        raise FileNotFoundError(
+            f"Expected shard {number} of the {len(shards)} shards at {path}, found none. It was there when the set was "
+            "opened. Put it back, and resume the run."
+        )

@@ -6,7 +6,7 @@ worker reads, from one index in the row of all pairs to another. ``loader.py`` c
 
 import itertools
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from webdataset.tariterators import tar_file_expander
 
 from lightning_itm.data.image import IMAGE_ENDINGS
+from lightning_itm.data.shards.captions import read_captions
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
-from lightning_itm.data.shards.paths import fetched_again
+from lightning_itm.data.shards.paths import check_present, fetched_again
 from lightning_itm.data.shards.tar import check_fetched, group_samples, open_shard
 from lightning_itm.randomness import seeded
 
@@ -170,13 +171,15 @@ class ShardStream:
                 yield text_id, data
 
 
-def read_images(contents: ShardIndex, shard: int, image_ids: Iterable[int]) -> Iterator[tuple[int, bytes | None]]:
+def read_images(
+    contents: ShardIndex, shard: int, texts_of: Mapping[int, Sequence[int]]
+) -> Iterator[tuple[int, bytes | None]]:
     """Read images of one shard from front to back.
 
     Args:
         contents: The index of the shards.
         shard: Which shard is read, as an index of ``contents.shards``.
-        image_ids: The images that are wanted. All must be of this shard.
+        texts_of: The images that are wanted, each with the texts that it comes with. All must be of this shard.
 
     Yields:
         The id of each image, and its bytes. The bytes are ``None`` if the image is no longer in the shard.
@@ -186,25 +189,25 @@ def read_images(contents: ShardIndex, shard: int, image_ids: Iterable[int]) -> I
         OSError: if the shard can't be fetched.
         RuntimeError: if it has changed since it was indexed.
     """
-    contents.check_present(shard)
+    check_present(contents.shards, shard)
     contents.check_unchanged(shard)
-    image_of, url = {contents.key[image_id]: image_id for image_id in image_ids}, contents.shards[shard]
+    image_of, url = {contents.key[image_id]: image_id for image_id in texts_of}, contents.shards[shard]
     # Each image leaves `image_of` when it is yielded, so that a second try yields the others.
-    for image_id, data in fetched_again(url, lambda: _read_images(url, image_of)):
-        contents.check_size(image_id, data)
+    for image_id, data, captions in fetched_again(url, lambda: _read_samples(url, image_of)):
+        contents.check_sample(image_id, data, texts_of[image_id], captions)
         yield image_id, data
     for image_id in image_of.values():  # the shard has changed since it was indexed
         yield image_id, None
 
 
-def _read_images(url: str, image_of: dict[str, int]) -> Iterator[tuple[int, bytes | None]]:
+def _read_samples(url: str, image_of: dict[str, int]) -> Iterator[tuple[int, bytes, list[str]]]:
     with open_shard(url) as file:
         files = tar_file_expander([{"url": url, "stream": file}], handler=_is_broken_off)
         for key, sample in group_samples((entry["fname"], entry["data"]) for entry in files if entry):
             data = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
             # Without its image, the sample may be the one within which the transfer broke off.
             if key in image_of and data is not None:
-                yield image_of.pop(key), data
+                yield image_of.pop(key), data, read_captions(key, sample)[0]
             if not image_of:
                 return  # the rest of the shard belongs to other workers
         check_fetched(file)

@@ -59,6 +59,15 @@ class TestLocal:
         ):
             streamed(stream, num_workers=0)
 
+    def test_captions_that_changed_while_they_are_streamed(self, tmp_path):
+        write_tar(tmp_path / "0.tar", [("0.png", png(10)), ("0.txt", b"number 10\na number")])
+        stream = ShardStream(ShardDataset(tmp_path))
+        self.replace(tmp_path / "0.tar", [("0.png", png(10)), ("0.txt", b"number 20\na number")])
+        with pytest.raises(
+            RuntimeError, match=r"got the captions \['number 20', 'a number'\] of 0, and not 'number 10'"
+        ):
+            streamed(stream, num_workers=0)
+
     @pytest.mark.parametrize("key", ["a" * 150, "folder/" + "b" * 97, "über", "a.b/c"])
     def test_names_that_a_header_does_not_hold_are_read(self, key, tmp_path):
         write_tar(tmp_path / "0.tar", [(f"{key}.png", png(7)), (f"{key}.txt", b"number 7")])
@@ -146,3 +155,15 @@ class TestRemote:
 )
 def test_is_same(then, now, expected):
     assert is_same(then, now) is expected
+
+    def test_that_changed_within_a_second(self, address, tmp_path):
+        """Neither the size nor the time that the server tells is another one."""
+        path, url = tmp_path / "www" / "0.tar", f"{address}/0.tar"
+        write_tar(path, [("0.png", png(10)), ("0.txt", b"number 10")])
+        ShardDataset(url, index=tmp_path / "index")
+        status = path.stat()
+        write_tar(path, [("0.png", png(10)), ("0.txt", b"number 20")])
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert path.stat().st_size == status.st_size
+        with pytest.raises(RuntimeError, match=r"got the captions \['number 20'\] of 0, and not 'number 10'"):
+            streamed(ShardStream(ShardDataset(url, index=tmp_path / "index")), num_workers=0)

@@ -1,0 +1,106 @@
+"""The class methods of :class:`~lightning_itm.ImageTextDataset` that read files. Each is a reader and the constructor."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self
+
+from lightning_itm.data.readers.folders import read_folder
+from lightning_itm.data.readers.json_files import read_karpathy
+from lightning_itm.data.readers.tables import read_jsonl, read_table
+
+
+class FromFiles:
+    """Read a set from files. The class is called with the images, their texts, and the options."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, images: Any, texts: Any, **kwargs: Any) -> None: ...
+
+    @classmethod
+    def from_karpathy(
+        cls,
+        path: str | PathLike[str],
+        image_root: str | PathLike[str],
+        split: str | Sequence[str] = "train",
+        *,
+        encoding: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Read a Karpathy split (``dataset_flickr8k.json``, ``dataset_flickr30k.json``, ``dataset_coco.json``).
+
+        Args:
+            path: The path of the JSON file.
+            image_root: The folder of the images. COCO's ``filepath`` is looked up below it.
+            split: The split to read, such as ``"val"``, or a list of splits. ``"train"`` takes ``restval`` in, as published
+                results on COCO do. ``["train"]`` does not.
+            encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
+            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
+
+        Raises:
+            ValueError: if the file has another form, or if no image has that split.
+            FileNotFoundError: if the first image does not exist.
+
+        References:
+            Karpathy and Fei-Fei, *Deep Visual-Semantic Alignments for Generating Image Descriptions*, CVPR 2015.
+        """
+        return cls(*read_karpathy(path, image_root, split, encoding), **kwargs)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | PathLike[str],
+        image_root: str | PathLike[str] = ".",
+        *,
+        image_column: str = "image",
+        text_column: str = "text",
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Read a table with a header and one pair per row. Rows with the same image share it.
+
+        Args:
+            path: The path of the CSV file.
+            image_root: The folder that image paths start from. Default: the current folder.
+            image_column: The column that holds the image paths. In tables for open_clip it is ``filepath``.
+            text_column: The column that holds the texts. In tables for open_clip it is ``title``.
+            delimiter: The sign between two columns. Default: the comma, tab, ``|`` or semicolon by which the header has both
+                columns.
+            encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
+            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
+
+        Raises:
+            ValueError: if a column is missing, if a row has another number of cells than the header, if a quote is not closed,
+                if the file is in another encoding, or if no row has a text.
+            FileNotFoundError: if the first image does not exist.
+        """
+        return cls(*read_table(path, image_root, image_column, text_column, delimiter, encoding), **kwargs)
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        path: str | PathLike[str],
+        image_root: str | PathLike[str] = ".",
+        *,
+        image_column: str = "image",
+        text_column: str = "text",
+        encoding: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Read one JSON object per line. Its text is a string or a list of strings. The rest is as in :meth:`from_csv`."""
+        return cls(*read_jsonl(path, image_root, image_column, text_column, encoding), **kwargs)
+
+    @classmethod
+    def from_folder(cls, folder: str | PathLike[str], *, encoding: str | None = None, **kwargs: Any) -> Self:
+        """Read a folder of images, each with a ``.txt`` of the same name beside it. Each line is a text.
+
+        Args:
+            folder: The folder. Its subfolders are read, too, all in the order of their names. Hidden files are not.
+            encoding: The encoding of the texts, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if one begins with its mark.
+            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
+
+        Raises:
+            FileNotFoundError: if there is no image, or if an image has no ``.txt``.
+            ValueError: if two images have one name, or if a text is in another encoding.
+        """
+        return cls(*read_folder(folder, encoding), **kwargs)
