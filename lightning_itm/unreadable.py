@@ -139,7 +139,7 @@ class PairMarks:
     """Mark pairs of a set and count them, each once, in memory that all processes share.
 
     Args:
-        num_pairs: Number of pairs of the set. Each takes one bit.
+        num_pairs: Number of pairs of the set. Each takes one byte.
 
     Example:
         >>> from lightning_itm.unreadable import PairMarks
@@ -149,27 +149,23 @@ class PairMarks:
     """
 
     def __init__(self, num_pairs: int) -> None:
-        # The count is the first 8 bytes. Shared, so that workers mark, and the main process sees it.
-        self._memory = torch.zeros(8 + -(-num_pairs // 8), dtype=torch.uint8).share_memory_()
+        # Shared, so that workers mark, and the main process sees it. A byte for each: two workers can't disturb each other.
+        self._is_marked = torch.zeros(num_pairs, dtype=torch.bool).share_memory_()  # (pairs,)
 
     def add(self, index: int) -> bool:
         """Mark a pair, and return whether it was not marked before."""
-        byte, bit = 8 + index // 8, 1 << index % 8
-        # Two workers at the same byte at once may lose a mark, and count a pair again later: no more than that.
-        if int(self._memory[byte]) & bit:
-            return False
-        self._memory[byte] |= bit
-        self._memory[:8].view(torch.int64).add_(1)
-        return True
+        is_new = not self._is_marked[index]
+        self._is_marked[index] = True
+        return is_new
 
     def __len__(self) -> int:
-        return int(self._memory[:8].view(torch.int64))
+        return int(self._is_marked.sum())
 
     def first(self, num: int) -> list[int]:
         """Return the numbers of the first pairs that are marked, at most ``num``."""
-        bytes_with_marks = self._memory[8:].nonzero().squeeze(1)[:num].tolist()
-        marked = (8 * byte + bit for byte in bytes_with_marks for bit in range(8) if self._memory[8 + byte] >> bit & 1)
-        return list(itertools.islice(marked, num))
+        # Of a copy: `nonzero` counts and then writes, and a worker that marks in between would let it write too far.
+        numbers: list[int] = self._is_marked.clone().nonzero().squeeze(1)[:num].tolist()
+        return numbers
 
 
 class UnreadablePairs(PairMarks):
