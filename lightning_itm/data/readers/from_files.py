@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_itm.data.readers.folders import read_folder
 from lightning_itm.data.readers.json_files import read_karpathy
 from lightning_itm.data.readers.tables import read_jsonl, read_table
+
+Pairs = TypeVar("Pairs", bound="FromFiles")
 
 
 class FromFiles:
@@ -18,14 +20,14 @@ class FromFiles:
 
     @classmethod
     def from_karpathy(
-        cls,
+        cls: type[Pairs],
         path: str | PathLike[str],
         image_root: str | PathLike[str],
         split: str | Sequence[str] = "train",
         *,
         encoding: str | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Pairs:
         """Read a Karpathy split (``dataset_flickr8k.json``, ``dataset_flickr30k.json``, ``dataset_coco.json``).
 
         Args:
@@ -47,7 +49,7 @@ class FromFiles:
 
     @classmethod
     def from_csv(
-        cls,
+        cls: type[Pairs],
         path: str | PathLike[str],
         image_root: str | PathLike[str] = ".",
         *,
@@ -56,7 +58,7 @@ class FromFiles:
         delimiter: str | None = None,
         encoding: str | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Pairs:
         """Read a table with a header and one pair per row. Rows with the same image share it.
 
         Args:
@@ -78,7 +80,7 @@ class FromFiles:
 
     @classmethod
     def from_jsonl(
-        cls,
+        cls: type[Pairs],
         path: str | PathLike[str],
         image_root: str | PathLike[str] = ".",
         *,
@@ -86,12 +88,14 @@ class FromFiles:
         text_column: str = "text",
         encoding: str | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Pairs:
         """Read one JSON object per line. Its text is a string or a list of strings. The rest is as in :meth:`from_csv`."""
         return cls(*read_jsonl(path, image_root, image_column, text_column, encoding), **kwargs)
 
     @classmethod
-    def from_folder(cls, folder: str | PathLike[str], *, encoding: str | None = None, **kwargs: Any) -> Self:
+    def from_folder(
+        cls: type[Pairs], folder: str | PathLike[str], *, encoding: str | None = None, **kwargs: Any
+    ) -> Pairs:
         """Read a folder of images, each with a ``.txt`` of the same name beside it. Each line is a text.
 
         Args:
