@@ -128,7 +128,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     rows = [row for row in read(args.results) if row["setting"] == setting.name and row["is_tuning"] == is_tuning]
     if is_tuning:
-        print_tuning([row for row in rows if (row["method"], row["knobs"]) in plan])
+        print_tuning(rows)
     else:
         print_table(rows)
 

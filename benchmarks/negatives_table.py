@@ -79,7 +79,7 @@ def print_tuning(rows: list[Row]) -> None:
             + "".join(f"{knob:>15}" for knob in knobs)
             + f"{'seeds':>7}{'val':>9}{'best':>9}{'at epoch':>10}"
         )
-        for one in tried:
+        for one in sorted(tried, key=lambda one: [str(one[knob]) for knob in knobs]):
             some = [row for row in own if row["knobs"] == one]
             val, best, at = (statistics.mean(row[key] for row in some) for key in ("val", "best_val", "best_epoch"))
             words = "".join(f"{one[knob]!s:>15}" for knob in knobs)
