@@ -151,6 +151,7 @@ class PairMarks:
     def __init__(self, num_pairs: int) -> None:
         # Shared, so that workers mark, and the main process sees it. A byte for each: two workers can't disturb each other.
         self._is_marked = torch.zeros(num_pairs, dtype=torch.bool).share_memory_()  # (pairs,)
+        self._is_told = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     def add(self, index: int) -> bool:
         """Mark a pair, and return whether it was not marked before."""
@@ -158,8 +159,14 @@ class PairMarks:
         self._is_marked[index] = True
         return is_new
 
+    def is_first(self) -> bool:
+        """Return True at the first call, whatever worker it comes from, and then False."""
+        is_first = not self._is_told[0]
+        self._is_told[0] = True
+        return is_first
+
     def __len__(self) -> int:
-        return int(self._is_marked.sum())
+        return int(self._is_marked.count_nonzero())
 
     def first(self, num: int) -> list[int]:
         """Return the numbers of the first pairs that are marked, at most ``num``."""
@@ -186,6 +193,7 @@ class UnreadablePairs(PairMarks):
             )
         super().__init__(num_pairs)
         self.num_pairs, self.max_fraction = num_pairs, max_fraction
+        self._marks_to_count = 1  # of this process
 
     def report(self, error: Exception, index: int) -> None:
         """Count a pair that can't be read.
@@ -199,15 +207,20 @@ class UnreadablePairs(PairMarks):
         """
         if not self.add(index):
             return
-        count = len(self)
-        if count > self.max_fraction * self.num_pairs:
+        # A count reads all marks, which takes a while for millions. It comes when 16 workers could be past the limit.
+        self._marks_to_count -= 1
+        count = len(self) if self._marks_to_count <= 0 else 0
+        limit = self.max_fraction * self.num_pairs
+        if count:
+            self._marks_to_count = max(1, int(limit - count) // 16)
+        if count > limit:
             raise RuntimeError(
                 f"Expected at most {self.max_fraction:.1%} of the {self.num_pairs} pairs to be unreadable "
                 f"(`max_unreadable`), got {count}, the pairs {', '.join(map(str, self.first(5)))} among them. "
                 f"{error}. Repair them, leave them out, or give a larger `max_unreadable`."
             ) from error
         # All workers together warn once. A thousand broken files would fill the log.
-        if count == 1:
+        if self.is_first():
             warnings.warn(
                 f"{error}. Another pair takes its place. Further ones are counted in "
                 "`ImageTextDataset.num_replaced` and not reported.",

@@ -81,7 +81,7 @@ def test_commands(tmp_path, monkeypatch):
     (tmp_path / "FOLDER").mkdir()
     for number, image in enumerate(cut_outs(20, 40)):
         image.save(tmp_path / "FOLDER" / f"{number}.png")
-        (tmp_path / "FOLDER" / f"{number}.txt").write_text(f"square {number}\nthe same again\n")
+        (tmp_path / "FOLDER" / f"{number}.txt").write_text(f"square {number}\nand square {number} again\n")
     small = ["--model.model_name", "tiny-vit", "--data.batch_size", "16", "--data.num_workers", "0"]
     small += [
         "--trainer.accelerator",

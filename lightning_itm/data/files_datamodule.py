@@ -49,8 +49,7 @@ def read_pairs(
         text_column: The column of a table that holds the texts. Change it if yours has another name.
         delimiter: The sign between columns. Default: the comma, tab, ``|`` or semicolon by which the header has both columns.
         encoding: The encoding of text files, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if a file begins with its mark.
-        index: The file that says what is in the shards. Default: beside the first shard. Only shards have one, and remote
-            shards need it.
+        index: The file that says what is in the shards. Default: beside the first shard. Remote shards need one.
         **kwargs: The options of :class:`~lightning_itm.ImageTextDataset`, such as ``transform`` and ``tokenizer``.
 
     Raises:
@@ -86,7 +85,11 @@ def is_shards(source: Source) -> bool:
         return True
     if is_remote(fspath(source)) or fspath(source).lower().endswith((".tar", *COMPRESSED)):
         return True
-    return Path(source).is_dir() and bool(tar_files(Path(source)))
+    names = tar_files(Path(source)) if Path(source).is_dir() else []
+    # An archive beside images with their texts is what these came in. By itself, it is a shard that must be decompressed.
+    return any(name.lower().endswith(".tar") for name in names) or (
+        names != [] and not any(Path(source).rglob("*.txt"))
+    )
 
 
 class ImageTextFilesDataModule(ImageTextDataModule):
@@ -103,8 +106,7 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         equal_captions: ``"exclude"`` or ``"keep"`` captions of several images, as :class:`~lightning_itm.ImageTextDataset`.
         delimiter: The sign between columns. Default: the comma, tab, ``|`` or semicolon by which the header has both columns.
         encoding: The encoding of text files, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if a file begins with its mark.
-        stream: Read ``train`` from front to back, as :class:`~lightning_itm.ShardStream` does. For shards that are remote or
-            on a slow disk.
+        stream: Read ``train`` from front to back (:class:`~lightning_itm.ShardStream`), from the web or from a slow disk.
         shuffle_buffer: The number of pairs among which a worker of the stream draws the next one. More shuffles better and
             takes more memory.
         resampled: Let the stream draw shards with replacement. For sets too large to be read in whole.
@@ -202,9 +204,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
         needed = splits.get(stage, [self.predict_split])
         if self.sources[needed[0]] is None:  # a fit needs `train`, and can do without `val`
-            raise MisconfigurationException(
-                f"Expected `{needed[0]}`, a file, a folder or shards to read, for the stage {stage!r}, got None."
-            )
+            what = f"Expected `{needed[0]}`, a file, a folder or shards to read, for the stage {stage!r}"
+            raise MisconfigurationException(f"{what}, got None.")
         for split in needed:
             # `fit` and then `test` share what was read. Another module has other transforms, and reads anew.
             if self.sources[split] is not None and self._read_with.get(split) is not self.transforms:

@@ -40,7 +40,8 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
         tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
         equal_captions: What a caption is to another image that has the same one, up to case, white space and Unicode form.
             ``"exclude"``: it is no negative of that image. Each pair then has a ``caption_id``, and a warning counts such
-            pairs. ``"keep"``: it is a negative like any other, as in the papers. Use it to count false negatives.
+            pairs. Mining compares all captions of an image, a batch and the memory bank those of the two pairs. ``"keep"``: it
+            is a negative like any other, as in the papers. Use it to count false negatives.
         max_unreadable: The fraction of pairs that may be unreadable in training. Above it, reading ends with an error. Raise
             it for a set from the web of which more is lost.
 

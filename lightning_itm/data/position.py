@@ -29,8 +29,9 @@ loaders, ``ResumableLoader`` and ``StreamLoader``, ask :meth:`Position.next_batc
 
 - the end of an epoch skips nothing. `on_train_epoch_start` of the next epoch comes first.
 - the middle of an epoch skips `on_train_epoch_start` of that epoch. The rest of the epoch follows.
-- the last batch of an epoch (saved in `on_train_batch_end`) skips the validation and `on_train_epoch_end` of that epoch, and
-  `on_train_epoch_start` of the next one.
+- the last batch of an epoch (saved in `on_train_batch_end`) skips the validation and `on_train_epoch_end` of that epoch.
+  Without :func:`mend_broken_epoch`, it skips `on_train_epoch_start` of the next one, too. Lightning then never counts that
+  start, and the middle of each later epoch looks like one that was broken off.
 
 So what happens once per epoch must ask for `trainer.current_epoch`, and not wait for a hook.
 
@@ -163,19 +164,22 @@ def mend_broken_epoch(checkpoint: dict[str, Any]) -> None:
 
     Args:
         checkpoint: A checkpoint of Lightning, before its counts are restored. Its epoch is no longer counted as processed. One
-            of a run that stopped elsewhere is left as it is.
+            of the last batch of an epoch is taken to the end of that epoch. Others are left as they are.
     """
     progress = _progress(checkpoint)
     if progress is None:
         return
     epoch, batches = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
     is_broken_off = batches["current"]["processed"] > 0 and not batches["is_last_batch"]
-    if epoch["current"]["processed"] < epoch["current"]["started"]:
+    # Written in `on_train_batch_end` of the last batch, before Lightning counts the batch as completed.
+    is_at_last_batch = batches["is_last_batch"] and batches["current"]["completed"] < batches["current"]["processed"]
+    if epoch["current"]["processed"] < epoch["current"]["started"] and not is_at_last_batch:
         return
     for count in (epoch["total"], epoch["current"]):
         count["processed"] = count["completed"] = count["started"] - is_broken_off
     if not is_broken_off:
         # With `max_steps`, Lightning goes on in the epoch that is over, finds no batch left, and counts one epoch too many.
+        batches["total"]["completed"] = batches["total"]["processed"]
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
 

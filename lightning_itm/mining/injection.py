@@ -233,7 +233,7 @@ class BatchInjection(Injection):
 
     def resume(self, state: dict[str, Any], device: torch.device) -> bool:
         """Go on in the order of a checkpoint, unless its epoch is over: a worker that waits must not see it."""
-        if state["is_finished"]:
+        if state["is_finished"] and not self.is_fixed:
             return True
         if state.get("order") is None:  # of a run without one, which goes on at the start of an epoch: see Position
             self.begin_epoch(int(state["epoch"]))

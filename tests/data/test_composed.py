@@ -75,6 +75,23 @@ class TestJoined:
         with pytest.raises(ValueError, match=r"same `equal_captions`, got 'exclude' and 'keep'"):
             ImageTextDataset([red], ["a mug"]) + kept
 
+    def test_nothing_is_decoded(self):
+        class Lazy:
+            decoded = 0
+
+            def __len__(self):
+                return 6
+
+            def __getitem__(self, number):
+                Lazy.decoded += 1
+                return Image.new("RGB", (4, 4), (number, 0, 0))
+
+        one, other = ImageTextDataset(Lazy(), [f"number {n}" for n in range(6)]).split(0.5)
+        before = Lazy.decoded
+        joined = one + other + numbered([9], texts_per_image=1)
+        assert Lazy.decoded == before
+        assert sorted(read(joined)) == [0, 1, 2, 3, 4, 5, 9]
+
     def test_a_path_in_both_is_an_error(self, tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
         one = ImageTextDataset([tmp_path / "a.png"], ["a"])

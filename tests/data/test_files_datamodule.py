@@ -95,6 +95,16 @@ class TestReadPairs:
             assert torch.equal(pairs.text_image_id, expected.text_image_id)
             assert torch.equal(pairs[7]["image"], expected[7]["image"])
 
+    def test_a_folder_with_the_archive_that_it_came_in(self):
+        Path("folder").mkdir()
+        Image.new("RGB", (4, 4)).save("folder/a.png")
+        Path("folder/a.txt").write_text("a square")
+        Path("folder/download.tgz").write_bytes(b"anything")
+        assert read_pairs("folder").texts == ["a square"]
+        Path("folder/a.txt").unlink()
+        with pytest.raises(ValueError, match=r"an uncompressed \.tar.*got folder/download\.tgz"):
+            read_pairs("folder")
+
     @pytest.mark.parametrize(
         ("source", "error", "message"),
         [

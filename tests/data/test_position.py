@@ -136,7 +136,11 @@ class TestHooks:
                     *("epoch start 1", "position 1, 0", "validation 1", "epoch end 1"),
                 ],
             ),
-            ({"every_n_train_steps": STEPS}, STEPS, ["position 1, 0", "train start", "validation 1", "epoch end 1"]),
+            (
+                {"every_n_train_steps": STEPS},
+                STEPS,
+                ["position 1, 0", "train start", "epoch start 1", "validation 1", "epoch end 1"],
+            ),
         ],
         ids=["end of an epoch", "middle of an epoch", "last batch of an epoch"],
     )

@@ -96,6 +96,21 @@ def test_goes_on_with_more_steps(stop, tmp_path):
     check_goes_on(whole, first, checkpoint, {}, {}, max_epochs=None, max_steps=40)
 
 
+@pytest.mark.parametrize("mining", ["none", "samples", "batches"])
+@pytest.mark.parametrize("then", [STEPS + 2, 2 * STEPS, 2 * STEPS + 1])
+def test_goes_on_twice(then, mining, tmp_path):
+    """First from the last batch of an epoch, where Lightning would count the start of the next one wrong."""
+    options = {"mining": MININGS[mining], "save": {"every_n_train_steps": 1}}
+    expected, seen = fit(Quintuplet, {}, tmp_path / "whole", **options)
+    for start in (STEPS, then):
+        folder = tmp_path / ("whole" if start == STEPS else "second")
+        resume = {"resume_from": folder / f"step={start}.ckpt", "seed": 99}
+        resumed, rest = fit(Quintuplet, {}, tmp_path / "second", **options, **resume)
+        assert rest == seen[start:]
+    for name, value in expected.items():
+        assert torch.equal(value, resumed[name]), name
+
+
 class Interrupted(Quintuplet):
     """Press Ctrl+C at the second input of the pass that mines for the second epoch."""
 

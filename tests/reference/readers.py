@@ -70,7 +70,14 @@ def json_file(content):
         captions = [(names[entry["image_id"]], entry["caption"]) for entry in found["annotations"]]
         return group([*((name, []) for name in names.values()), *captions])
     entries = [entry for entry in found["images"] if entry["split"] in ("train", "restval")]
-    return group((entry["filename"], [sentence["raw"] for sentence in entry["sentences"]]) for entry in entries)
+    return group((entry["filename"], sentences(entry["sentences"])) for entry in entries)
+
+
+def sentences(found):
+    """A sentence is an object with its text in "raw". What stands there instead is taken as it is."""
+    if not isinstance(found, list):
+        return found
+    return [one.get("raw", one) if isinstance(one, dict) else one for one in found]
 
 
 def folder(files):

@@ -117,11 +117,19 @@ def check_parts(parts: Sequence[ImageTextDataset]) -> None:
 
 
 def _sources(part: ImageTextDataset) -> Sequence[Any]:
-    """Return the paths of a set, which must not be in another one as well."""
+    """Return the paths of a set, which must not be in another one as well. Nothing is decoded."""
     shards = getattr(getattr(part, "contents", None), "shards", None)
     if shards is not None:
         return cast("list[str]", shards)
-    return part.images if isinstance(part.images, list | ComposedSequence) else []
+    entries = (_stored(part.images, number) for number in range(len(part.images)))
+    return [entry for entry in entries if entry is not None]
+
+
+def _stored(images: Sequence[Any], number: int) -> Any:
+    """Return an entry that lies in a list, None if reading it would open it."""
+    if isinstance(images, ComposedSequence):
+        return _stored(images.parts[int(images.part[number])], int(images.position[number]))
+    return images[number] if isinstance(images, list) else None
 
 
 def _texts_of(part: ImageTextDataset, image_ids: Tensor) -> tuple[Tensor, Tensor]:

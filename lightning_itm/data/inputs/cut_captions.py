@@ -25,7 +25,7 @@ class CutCaptions(PairMarks):
             tokens: The token ids that the tokenizer returned, `(context_length,)`.
             text_id: The number of the caption.
         """
-        if not is_cut(tokenizer, text, tokens) or not self.add(text_id) or len(self) > 1:
+        if not is_cut(tokenizer, text, tokens) or not self.add(text_id) or not self.is_first():
             return
         warnings.warn(
             f"Text {text_id} is longer than {len(tokens)} tokens, the context length, and its end is cut off: {text[:80]!r}. "

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from os import PathLike, fspath
 from typing import Any
@@ -46,13 +46,18 @@ def by_number(images: Sequence[Any]) -> Sequence[Any]:
     Args:
         images: A list, or another sequence. One whose items are paths becomes a list, and so does what pandas made, which is
             indexed by labels. Others stay as they are.
+
+    Raises:
+        TypeError: if the first item of another sequence can't be an image.
     """
-    is_stored = isinstance(images, list | tuple | np.ndarray) or hasattr(images, "iloc")
+    is_stored = isinstance(images, list | tuple | np.ndarray | Mapping) or hasattr(images, "iloc")
     if is_stored or not (hasattr(images, "__getitem__") and hasattr(images, "__len__")) or len(images) == 0:
         return list(images)
     lazy = LazyImages(images)
     with suppress(UnreadableImageError):
-        if isinstance(lazy[0], str | PathLike):
+        first = lazy[0]
+        check_sources([first])  # the others are of the same kind, as far as can be told without decoding them
+        if isinstance(first, str | PathLike):
             return list(images)
     return lazy
 

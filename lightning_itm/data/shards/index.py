@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_itm.data.image import IMAGE_ENDINGS
 from lightning_itm.data.inputs.packed_strings import PackedStrings
@@ -28,6 +28,7 @@ from lightning_itm.data.shards.stamps import (
 )
 from lightning_itm.data.shards.tar import ShardContents, TarMember, read_shard
 
+STORED = ("first", "offset", "size", "text_image_id", "faults", "first_fault", "seen")
 INDEX_VERSION = 2  # of 1, a .txt was one text, whatever it had for lines
 
 
@@ -79,13 +80,15 @@ class ShardIndex:
         """
         found = find_shards(shards)
         file = Path(path) if path is not None else default_index_path(found)
-        index = cls._load(file, found) if file.is_file() else None
+        index = cls._load(file, found, is_named=path is not None) if file.is_file() else None
         if index is None:
             seen = [stamp(shard) for shard in found]  # first: what changes while it is read is found later
             built = cls._put_together(found, read_all(found))
             built.seen, built.file = seen, str(file)
             built._save(file)
-            index = cls._load(file, found)  # mapped: what was built is in the memory of this process alone
+            index = cls._load(
+                file, found, is_named=False
+            )  # mapped: what was built is in the memory of this process alone
         return index or built  # another process may have written its own in between
 
     def member(self, image_id: int) -> TarMember:
@@ -174,12 +177,9 @@ class ShardIndex:
             "version": INDEX_VERSION,
             "shards": [Path(shard).name for shard in self.shards],
             "paths": [whole_address(shard) for shard in self.shards],
-            "seen": self.seen,
             "key": [self.key.data, self.key.end],
             "text": [self.text.data, self.text.end],
-            **{name: getattr(self, name) for name in ("first", "offset", "size", "text_image_id")},
-            "faults": self.faults,
-            "first_fault": self.first_fault,
+            **{name: getattr(self, name) for name in STORED},
         }
         part = path.with_name(f".{path.name}-{os.getpid()}-{time.time_ns()}")
         try:
@@ -195,7 +195,7 @@ class ShardIndex:
             ) from error
 
     @classmethod
-    def _load(cls, path: Path, shards: list[str]) -> "ShardIndex | None":
+    def _load(cls, path: Path, shards: list[str], *, is_named: bool) -> "ShardIndex | None":
         if not os.access(path, os.R_OK):
             raise PermissionError(f"Expected to read {path}, the index of the shards. Name another file with `index`.")
         try:
@@ -204,26 +204,30 @@ class ShardIndex:
             values: Any = torch.load(path, mmap=True, weights_only=True) if is_whole else None
         except Exception:  # a damaged file can raise anything, and is built anew
             return None
-        # By names and not by paths: a folder that is moved with its index needs no new one.
         if not isinstance(values, dict) or values.get("version") != INDEX_VERSION:
             return None
+        # By names and not by paths: a folder that is moved with its index needs no new one.
         is_named_so = values["shards"] == [Path(shard).name for shard in shards]
-        check_index_is_ours(path, values.get("paths", []), values["seen"], shards)
+        if is_named:  # one beside the shards may have been copied with them
+            check_index_is_ours(path, values["paths"], values["seen"], shards)
         # Remote shards are compared when they are read: one request for each would take minutes here.
         local = [pair for pair in zip(shards, values["seen"], strict=False) if not is_remote(pair[0])]
         as_seen = all(stamp(shard) == seen for shard, seen in local)
         if not (is_named_so and as_seen):
             return None
-        rest = {name: values[name] for name in ("first", "offset", "size", "text_image_id", "faults", "first_fault")}
-        rest.update(seen=values["seen"], file=str(path))
-        return cls(shards, PackedStrings(*values["key"]), text=PackedStrings(*values["text"]), **rest)
+        rest: Any = {name: values[name] for name in STORED} | {
+            "text": PackedStrings(*values["text"]),
+            "file": str(path),
+        }
+        return cls(shards, PackedStrings(*values["key"]), **rest)
 
 
 def read_all(shards: list[str]) -> list[ShardContents]:
     """List the samples of all shards. Several processes read at the same time."""
     # No process for fewer than four shards: it would take longer to start than to read them.
     num_workers = min(len(shards) // 4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 16)
-    loader = DataLoader(_Shards(shards), batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    options: dict[str, Any] = {"collate_fn": _read, "num_workers": num_workers, "generator": torch.Generator()}
+    loader: Any = DataLoader(cast("Any", shards), batch_size=None, **options)
     contents: list[ShardContents] = list(loader)  # the generator is its own: none of the run's random numbers is used
     # A shard that was cut off between two samples looks whole. Only the manifest knows its size.
     sizes = {
@@ -238,13 +242,5 @@ def read_all(shards: list[str]) -> list[ShardContents]:
     return contents
 
 
-class _Shards(Dataset[ShardContents]):
-    def __init__(self, shards: list[str]) -> None:
-        self.shards = shards
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, index: int) -> ShardContents:
-        shard = self.shards[index]
-        return next(fetched_again(shard, lambda: [read_shard(shard)]))
+def _read(shard: str) -> ShardContents:
+    return next(fetched_again(shard, lambda: [read_shard(shard)]))

@@ -58,7 +58,7 @@ def changed_shard(shard: str, what: str, index_file: str) -> RuntimeError:
 
 def whole_address(shard: str) -> str:
     """Return where a shard is, without the signature that some addresses end with."""
-    return shard.split("?", 1)[0] if is_remote(shard) else os.path.abspath(shard)
+    return shard.split("?", 1)[0] if is_remote(shard) else os.path.realpath(shard)
 
 
 def check_index_is_ours(file: Path, paths: list[str], seen: list[list[Any]], shards: list[str]) -> None:

@@ -1,6 +1,5 @@
 """Read a tar file: which image-text samples it has, and the bytes of one image."""
 
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,7 +41,8 @@ class TarMember:
             RuntimeError: if another file, or none, starts here.
         """
         with suppress(OSError), open(self.path, "rb") as file:  # a shard that is gone is told where it is read
-            header = os.pread(file.fileno(), tarfile.BLOCKSIZE, self.offset - tarfile.BLOCKSIZE)
+            file.seek(self.offset - tarfile.BLOCKSIZE)
+            header = file.read(tarfile.BLOCKSIZE)
             try:
                 info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
             except tarfile.HeaderError:
@@ -54,7 +54,8 @@ class TarMember:
     def read_bytes(self) -> bytes:
         """Read the content of this file, and nothing else of the tar file."""
         with open(self.path, "rb") as file:
-            return os.pread(file.fileno(), self.size, self.offset)
+            file.seek(self.offset)
+            return file.read(self.size)
 
     def __str__(self) -> str:
         return f"{self.path}, key {self.key}"

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_itm import ImageTextDataset
 
@@ -47,3 +48,18 @@ class TestMissingFiles:
         for number in range(1, 60):
             Path(f"{number}.png").symlink_to("0.png")
         ImageTextDataset([f"{number}.png" for number in range(60)], [f"text {i}" for i in range(60)])
+
+
+@pytest.mark.parametrize(
+    "item", [{"bytes": b"", "path": "a.png"}, 3, torch.zeros(3, 4, 4)], ids=["dict", "int", "tensor"]
+)
+def test_a_sequence_of_what_is_no_image(item):
+    class Column:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, number):
+            return item
+
+    with pytest.raises(TypeError, match=f"paths, bytes, PIL images or arrays, got {type(item).__name__} for image 0"):
+        ImageTextDataset(Column(), ["a", "b"])

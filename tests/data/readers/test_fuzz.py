@@ -189,6 +189,11 @@ CHECKS = {
 }
 
 
+def test_a_sentence_without_its_text():
+    content = '{"images": [{"filename": "%s", "split": "train", "sentences": [{"raw": "a"}, {"tokens": ["b"]}]}]}'
+    check_json_file((content % IMAGE_NAMES[0], True))
+
+
 @pytest.mark.parametrize("form", CHECKS)
 def test_some(form):
     check_form, inputs = CHECKS[form]

@@ -82,6 +82,16 @@ class TestLocal:
         check_pairing(ShardDataset(tmp_path / "there"))
         assert os.stat(tmp_path / "there" / os.path.basename(index)).st_mtime_ns == time
 
+    @pytest.mark.parametrize(
+        "copy", [shutil.copytree, lambda here, there: os.symlink(here, there)], ids=["copy", "link"]
+    )
+    def test_a_copy_beside_the_first_is_opened(self, copy, tmp_path):
+        write(tmp_path / "here" / "0.tar", range(4))
+        ShardDataset(tmp_path / "here")
+        copy(tmp_path / "here", tmp_path / "there")
+        check_pairing(ShardDataset(tmp_path / "there"))
+        check_pairing(ShardDataset(tmp_path / "here"))
+
     def test_two_sets_do_not_share_an_index_file(self, tmp_path):
         for name in ("one", "other"):
             write(tmp_path / name / "0.tar", range(4))
