@@ -54,7 +54,7 @@ def measure_manifest(num_images: int, folder: Path) -> dict[str, float]:
     path = folder / "manifest.jsonl"
     write_manifest(path, num_images)
     (folder / f"{0:012d}.jpg").touch()  # the first is looked for
-    indexing, pairs = timed(lambda: ImageTextDataset.from_jsonl(path, folder))
+    indexing, pairs = timed(lambda: ImageTextDataset.from_jsonl(path, folder, max_unreadable=1.0))
 
     def fill() -> HardNegativeDataset:
         table = NegativeTable(num_images, len(pairs), texts_per_image=300, images_per_text=60)
