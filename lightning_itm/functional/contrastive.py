@@ -1,5 +1,7 @@
 """InfoNCE and the pairwise sigmoid, per anchor, and how much each of their negatives counts."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -119,8 +121,8 @@ def drop_likely_matches(scores: DirectionScores, *, relative_margin: float) -> D
         Moreira et al., *NV-Retriever: Improving text embedding models with effective hard-negative mining*, arXiv 2407.15831
         (2024), which filters mined negatives by it. Here it filters those of the batch.
     """
-    ceiling = score_ceiling(scores.positive.detach(), relative_margin=relative_margin)  # (anchors,)
-    assert ceiling is not None  # for the type checker: a margin was given
+    # There is one, because a margin was given.
+    ceiling = cast("Tensor", score_ceiling(scores.positive.detach(), relative_margin=relative_margin))  # (anchors,)
     return scores._replace(negative_mask=scores.negative_mask & (scores.similarity <= ceiling[:, None]))
 
 

@@ -13,7 +13,7 @@ from lightning_itm.checks import check_choice
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank
 
-_Side = tuple[Tensor, Tensor, Tensor]  # embeddings, the ids of their images, and their captions
+_Side = tuple[Tensor, Tensor, Tensor | None]  # embeddings, the ids of their images, and captions if they are compared
 
 
 class ImageTextRetrieval(Metric):
@@ -119,10 +119,8 @@ class ImageTextRetrieval(Metric):
         others = {"text_embeddings": text_embeddings, "image_id": image_id, "text_id": text_id}
         pairs = _as_pairs(image_embeddings, {**others, "caption_id": caption_id})
         # Without the graph: a metric that is fed in training would keep the activations of every batch.
-        self.image_embeddings.append(pairs.image_embeddings.detach())
-        self.text_embeddings.append(pairs.text_embeddings.detach())
-        self.image_id.append(pairs.image_id)
-        self.text_id.append(pairs.text_id)
+        for name in ("image_embeddings", "text_embeddings", "image_id", "text_id"):
+            getattr(self, name).append(getattr(pairs, name).detach())
         self.caption_id.append(pairs.known_captions())
 
     def compute(self) -> dict[str, Tensor]:
@@ -140,12 +138,13 @@ class ImageTextRetrieval(Metric):
                 f"Expected every text to belong to one image, got two for text_id {int(text_id[other][0])}. "
                 "Number equal texts of different images separately."
             )
-        # (images, most) and (texts, 1), −1 throughout where equal captions are wrong.
-        caption_id = dim_zero_cat(self.caption_id)[row]
-        caption_id = caption_id if self.equal_captions == "right" else torch.full_like(caption_id, -1)
-        owner = torch.searchsorted(image_id, text_image_id)  # (texts,): the row of the image
-        images = image, image_id, captions_of_images(caption_id, owner, len(image_id))
-        texts = text, text_image_id, caption_id[:, None]
+        images: _Side = image, image_id, None
+        texts: _Side = text, text_image_id, None
+        if self.equal_captions == "right":
+            caption_id = dim_zero_cat(self.caption_id)[row]
+            owner = torch.searchsorted(image_id, text_image_id)  # (texts,): the row of the image
+            images = image, image_id, captions_of_images(caption_id, owner, len(image_id))  # (images, most)
+            texts = text, text_image_id, caption_id[:, None]  # (texts, 1)
         # At most one part per image: a part without a query has no recall.
         num_parts = min(self.folds or 1, len(image_id))
         parts = torch.arange(len(image_id), device=image_id.device).tensor_split(num_parts)
@@ -178,7 +177,10 @@ class ImageTextRetrieval(Metric):
     def _of_part(self, part: Tensor, images: _Side, texts: _Side) -> dict[str, Tensor]:
         # A part has its own images, and the texts of these alone: texts of other parts are no distractors.
         own = torch.isin(texts[1], images[1][part])
-        image, text = [values[part] for values in images], [values[own] for values in texts]
+        image, text = (
+            (values[rows], ids[rows], None if captions is None else captions[rows])
+            for (values, ids, captions), rows in ((images, part), (texts, own))
+        )
         ranks = {  # one rank per query, from 0
             way: retrieval_rank(q, k, query_id=q_id, key_id=k_id, query_captions=q_captions, key_captions=k_captions)
             for way, (q, q_id, q_captions), (k, k_id, k_captions) in (("i2t", image, text), ("t2i", text, image))
