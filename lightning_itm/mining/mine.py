@@ -1,5 +1,6 @@
 """Encode a set, search it, and publish what was mined."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -138,17 +139,15 @@ class Mining:
         counts: dict[str, int],
         ways: dict[str, Any],
     ) -> None:
-        self.pairs, num_images = pairs, len(pairs.images)
-        self.progress = MiningProgress()
+        self.pairs, self.progress, num_images = pairs, MiningProgress(), len(pairs.images)
         self._restored: dict[str, Any] | None = None
         self._unlogged: dict[str, float] = {}
         self.first_epoch: int | None = None
         self.table = NegativeTable(num_images, len(pairs.texts), **counts)
         self.table.is_pending = True  # a fit's first workers may ask before `on_fit_start`, and wait
         self.injection = INJECTIONS[inject](given, self.table, **ways)
-        self.training_embeddings: TrainingEmbeddings | None = None
-        if encode == "training":
-            self.training_embeddings = TrainingEmbeddings(pairs.text_image_id, num_images, pairs.caption_id)
+        parts = pairs.text_image_id, num_images, pairs.caption_id
+        self.training_embeddings = TrainingEmbeddings(*parts) if encode == "training" else None
 
     def begin_epoch(
         self,
@@ -198,10 +197,14 @@ class Mining:
         restored, self._restored = self._restored, None
         return restored is None or self.injection.resume(restored, device)
 
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.pairs)  # reads all texts, so not for each checkpoint
+
     def state_dict(self) -> dict[str, Any]:
         """Return the table, its epoch and set, what its injection needs, and the embeddings that are to be mined."""
         table = {"texts": self.table.texts.clone(), "images": self.table.images.clone()}
-        identity = {"fingerprint": fingerprint(self.pairs), "set": self.pairs.identity()}
+        identity = {"fingerprint": self._fingerprint, "set": self.pairs.identity()}
         state: dict[str, Any] = {**table, **identity, **asdict(self.progress), **self.injection.state_dict()}
         if self.training_embeddings is not None:
             state["training_embeddings"] = self.training_embeddings.state_dict()
