@@ -8,7 +8,7 @@ At the end there are pictures of what happened: the curves, the pairs that were 
 
     python examples/train_on_emoji.py                 # about five minutes on two cores, no download of weights
     python examples/train_on_emoji.py --quick         # a minute: one seed, fewer rows
-    python examples/train_on_emoji.py --pretrained    # EfficientNet-Lite0 and MiniLM instead: an hour
+    python examples/train_on_emoji.py --pretrained    # EfficientNet-Lite0 and MiniLM instead: longer
     python examples/train_on_emoji.py --from-scratch  # hard negatives from a cold start: a collapse, and a way out
 """
 
@@ -78,7 +78,7 @@ class Setup:
     start_rate: float
     epochs: int
     rate: float
-    """The best for InfoNCE on the validation set, of those that `--rate` was given."""
+    """Of each row. Try others with `--rate`."""
 
 
 def towers(loss: nn.Module, learning_rate: float) -> DualEncoder:
@@ -95,7 +95,7 @@ def files() -> list[ImageTextDataset]:
     return picture_files(**Towers(InfoNCELoss(), 72).transforms)
 
 
-# Tried for the small one: 3e-5, 1e-4, 3e-4 and 1e-3, two seeds. For the towers: 3e-5, 1e-4 and 3e-4, one seed.
+# Tried for the small one: 3e-5, 1e-4, 3e-4 and 1e-3, two seeds. For the towers no other was tried.
 SMALL = Setup(Small, small_pictures, start_epochs=18, start_rate=3e-3, epochs=4, rate=3e-4)
 PRETRAINED = Setup(towers, files, start_epochs=4, start_rate=3e-4, epochs=2, rate=1e-4)
 
@@ -271,7 +271,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of weights and order (0 1 2 3)")
-    parser.add_argument("--pretrained", action="store_true", help="fine-tune pretrained towers: an hour")
+    parser.add_argument("--pretrained", action="store_true", help="fine-tune pretrained towers, which takes longer")
     parser.add_argument("--start-epochs", type=int, help=f"of the start ({SMALL.start_epochs})")
     parser.add_argument("--epochs", type=int, help=f"of each row ({SMALL.epochs})")
     parser.add_argument("--rate", type=float, help=f"learning rate of each row ({SMALL.rate})")
