@@ -95,11 +95,11 @@ class DualEncoder(ResumableModule, ChecksNegatives):
 
     def encode_image(self, image: Any) -> Tensor:
         """Encode images. Override this. Return one vector per image, `(pairs, dim)`. It is normalised for you."""
-        raise NotImplementedError(f"Override `encode_image` in {type(self).__name__}: one vector per image.")
+        raise NotImplementedError(f"Override `encode_image` in {type(self).__name__}: one vector each, (pairs, dim).")
 
     def encode_text(self, text: Any) -> Tensor:
         """Encode texts. Override this. Return one vector per text, `(pairs, dim)`. It is normalised for you."""
-        raise NotImplementedError(f"Override `encode_text` in {type(self).__name__}: one vector per text.")
+        raise NotImplementedError(f"Override `encode_text` in {type(self).__name__}: one vector each, (pairs, dim).")
 
     def towers(self) -> dict[str, nn.Module]:
         """Return the parts that the gradient monitor watches separately. Override it if they have other names.

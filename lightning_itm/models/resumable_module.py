@@ -24,11 +24,10 @@ class ResumableModule(L.LightningModule):
         By their names, Lightning would look for them among the arguments that the command line gave to the subclass. Those
         that the subclass sets by itself are not there.
         """
+        # The outermost frame: Lightning compares with the arguments that it finds in it, which fails for arrays.
         frame = inspect.currentframe()
         while frame is not None and frame.f_back is not None:
-            frame = (
-                frame.f_back
-            )  # the outermost: Lightning compares with the arguments it finds, which fails for arrays
+            frame = frame.f_back
         self.save_hyperparameters(settings, frame=frame)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
