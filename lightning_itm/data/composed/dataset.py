@@ -121,6 +121,8 @@ def _sources(part: ImageTextDataset) -> Sequence[Any]:
     shards = getattr(getattr(part, "contents", None), "shards", None)
     if shards is not None:
         return cast("list[str]", shards)
+    if isinstance(part.images, list):
+        return part.images
     entries = (_stored(part.images, number) for number in range(len(part.images)))
     return [entry for entry in entries if entry is not None]
 
