@@ -1,6 +1,7 @@
 """What every way of the search needs: products in two precisions, the choice of candidates, and their comparison."""
 
 import copy
+import functools
 import warnings
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -45,14 +46,14 @@ class OwnKeys:
         part.anchor_captions = None if self.anchor_captions is None else self.anchor_captions[rows]
         return part
 
-    def mask(self, scores: Tensor) -> None:
-        """Put −inf, in place, where a key is the anchor's own, `(anchors, keys)`."""
-        if not _mask_listed(scores, self.anchor_id[:, None], *self.by_id):
-            scores.masked_fill_(self.anchor_id[:, None] == self.key_id, -torch.inf)
+    def mask(self, scores: Tensor, value: float = -torch.inf) -> None:
+        """Put ``value``, in place, where a key is the anchor's own, `(anchors, keys)`."""
+        if not _mask_listed(scores, value, self.anchor_id[:, None], *self.by_id):
+            scores.masked_fill_(self.anchor_id[:, None] == self.key_id, value)
         if self.anchor_captions is None or self.key_captions is None or self.by_caption is None:
             return
-        if not _mask_listed(scores, self.anchor_captions, *self.by_caption):
-            scores.masked_fill_(shares_caption(self.anchor_captions, self.key_captions), -torch.inf)
+        if not _mask_listed(scores, value, self.anchor_captions, *self.by_caption):
+            scores.masked_fill_(shares_caption(self.anchor_captions, self.key_captions), value)
 
     def without_equal_captions(self, candidates: Shortlist) -> Shortlist:
         """Drop candidates that share a caption with the anchor. ``left_out`` still holds for all that are not listed."""
@@ -71,8 +72,8 @@ def _sorted_captions(key_captions: Tensor) -> tuple[Tensor, Tensor]:
     return captions, keys[is_there][order]
 
 
-def _mask_listed(scores: Tensor, of_anchor: Tensor, sorted_id: Tensor, keys: Tensor) -> bool:
-    """Put −inf where a key has one of the ids of the anchor, `(anchors, ids)`, or return False where these are not so few."""
+def _mask_listed(scores: Tensor, value: float, of_anchor: Tensor, sorted_id: Tensor, keys: Tensor) -> bool:
+    """Put ``value`` where a key has one of the ids of the anchor, `(anchors, ids)`, or return False where these are many."""
     first = torch.searchsorted(sorted_id, of_anchor.contiguous())
     count = (torch.searchsorted(sorted_id, of_anchor.contiguous(), right=True) - first).flatten()
     total = int(count.sum())
@@ -81,40 +82,58 @@ def _mask_listed(scores: Tensor, of_anchor: Tensor, sorted_id: Tensor, keys: Ten
     # One entry per id of an anchor and key that has it: (total,).
     entry = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
     position = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[entry]
-    scores[entry // of_anchor.shape[1], keys[first.flatten()[entry] + position]] = -torch.inf
+    scores[entry // of_anchor.shape[1], keys[first.flatten()[entry] + position]] = value
     return True
 
 
-def compare(anchors: Tensor, keys: Tensor, centre: Tensor, candidates: Shortlist, k: int) -> tuple[TopK, Tensor]:
-    """Compare candidates in float32. The second is True for an anchor that these may not be good enough for."""
+def compare(
+    anchors: Tensor,
+    keys: Tensor,
+    centre: Tensor,
+    candidates: Shortlist,
+    k: int,
+    limit: Tensor | None = None,
+    slack: float = 0.0,
+) -> tuple[TopK, Tensor]:
+    """Compare candidates in float32. The second is True for an anchor that these may not be good enough for.
+
+    Candidates above the ``limit`` of their anchor, `(anchors,)`, are dropped. Where the choice was made by a limit that was
+    higher by ``slack``, it is good enough for no anchor if rough scores near the limit are further off than that.
+    """
     index, rough, left_out = candidates
     nothing = rough == -torch.inf
     exact = candidate_products(anchors, keys, index)
     # (anchors,): what subtracting the centre from the keys took from each of an anchor's scores.
     with full_precision_products():
         shift = anchors @ centre
-    error = (exact - shift[:, None] - rough).masked_fill(nothing, 0).abs().amax()
+    errors = (exact - shift[:, None] - rough).masked_fill(nothing, 0).abs()
+    error, is_far_off = errors.amax(), torch.zeros((), dtype=torch.bool, device=rough.device)
+    if limit is not None:
+        is_near = rough > (limit - shift)[:, None] - 16 * slack  # further down, bfloat16 rounds differences more
+        is_far_off = errors.masked_fill(~is_near, 0).amax() > slack
+        nothing |= exact > limit[:, None]
     k = min(k, len(keys))
     best = hardest_first(exact.masked_fill(nothing, -torch.inf), index)
-    return TopK(best.scores[:, :k], best.index[:, :k]), best.scores[:, k - 1] - shift < left_out + error
+    return TopK(best.scores[:, :k], best.index[:, :k]), (best.scores[:, k - 1] - shift < left_out + error) | is_far_off
 
 
-def largest(scores: Tensor, k: int) -> Tensor:
-    """Return where the k largest of each row are, in the order of their places.
+def most_extreme(scores: Tensor, k: int, *, largest: bool = True) -> Tensor:
+    """Return where the k largest, or smallest, of each row are, in the order of their places.
 
-    They lie in the k groups of columns with the largest maxima, and a maximum is cheaper than a selection.
+    They lie in the k groups of columns with the most extreme values, and a maximum is cheaper than a selection.
     """
+    select = functools.partial(torch.topk, dim=1, largest=largest, sorted=False)
     num_groups = scores.shape[1] // _GROUP
     if num_groups <= k:
-        return scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+        return select(scores, k).indices.sort(dim=1).values
     grouped = scores[:, : num_groups * _GROUP].view(
         len(scores), _GROUP, num_groups
     )  # a group: every num_groups-th column
-    # (rows, k): the groups that can hold one of the k largest.
-    group = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    # (rows, k): the groups that can hold one of the k most extreme.
+    group = select(grouped.amax(dim=1) if largest else grouped.amin(dim=1), k).indices
     candidates = grouped.gather(2, group[:, None, :].expand(-1, _GROUP, -1)).flatten(1)
     rest = scores[:, num_groups * _GROUP :]
-    place = torch.cat([candidates, rest], dim=1).topk(k, dim=1, sorted=False).indices
+    place = select(torch.cat([candidates, rest], dim=1), k).indices
     in_group = num_groups * (place // k) + group.gather(1, place % k)
     in_rest = num_groups * _GROUP + place - _GROUP * k
     return torch.where(place < _GROUP * k, in_group, in_rest).sort(dim=1).values
@@ -173,15 +192,17 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def to_bfloat16(keys: Tensor) -> LowKeys:
-    """Convert the keys."""
+def to_bfloat16(keys: Tensor, num_ones: int = 0) -> LowKeys:
+    """Convert the keys. Columns of ones may follow, to add something to each score, and zeros up to a multiple of 8."""
     centre = keys.mean(dim=0)
     is_cpu = keys.device.type == "cpu"
     num_rows = len(keys) if is_cpu else -(-len(keys) // 8) * 8
-    low = torch.empty(num_rows, keys.shape[1], dtype=torch.bfloat16, device=keys.device)
-    low[len(keys) :] = 0
+    dim = keys.shape[1]
+    low = torch.empty(num_rows, dim + -(-num_ones // 8) * 8, dtype=torch.bfloat16, device=keys.device)
+    low[len(keys) :] = low[:, dim:] = 0
+    low[:, dim : dim + num_ones] = 1
     for part, into in zip(
-        *(rows.split(MAX_ROWS if is_cpu else len(keys)) for rows in (keys, low[: len(keys)])), strict=True
+        *(rows.split(MAX_ROWS if is_cpu else len(keys)) for rows in (keys, low[: len(keys), :dim])), strict=True
     ):
         torch.sub(part, centre, out=into)
     return LowKeys(low, centre)

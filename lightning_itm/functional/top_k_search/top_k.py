@@ -34,8 +34,8 @@ def top_k_negatives(
 
     Where the hardware multiplies in bfloat16, such products choose candidates, some more than ``k``, which are then compared
     in float32. An anchor whose ``k``-th candidate is not clear of those left out, by the largest error seen, is searched
-    again by a slower way, at last in float32. With a guard all products are float32, because a score beside the limit
-    decides which keys there are.
+    again by a slower way, at last in float32. So it is with a guard, too: the candidates are then the keys just below its
+    limit, and a few above it, which float32 drops.
 
     Args:
         anchors: Unit-norm embeddings of the queries.
@@ -53,10 +53,10 @@ def top_k_negatives(
         relative_margin: Leave out what is more similar than ``positive - relative_margin * abs(positive)``.
         memory_budget: Bytes that scores may take at once. ``None``: 256 MB on a CPU, where they should stay near the cache,
             and 1 GB elsewhere.
-        method: Without a guard, how candidates are chosen. ``"chunked"``: from the scores of a chunk. ``"grouped"``: from the
-            best of each group of keys (:func:`~lightning_itm.functional.top_k_search.group_maxima`), so that on CUDA most
-            scores never leave a kernel. It multiplies in bfloat16 on every device. ``"auto"``: grouped on CUDA with
-            Triton, else chunked.
+        method: How candidates are chosen. ``"chunked"``: from the scores of a chunk. ``"grouped"``: from the best of each
+            group of keys (:func:`~lightning_itm.functional.top_k_search.group_maxima`), so that on CUDA most scores never
+            leave a kernel. It multiplies in bfloat16 on every device. ``"auto"``: grouped on CUDA with Triton, else chunked.
+            With a guard, always chunked.
 
     Returns:
         Scores and rows of the keys, the hardest first.

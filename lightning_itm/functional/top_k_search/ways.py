@@ -16,7 +16,7 @@ from lightning_itm.functional.top_k_search.candidates import (
     candidate_products,
     compare,
     hardest_first,
-    largest,
+    most_extreme,
     multiplies_bfloat16,
     to_bfloat16,
 )
@@ -56,11 +56,13 @@ class Exact(Way):
         if own:
             own.mask(scores)
         if limit is not None:
-            scores.masked_fill_(scores > limit[:, None], -torch.inf)
+            scores.masked_fill_(scores > limit[:, None] + _ROUNDING, -torch.inf)
         # A few more than k: `mm` rounds differently with another number of rows, `candidate_products` does not, and decides.
-        index = largest(scores, min(self.k + _NUM_SPARE, len(self.keys)))
-        nothing = scores.gather(1, index) == -torch.inf
-        found = hardest_first(candidate_products(anchors, self.keys, index).masked_fill(nothing, -torch.inf), index)
+        index = most_extreme(scores, min(self.k + _NUM_SPARE, len(self.keys)))
+        nothing, exact = scores.gather(1, index) == -torch.inf, candidate_products(anchors, self.keys, index)
+        if limit is not None:
+            nothing |= exact > limit[:, None]
+        found = hardest_first(exact.masked_fill(nothing, -torch.inf), index)
         return TopK(found.scores[:, : self.k], found.index[:, : self.k]), None
 
 
@@ -84,12 +86,54 @@ class Chunked(Way):
         scores[:, num_keys:] = -torch.inf
         if own:
             own.mask(scores[:, :num_keys])
-        index = largest(scores, min(self.k + _NUM_SPARE, num_keys))
+        index = most_extreme(scores, min(self.k + _NUM_SPARE, num_keys))
         rough = scores.gather(1, index).float()
         left_out = rough.amin(dim=1) if index.shape[1] < num_keys else rough.new_full((len(rough),), -torch.inf)
         # A padding column is chosen only where nothing else is left, and its score is -inf then.
         candidates = Shortlist(index.clamp_max(num_keys - 1), rough, left_out)
         return compare(anchors, self.keys, self.low.centre, candidates, self.k)
+
+
+class Guarded(Way):
+    """Products in bfloat16 say how far below its limit each score is. The candidates are those that are nearest to it."""
+
+    def __init__(self, keys: Tensor, k: int, memory_budget: int, *, slower: Way) -> None:
+        self.keys, self.k, self.slower = keys, k, slower
+        self.low = to_bfloat16(keys, num_ones=2)
+        self.num_rows = min(MAX_ROWS, max(1, memory_budget // (4 * len(keys))))
+        self.slack = 2**-9 * float((keys - self.low.centre).norm(dim=1).amax())
+        self.longest = float(keys.norm(dim=1).amax())
+        self.buffer = self.low.keys.new_empty(0)
+
+    def find(self, anchors: Tensor, own: OwnKeys | None, limit: Tensor | None) -> tuple[TopK, Tensor | None]:
+        """Choose, and compare."""
+        assert limit is not None
+        num_keys, num_columns = len(self.keys), len(self.low.keys)
+        size = len(anchors) * num_columns
+        if len(self.buffer) < size:
+            self.buffer = self.low.keys.new_empty(size)
+        below = self.buffer[:size].view(len(anchors), num_columns)
+        with full_precision_products():
+            shift = anchors @ self.low.centre
+        # (rows,): an infinite limit says no more than one that no score reaches.
+        reach = 1.01 * self.longest * anchors.norm(dim=1)
+        highest = limit.clamp(-reach, reach) + self.slack - shift
+        # The limit, in two parts as bfloat16 has few digits, meets the ones of the keys: below = limit - score.
+        low = self.low.keys.new_zeros(len(anchors), self.low.keys.shape[1])
+        dim = anchors.shape[1]
+        low[:, :dim], low[:, dim] = -anchors, highest
+        low[:, dim + 1] = highest - low[:, dim].float()
+        torch.mm(low, self.low.keys.T, out=below)
+        # One pass over the scores instead of two with a mask. Then columns of padding and own keys.
+        torch.nn.functional.threshold(below, 0.0, torch.inf, inplace=True)
+        below[:, num_keys:] = torch.inf
+        if own:
+            own.mask(below[:, :num_keys], torch.inf)
+        index = most_extreme(below, min(self.k + 2 * _NUM_SPARE, num_keys), largest=False)
+        rough = highest[:, None] - below.gather(1, index).float()
+        left_out = rough.amin(dim=1) if index.shape[1] < num_keys else rough.new_full((len(rough),), -torch.inf)
+        candidates = Shortlist(index.clamp_max(num_keys - 1), rough, left_out)
+        return compare(anchors, self.keys, self.low.centre, candidates, self.k, limit, self.slack)
 
 
 class Grouped(Way):
@@ -152,7 +196,9 @@ def search_all(
     if method == "auto":
         method = "grouped" if keys.is_cuda and find_spec("triton") is not None else "chunked"
     way: Way = Exact(keys, k, memory_budget)
-    if ceiling is None and (method == "grouped" or multiplies_bfloat16(keys.device)):
+    if ceiling is not None and multiplies_bfloat16(keys.device):
+        way = Guarded(keys, k, memory_budget, slower=way)
+    elif ceiling is None and (method == "grouped" or multiplies_bfloat16(keys.device)):
         low = to_bfloat16(keys)
         way = Chunked(keys, low, k, memory_budget, slower=way)
         if method == "grouped":
@@ -181,6 +227,8 @@ def _search(way: Way, anchors: Tensor, rows: Tensor, own: OwnKeys | None, ceilin
 
 
 _NUM_SPARE = 64
+_ROUNDING = 1e-5
+"""By which products of unit-norm vectors in float32 differ from each other at most, whatever the order of their sums."""
 _DEPTH = 4
 _LARGEST_GROUP, _SEARCHED_AGAIN = 64, 0.002
 _MAX_GROUPED_ROWS = 4096

@@ -23,6 +23,36 @@ def test_groups_choose_and_do_not_only_give_up(kind, monkeypatch):
     assert (sum(searched) < 20) == (kind == "plain")
 
 
+@pytest.mark.parametrize("kind", ["plain", "cone", "clusters"])
+@pytest.mark.parametrize(
+    "guard", [{"relative_margin": 0.05}, {"absolute_margin": 0.0}, {"max_score": torch.inf}, {"max_score": -torch.inf}]
+)
+def test_a_guard_in_bfloat16_leaves_out_what_float32_does(kind, guard, monkeypatch):
+    """Where matches are clear, most anchors need no float32; the negatives are the same in any case."""
+    anchors = embeddings(kind, 200)
+    keys = torch.cat(
+        [torch.nn.functional.normalize(anchors + 0.02 * torch.randn_like(anchors)), embeddings(kind, 9000)]
+    )
+    ids, key_id, positive = torch.arange(200), torch.arange(len(keys)), (anchors * keys[:200]).sum(dim=1)
+    find, searched = searching.Exact.find, []
+
+    def count(way, anchors, *arguments):
+        searched.append(len(anchors))
+        return find(way, anchors, *arguments)
+
+    monkeypatch.setattr(searching.Exact, "find", count)
+    found = {}
+    for is_fast in (True, False):
+        searched.clear()
+        monkeypatch.setattr(searching, "multiplies_bfloat16", lambda _, is_fast=is_fast: is_fast)
+        options = {"anchor_id": ids, "key_id": key_id, "positive": positive, "memory_budget": 1 << 22}
+        found[is_fast] = top_k_negatives(anchors, keys, 30, **options, **guard)
+        assert is_fast or sum(searched) == 200
+        assert not is_fast or kind == "clusters" or sum(searched) < 100
+    assert torch.equal(found[True].index, found[False].index)
+    assert torch.equal(found[True].scores, found[False].scores)
+
+
 @pytest.mark.parametrize(("k", "num_keys"), [(300, 566_435), (60, 566_435), (300, 113_287), (60, 113_287), (5, 100)])
 def test_group_size(k, num_keys):
     """By throwing k keys into the groups at random: rarely as many in one as are kept of it."""
