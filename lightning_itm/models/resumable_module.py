@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.position import mend_broken_epoch
-from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams
+from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams, stream_key
 
 
 class ResumableModule(L.LightningModule):
@@ -17,6 +17,8 @@ class ResumableModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._restored_rng: dict[str, Any] | None = None
+        self._restored_step = 0
+        self._stream_key: int | None = None  # of this run, the same on all ranks
 
     def save_settings(self, settings: dict[str, Any]) -> None:
         """Save arguments of the constructor as hyperparameters, by their values.
@@ -33,7 +35,10 @@ class ResumableModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random streams, which Lightning does not."""
         # Called for every checkpoint, also one in the middle of an epoch, when the streams stand where the next step begins.
-        checkpoint["rng"] = random_streams()
+        checkpoint["rng"] = {**random_streams(), "key": self._stream_key}
+        # Only rank 0 writes a file. To gather the streams of the others here would hang where a rank saves after an error.
+        if self._stream_key is not None:
+            part_random_streams(self.global_rank, self._stream_key, checkpoint["global_step"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random streams of a resumed run until training starts."""
@@ -41,6 +46,7 @@ class ResumableModule(L.LightningModule):
         # Only in a fit: a validation of a checkpoint must not change the streams of the program around it.
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._restored_rng = checkpoint.get("rng")
+            self._restored_step = checkpoint["global_step"]
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(datamodule, ImageTextDataModule):  # which finds its place in the middle of an epoch again
                 mend_broken_epoch(checkpoint)
@@ -53,5 +59,8 @@ class ResumableModule(L.LightningModule):
         # The last hook before the first batch is read, and the first after the sanity check.
         if self._restored_rng is not None:
             restore_random_streams(self._restored_rng)
-            part_random_streams(self.global_rank)  # the file has those of rank 0, and ranks must not draw alike
+            self._stream_key = self._restored_rng.get("key")  # None: of an older checkpoint
+        self._stream_key = self.trainer.strategy.broadcast(self._stream_key or stream_key())
+        if self._restored_rng is not None:
+            part_random_streams(self.global_rank, self._stream_key, self._restored_step)
             self._restored_rng = None

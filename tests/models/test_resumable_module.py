@@ -2,10 +2,12 @@ import random
 
 import lightning as L
 import numpy as np
+import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-from lightning_itm import DualEncoder
+from lightning_itm import DualEncoder, FalseNegativeElimination, FalseNegativeSampler, OfflineHardNegativeMining
 from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
 
@@ -38,3 +40,30 @@ def test_settings_are_saved_whatever_else_a_subclass_takes():
     expected = {"learning_rate": 1e-3, "weight_decay": 0.1, "warmup_steps": 7, "chunk_size": None}
     model = Own(np.arange(3), nn.Linear(2, 2))
     assert dict(model.hparams) == dict(model.hparams_initial) == expected
+
+
+class SaveWeights(Callback):
+    def on_train_end(self, trainer, pl_module):
+        state = {"weights": pl_module.state_dict(), "streams": torch.get_rng_state()}
+        torch.save(state, f"end-{trainer.global_rank}.pt")
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("at_step", [6, 3], ids=["end of an epoch", "in the middle"])
+def test_two_processes_go_on_where_they_stopped(at_step):
+    """Dropout and noise of both ranks, mined samples and the bank: all weights bit for bit."""
+    ends = {}
+    for ckpt_path in (None, f"step={at_step}.ckpt"):
+        L.seed_everything(3 if ckpt_path is None else 4, verbose=False)
+        mining = OfflineHardNegativeMining(texts_per_image=12, images_per_text=8, start_epoch=1)
+        bank = FalseNegativeElimination(16, sampler=FalseNegativeSampler(min_count=4))
+        saving = ModelCheckpoint(".", "{step}", save_top_k=-1, every_n_train_steps=3)
+        options = {**SILENT, "enable_checkpointing": True, "max_epochs": 3, "devices": 2, "strategy": "ddp_fork"}
+        trainer = L.Trainer(callbacks=[mining, bank, saving, SaveWeights()], **options)
+        trainer.fit(Tiny(), datamodule=tiny_data(), ckpt_path=ckpt_path, weights_only=True)
+        ends[ckpt_path] = [torch.load(f"end-{rank}.pt") for rank in range(2)]
+    for whole, resumed in zip(*ends.values(), strict=True):
+        assert whole["weights"].keys() == resumed["weights"].keys()
+        assert all(torch.equal(whole["weights"][name], value) for name, value in resumed["weights"].items())
+        assert torch.equal(whole["streams"], resumed["streams"])
+    assert not torch.equal(ends[None][0]["streams"], ends[None][1]["streams"])
