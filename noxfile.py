@@ -1,4 +1,4 @@
-"""The suite and its checks in environments of their own: ``nox -s tests``, ``lowest``, ``newest``, ``lint``.
+"""The suite and its checks in environments of their own: ``nox -s tests``, ``lowest``, ``newest``, ``lint``, ``docs``.
 
 What follows ``--`` goes to pytest: ``nox -s lowest -- -m "not slow"``.
 """
@@ -48,6 +48,13 @@ def lint(session: nox.Session) -> None:
     workflows = [str(path) for path in sorted(Path(".github/workflows").glob("*.yml"))]
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     session.run("zizmor", "--offline", ".github")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into ``site/``, with warnings as errors."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict")
 
 
 def _pytest(session: nox.Session, *options: str) -> None:

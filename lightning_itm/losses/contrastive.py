@@ -55,7 +55,7 @@ class ScaledLoss(PairLoss):
             raise ValueError(
                 f"Expected `relative_margin` to be in [0, 1), got {relative_margin}. It is a fraction. Typical: 0.05."
             )
-        self.hardness, self.relative_margin = hardness, relative_margin
+        self.hardness, self.relative_margin = float(hardness), relative_margin
         start = self.default_logit_scale if init_logit_scale is None else init_logit_scale
         if not 0 <= start <= self.max_logit_scale:
             raise ValueError(
