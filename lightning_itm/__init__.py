@@ -4,6 +4,8 @@ Here stand the names of a training script. Every room exports the rest: ``lightn
 ``.memory_bank``, ``.gradient_monitor``, ``.models``, ``.data``, ``.embeddings``, ``.functional``.
 """
 
+from importlib.metadata import version
+
 from lightning_itm.callbacks import (
     EmbeddingWriter,
     FalseNegativeElimination,
@@ -52,3 +54,6 @@ __all__ = [
     "write_shards",
     "zero_shot_accuracy",
 ]
+
+__version__ = version("lightning_itm")
+"""The release that is installed, as in ``pyproject.toml``."""
