@@ -1,7 +1,7 @@
-"""The suite and its checks in environments of their own: ``nox -s tests``, ``lowest``, ``newest``, ``lint``, ``docs``,
-``build``.
+"""The suite and its checks in environments of their own: ``nox -s tests``.
 
-What follows ``--`` goes to pytest: ``nox -s lowest -- -m "not slow"``.
+Others: ``lowest``, ``newest``, ``lint``, ``docs``, ``build``. What follows ``--`` goes to pytest:
+``nox -s lowest -- -m "not slow"``.
 """
 
 import shutil
