@@ -27,6 +27,7 @@ from lightning_itm.memory_bank import FalseNegativeSampler
 from lightning_itm.metrics import ImageTextRetrieval, zero_shot_accuracy
 from lightning_itm.mining import HardNegativeDataset
 from lightning_itm.models import DualEncoder, OpenCLIPDualEncoder, ResidualVSE, interpolate_weights
+from lightning_itm.standalone import mine
 
 __all__ = [
     "DualEncoder",
@@ -51,6 +52,7 @@ __all__ = [
     "SigmoidLoss",
     "TripletLoss",
     "interpolate_weights",
+    "mine",
     "write_shards",
     "zero_shot_accuracy",
 ]

@@ -95,6 +95,16 @@ def restore_random_streams(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
+@contextmanager
+def random_streams_kept() -> Iterator[None]:
+    """Leave all streams as they are, whatever is drawn meanwhile: those that :func:`random_streams` returns."""
+    streams = random_streams()
+    try:
+        yield
+    finally:
+        restore_random_streams(streams)
+
+
 def stream_key() -> int:
     """Return a number that depends on where PyTorch's stream stands, without drawing from it."""
     return _hash(torch.get_rng_state().numpy().tobytes()) >> 2  # a plain number that int64 holds
