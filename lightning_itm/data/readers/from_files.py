@@ -5,7 +5,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_itm.data.readers.folders import read_folder
-from lightning_itm.data.readers.json_files import read_karpathy
+from lightning_itm.data.readers.json_files import read_karpathy_with_ids
 from lightning_itm.data.readers.tables import read_jsonl, read_table
 
 Pairs = TypeVar("Pairs", bound="FromFiles")
@@ -13,6 +13,11 @@ Pairs = TypeVar("Pairs", bound="FromFiles")
 
 class FromFiles:
     """Read a set from files. The class is called with the images, their texts, and the options."""
+
+    coco_image_id: list[int] | None = None
+    """COCO's id of each image (``cocoid``), after :meth:`from_karpathy` of COCO. None elsewhere."""
+    coco_caption_id: list[int] | None = None
+    """COCO's id of each caption (``sentid``), likewise. See :func:`~lightning_itm.metrics.coco_ranking`."""
 
     if TYPE_CHECKING:
 
@@ -45,7 +50,10 @@ class FromFiles:
         References:
             Karpathy and Fei-Fei, *Deep Visual-Semantic Alignments for Generating Image Descriptions*, CVPR 2015.
         """
-        return cls(*read_karpathy(path, image_root, split, encoding), **kwargs)
+        read, ids = read_karpathy_with_ids(path, image_root, split, encoding)
+        pairs = cls(*read, **kwargs)
+        pairs.coco_image_id, pairs.coco_caption_id = ids.image, ids.caption
+        return pairs
 
     @classmethod
     def from_csv(
