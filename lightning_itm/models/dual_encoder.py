@@ -31,7 +31,7 @@ class DualEncoder(ResumableModule, ChecksNegatives):
     1. *Training* encodes a batch, compares all its images with all its texts, and logs the loss and what the loss reports
        about itself (``train/loss``, ...).
     2. *Validation and test* log recall at K in both directions over the whole set (``val/i2t_r1`` … ``val/t2i_r10``,
-       ``val/rsum``), and ranks.
+       ``val/rsum``), and ranks. The texts of one image stand side by side in a set, and the image is encoded once for them.
     3. *The optimizer* is AdamW with a warm-up and a cosine. Override :meth:`parameter_groups` or ``configure_optimizers`` for
        another.
     4. *A checkpoint* holds the state of the random streams. A resumed run draws what the uninterrupted one would have drawn.
@@ -180,11 +180,11 @@ class DualEncoder(ResumableModule, ChecksNegatives):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take a batch into the metric of its loader."""
-        self._retrieval.update("val", dataloader_idx, self.embed(batch), make=self.configure_retrieval)
+        self._retrieval.take("val", dataloader_idx, batch, self)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take a batch into the metric of its loader."""
-        self._retrieval.update("test", dataloader_idx, self.embed(batch), make=self.configure_retrieval)
+        self._retrieval.take("test", dataloader_idx, batch, self)
 
     # The metrics are emptied at the start of an epoch, not only at its end: an interrupted validation has no end.
     def on_validation_epoch_start(self) -> None:
