@@ -53,7 +53,7 @@ class FalseNegativeElimination(Callback):
             where the first batches of that epoch meet an empty queue. It has no effect without a ``start_epoch``.
         sampler: What draws and weighs negatives. Default: ``FalseNegativeSampler()``. Give a
             :class:`~lightning_itm.FalseNegativeSampler` with other arguments, one for each callback.
-        log_figures: Send what :meth:`plot` draws to the loggers that take pictures, after each epoch.
+        log_figures: After each epoch, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     It logs ``memory/fill``, ``memory/in_loss``, the two ratios of the agreement (``memory/live_in_stored`` and
     ``memory/stored_in_stored``, about 1 when all is well), ``memory/cosine`` (between the live and the stored embedding of

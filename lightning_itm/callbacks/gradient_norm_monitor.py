@@ -57,7 +57,7 @@ class GradientNormMonitor(Callback):
         smoothing: The fraction of the old value that an average keeps at an optimizer step. The default, 0.9, averages over
             about ten steps. Raise it for very small batches.
         min_steps: The smallest number of optimizer steps before the first turn, and between two turns.
-        log_figures: Send what :meth:`plot` draws to the loggers that take pictures, after each epoch.
+        log_figures: After each epoch, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     Logs ``gradient/<tower>_norm`` (the L2 norm, unscaled and before clipping), ``gradient/<tower>_relative`` (κ),
     ``gradient/level``, ``gradient/selective`` (1 where the rule is on) and ``gradient/num_skipped``. The last counts the steps

@@ -56,7 +56,7 @@ class OfflineHardNegativeMining(Callback):
         batch_size: Inputs that are encoded at once. No gradient is kept, so it can be larger than in training.
         num_workers: Worker processes that load the inputs to encode. Default: as many as the datamodule has.
         seed: Another seed gives other draws among the embeddings. Samples are drawn with the random numbers of the loader.
-        log_figures: Send what :meth:`plot` draws to the loggers that take pictures, after each mining.
+        log_figures: After each mining, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     Logs ``mining/encode_seconds``, ``mining/search_seconds``, ``mining/gap`` (mean similarity of the matching pairs minus that
     of the hardest negatives), ``mining/rejected_share`` (the fraction that a guard dropped) and ``mining/changed_share`` (the
