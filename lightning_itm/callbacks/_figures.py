@@ -52,7 +52,7 @@ def _pixels_of(figure: Any) -> Pixels:
     """Render a figure. The canvas is for this figure alone: `pyplot` would ask for the user's backend, or for a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
     canvas.draw()
     pixels: Pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # without transparency, (height, width, 3)
     figure.clear()  # its artists hold each other, and the pictures in it, until the garbage collector comes
