@@ -21,7 +21,7 @@ class CompositionalFilesDataModule(ImageTextFilesDataModule):
     Args:
         val: A JSON file, a list of such files, or a folder of them, for ``validate``. See
             :meth:`~lightning_itm.data.CompositionalDataset.from_json`.
-        test: The same for ``test``. It logs under ``test/``.
+        test: What ``test`` reads, in the same form. It logs under ``test/``.
         image_root: The folder of the images. SugarCrepe's are COCO's ``val2017``.
         encoding: The encoding of the files. Default: UTF-8, or UTF-16 if a file begins with its mark.
         model_name: The open_clip model whose transforms and tokenizer are used, such as ``"ViT-B-32"``. Default: those of the

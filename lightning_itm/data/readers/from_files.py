@@ -43,6 +43,9 @@ class FromFiles:
             encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
             **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
+        Returns:
+            The set. Of COCO, ``coco_image_id`` and ``coco_caption_id`` are its own ids, for evaluations that ask for them.
+
         Raises:
             ValueError: if the file has another form, or if no image has that split.
             FileNotFoundError: if the first image does not exist.
