@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_itm.data.batch import check_batch
 from lightning_itm.embeddings import RETURN_EMBEDDINGS, EmbeddingPairs, HardNegatives
+from lightning_itm.export.exportable import Exportable
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
@@ -23,7 +24,7 @@ LOSS_INPUTS = ("memory", "hard", "selective")
 """The entries of a batch that are passed on to the loss if a callback has put them there."""
 
 
-class DualEncoder(ResumableModule, ChecksNegatives):
+class DualEncoder(ResumableModule, ChecksNegatives, Exportable):
     """Train two encoders so that matching images and texts are close.
 
     In plain terms: subclass it, write :meth:`encode_image` and :meth:`encode_text`, and give it to a Lightning ``Trainer``.

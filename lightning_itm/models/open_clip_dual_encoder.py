@@ -4,10 +4,12 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 import open_clip
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_itm.export.open_clip_folder import create_described_model, describe_model
+from lightning_itm.export.open_clip_module import ExportsToOpenCLIP, shapes_of
+from lightning_itm.export.scale import return_scale, take_scale
 from lightning_itm.models.dual_encoder import DualEncoder
 from lightning_itm.models.optimization import layer_depths, split_by_depth
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class OpenCLIPDualEncoder(DualEncoder):
+class OpenCLIPDualEncoder(ExportsToOpenCLIP, DualEncoder):
     """Fine-tune any model of open_clip: CLIP, SigLIP, CoCa, and what the Hugging Face Hub has in its format.
 
     In plain terms: name the model and the pretrained weights, pass ``**model.transforms`` to the dataset, and train it like
@@ -28,11 +30,14 @@ class OpenCLIPDualEncoder(DualEncoder):
     - *Speed*: ``compile=True``, if the run is long enough to pay for some minutes of compilation.
 
     The loss owns ``logit_scale`` and ``logit_bias``. With pretrained weights, the model's values are copied into the loss
-    unless the loss was given its own. The model's own parameters of these names are frozen, and so is the captioner of CoCa,
-    because DDP stops at parameters that are trained and not used.
+    unless the loss was given its own. The model's own parameters of these names are frozen. They get the trained values of
+    the loss when the mode is set (``eval()``) and in ``state_dict()``. The captioner of CoCa is frozen, too, because DDP stops
+    at parameters that are trained and not used.
 
-    ``load_from_checkpoint(path, loss=...)`` needs the loss again. It also reads ``pretrained`` again unless it is called with
-    ``pretrained=None``.
+    ``load_from_checkpoint(path)`` reads neither ``pretrained`` nor the hub: a checkpoint says how the model is built. The
+    exceptions are models with a text tower or a tokenizer of Hugging Face, which are looked up where they came from.
+
+    ``save_pretrained(folder)`` and ``push_to_hub("owner/name")`` write the trained model for open_clip.
 
     Args:
         model_name: The name of the model, such as ``"ViT-B-32"``: one of ``open_clip.list_models()``, ``hf-hub:...`` or
@@ -51,6 +56,8 @@ class OpenCLIPDualEncoder(DualEncoder):
             names. Copies of the module, such as the one of :class:`~lightning_itm.FalseNegativeElimination`, are not compiled.
         augmentation: Options of ``open_clip.AugmentationCfg`` for the training transform. Use ``{"scale": (0.5, 1)}`` for
             stronger crops than open_clip's default of 0.9 to 1.
+        config: How a checkpoint describes the model. ``load_from_checkpoint`` gives it, so leave it out. With it,
+            ``pretrained`` is not read, because the weights of the checkpoint follow.
         **kwargs: Further options of :class:`DualEncoder`, such as ``learning_rate`` and ``chunk_size``.
 
     Attributes:
@@ -79,33 +86,36 @@ class OpenCLIPDualEncoder(DualEncoder):
         layer_decay: float | None = None,
         compile: bool = False,
         augmentation: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(loss, **kwargs)
         pretrained = None if pretrained is None else fspath(pretrained)
-        self.save_settings(
-            {"model_name": model_name, "pretrained": pretrained, "lock_image": lock_image, "lock_text": lock_text}
-            | {"gradient_checkpointing": gradient_checkpointing, "layer_decay": layer_decay, "compile": compile}
-            | {"augmentation": augmentation}
-        )
         if layer_decay is not None and not 0 < layer_decay <= 1:
             raise ValueError(
                 f"Expected `layer_decay` to be in (0, 1], got {layer_decay}. It multiplies the learning rate at each layer "
                 "on the way down; freeze a tower with `lock_image` or `lock_text`."
             )
         self.layer_decay = layer_decay
-        if ":" not in model_name and model_name not in open_clip.list_models():
-            raise ValueError(
-                f"Expected `model_name` to be one of open_clip.list_models() or to start with 'hf-hub:' or 'local-dir:', "
-                f"got {model_name!r}."
+        if config is None or config["model_name"] != model_name:  # the second: another model was asked for, by its name
+            _check_name(model_name)
+            self.model, *transforms = open_clip.create_model_and_transforms(
+                model_name, pretrained=pretrained, aug_cfg=augmentation
             )
-        self.model, transform, eval_transform = open_clip.create_model_and_transforms(
-            model_name, pretrained=pretrained, aug_cfg=augmentation
+            transforms.append(open_clip.get_tokenizer(model_name))
+            config = describe_model(model_name, model=self.model)
+            if pretrained is not None or ":" in model_name:
+                take_scale(self.loss, self.model)
+        else:
+            self.model, *transforms = create_described_model(config, augmentation)
+        self.transforms = dict(zip(("transform", "eval_transform", "tokenizer"), transforms, strict=True))
+        self.save_settings(
+            {"model_name": model_name, "pretrained": pretrained, "lock_image": lock_image, "lock_text": lock_text}
+            | {"gradient_checkpointing": gradient_checkpointing, "layer_decay": layer_decay, "compile": compile}
+            | {"augmentation": augmentation, "config": config}
         )
-        tokenizer = open_clip.get_tokenizer(model_name)
-        self.transforms = {"transform": transform, "eval_transform": eval_transform, "tokenizer": tokenizer}
-        if pretrained is not None or ":" in model_name:
-            self._hand_over_scale()
+        self.exported_shapes = shapes_of(self.model.state_dict())
+        self.model.register_state_dict_pre_hook(self._return_scale)  # a method: a deep copy has one of its own
         self._freeze(lock_image, lock_text)
         if gradient_checkpointing:
             self.model.set_grad_checkpointing()
@@ -122,6 +132,7 @@ class OpenCLIPDualEncoder(DualEncoder):
             for part in getattr(visual, "trunk", visual).modules():
                 if isinstance(part, _BatchNorm):
                     part.eval()
+        self._return_scale()
         return self
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -171,13 +182,13 @@ class OpenCLIPDualEncoder(DualEncoder):
             if hasattr(self.model, name):
                 getattr(self.model, name).compile()
 
-    def _hand_over_scale(self) -> None:
-        # Losses that have no scale, and those that were given one, keep what they have.
-        if not getattr(self.loss, "takes_pretrained_scale", False):
-            return
-        names = [name for name in ("logit_scale", "logit_bias") if hasattr(self.loss, name)]
-        theirs = [parameter for name in names if (parameter := getattr(self.model, name, None)) is not None]
-        if len(theirs) == len(names):  # a scale without its bias would be of another loss
-            with torch.no_grad():
-                for name, parameter in zip(names, theirs, strict=True):
-                    getattr(self.loss, name).copy_(parameter.reshape(()))
+    def _return_scale(self, *_: Any) -> None:
+        return_scale(self.loss, self.model)
+
+
+def _check_name(model_name: str) -> None:
+    if ":" not in model_name and model_name not in open_clip.list_models():
+        raise ValueError(
+            f"Expected `model_name` to be one of open_clip.list_models() or to start with 'hf-hub:' or 'local-dir:', "
+            f"got {model_name!r}."
+        )

@@ -1,0 +1,6 @@
+"""What others load: a model in the format of its library, and the hub."""
+
+from lightning_itm.export.exportable import Exportable
+from lightning_itm.export.open_clip_folder import save_open_clip
+
+__all__ = ["Exportable", "save_open_clip"]
