@@ -12,7 +12,6 @@ from lightning_itm.data.batch import check_batch
 from lightning_itm.embeddings import RETURN_EMBEDDINGS, EmbeddingPairs, HardNegatives
 from lightning_itm.export.exportable import Exportable
 from lightning_itm.functional.similarity import unit_norm
-from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.models.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
 from lightning_itm.models.negatives_check import ChecksNegatives
@@ -39,7 +38,7 @@ class DualEncoder(ResumableModule, ChecksNegatives, Exportable):
 
     Args:
         loss: The loss of a batch, a module that is called as ``loss(pairs, candidates)`` and returns a dict with ``"loss"``.
-            Default: :class:`InfoNCELoss`, the loss of CLIP.
+            Default: :class:`~lightning_itm.InfoNCELoss`, the loss of CLIP. A checkpoint makes one of ours again by itself.
         learning_rate: The highest learning rate, which the warm-up ends at. The default, 1e-5, is for fine-tuning a pretrained
             model. Try 5e-4 to train from scratch.
         weight_decay: The weight decay of AdamW, often between 0.01 and 0.2. It is not applied to norms, biases and
@@ -91,7 +90,7 @@ class DualEncoder(ResumableModule, ChecksNegatives, Exportable):
         self.save_settings({**settings, "chunk_size": chunk_size})  # modules among a subclass's arguments stay out
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
         self.chunk_size = chunk_size
-        self.loss = InfoNCELoss() if loss is None else loss
+        self.set_loss(loss)
         self._retrieval = RetrievalMetrics()
 
     def encode_image(self, image: Any) -> Tensor:
