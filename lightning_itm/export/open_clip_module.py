@@ -60,6 +60,12 @@ class ExportsToOpenCLIP(Exportable):
         self._save_open_clip(folder, config)
         write_card(folder, self.model_card(repo_id))
 
+    def example_inputs(self) -> tuple[Tensor, Tensor]:
+        """Return two images and two texts as the towers take them, for :func:`~lightning_itm.export.export_onnx`."""
+        size = self.model.visual.preprocess_cfg["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(2, 3, height, width), self.transforms["tokenizer"](["a", "b"])
+
     def model_card(self, repo_id: str) -> str:
         """Return the text of the model card. Override it to say what the model was trained on, and its license."""
         return (
