@@ -1,7 +1,7 @@
 """Better negatives for fine-tuning CLIP and other dual encoders, as a PyTorch Lightning plugin.
 
 Here stand the names of a training script. Every room exports the rest: ``lightning_itm.losses``, ``.metrics``, ``.mining``,
-``.memory_bank``, ``.gradient_monitor``, ``.models``, ``.data``, ``.embeddings``, ``.functional``.
+``.memory_bank``, ``.gradient_monitor``, ``.models``, ``.data``, ``.embeddings``, ``.functional``, ``.export``.
 """
 
 from importlib.metadata import version

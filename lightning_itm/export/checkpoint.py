@@ -1,6 +1,7 @@
 """Load the module of a checkpoint by the checkpoint alone."""
 
 import pickle
+import sys
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -18,7 +19,8 @@ def load_module(ckpt_path: str | PathLike[str], class_path: str | None = None, *
     Args:
         ckpt_path: The checkpoint, a file.
         class_path: The class of the module, such as ``"own.Own"``. Default: the class that the checkpoint names, or that the
-            ``config.yaml`` of the command line names beside it or in the folder above.
+            ``config.yaml`` of the command line names beside it or in the folder above. It must be one of lightning_itm, or in
+            a module that is imported already.
         weights_only: Load tensors and plain numbers only. Turn it off only for a file that you trust.
 
     Returns:
@@ -35,7 +37,7 @@ def load_module(ckpt_path: str | PathLike[str], class_path: str | None = None, *
         )
     try:
         # Mapped, because this reads the hyperparameters alone.
-        saved = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        saved = torch.load(str(path), map_location="cpu", weights_only=weights_only, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"Expected a checkpoint of tensors and plain numbers, got {str(path)!r} with other objects. If you trust the "
@@ -43,12 +45,24 @@ def load_module(ckpt_path: str | PathLike[str], class_path: str | None = None, *
         ) from error
     if not isinstance(saved, dict) or "state_dict" not in saved:
         raise ValueError(f"Expected a checkpoint of Lightning's Trainer, got {str(path)!r} without a 'state_dict'.")
-    kind = _find_class(class_path or saved.get("class_path") or _class_of_config(path), path)
+    kind = _find_class(class_path or _named_class(saved, path), path)
     options: dict[str, Any] = {}
     if hasattr(kind, "options_for_export"):
         options = kind.options_for_export(saved.get("hyper_parameters", {}))
     del saved
     return kind.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only, **options).eval()
+
+
+def _named_class(saved: dict[str, Any], path: Path) -> str | None:
+    name = saved.get("class_path") or _class_of_config(path)
+    room = str(name).rpartition(".")[0]
+    if name is None or room == "__main__" or room in sys.modules or room.split(".")[0] == "lightning_itm":
+        return name
+    # An import runs code: a file that is not trusted must not choose it.
+    raise ValueError(
+        f"Expected a class of lightning_itm, got {name!r}, which {str(path)!r} names. If you trust it, name it yourself: "
+        f"`--model {name}`."
+    )
 
 
 def _class_of_config(path: Path) -> str | None:

@@ -17,7 +17,8 @@ def export(
     Args:
         ckpt_path: The checkpoint, a file of Lightning's Trainer.
         output: The folder for the model. It is made, and must be empty.
-        model: The class of the module, such as own.Own for a class in own.py. By default, the one that the checkpoint names.
+        model: The class of the module, such as own.Own for a class in own.py. By default, the class of lightning_itm that the
+            checkpoint names.
         onnx: Also write both towers as ONNX, into the folder "onnx" of the output. Their embeddings have the norm 1. A module
             of one's own needs a method `example_inputs`, and gets these files alone.
         weights_only: Load tensors and plain numbers only. Turn it off only for a file that you trust.

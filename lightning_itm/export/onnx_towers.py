@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.util import find_spec
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _export(tower: _Tower, path: Path, example: dict[str, Tensor], dynamo: bool)
     inputs = tuple(example.values())
     if not dynamo:
         options["dynamic_axes"] = {name: {0: "batch"} for name in (*options["input_names"], *options["output_names"])}
-        if "dynamo" in torch.onnx.export.__code__.co_varnames:  # from 2.5 on
+        if "dynamo" in signature(torch.onnx.export).parameters:  # from 2.5 on
             options["dynamo"] = False
         torch.onnx.export(tower, inputs, str(path), **options)
         return

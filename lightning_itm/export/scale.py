@@ -1,6 +1,6 @@
 """The temperature of a model: the loss trains it, and the model is exported with it."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ SCALE_NAMES = ("logit_scale", "logit_bias")
 
 @torch.no_grad()
 def take_scale(loss: nn.Module, model: Any) -> None:
-    """Copy scale and bias of a pretrained model into a loss, if the loss has both names or takes any.
+    """Copy the scale and the bias of a pretrained model into a loss that was given none.
 
     Args:
         loss: The loss of a batch. One that has no scale, or was given its own, keeps what it has.
@@ -35,7 +35,7 @@ def return_scale(loss: nn.Module, model: Any) -> None:
     """
     for name, value in trained_scale(loss).items():
         parameter = getattr(model, name, None)
-        if isinstance(parameter, Tensor) and parameter.numel() == 1:
+        if _is_whole(parameter):
             parameter.copy_(value.reshape(parameter.shape))
 
 
@@ -45,13 +45,13 @@ def trained_scale(loss: nn.Module) -> dict[str, Tensor]:
     The last step of a run may have led the scale out of its range. The loss brings it back when it is computed next.
     """
     found = {name: getattr(loss, name, None) for name in SCALE_NAMES}
-    # Sharded weights have no values here, or parts: a strategy that shards them gives whole ones to a checkpoint.
-    scale = {
-        name: value.detach()
-        for name, value in found.items()
-        if isinstance(value, Tensor) and value.numel() == 1 and not hasattr(value, "device_mesh")
-    }
+    scale = {name: value.detach() for name, value in found.items() if _is_whole(value)}
     highest = getattr(loss, "max_logit_scale", None)
     if "logit_scale" in scale and highest is not None:
         scale["logit_scale"] = scale["logit_scale"].clamp(0, highest)
     return scale
+
+
+def _is_whole(value: Any) -> TypeGuard[Tensor]:
+    # Where a strategy shards weights, their values are not here, or in part. It gives whole ones to a checkpoint.
+    return isinstance(value, Tensor) and value.numel() == 1 and not hasattr(value, "device_mesh")

@@ -1,3 +1,5 @@
+import sys
+
 import open_clip
 import pytest
 import torch
@@ -73,3 +75,15 @@ def test_files_that_are_no_checkpoint(save, tmp_path):
         load_module(tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"got .* with other objects. .*--weights_only false"):
         load_module(save(Tiny(), own=TripletLoss()))
+
+
+def test_a_file_does_not_choose_what_is_imported(save, tmp_path, monkeypatch):
+    text = "from tests.helpers.tiny import Tiny\nclass Own(Tiny):\n    pass\n"
+    (tmp_path / "own_beside_the_data.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = save(Tiny(), class_path="own_beside_the_data.Own")
+    with pytest.raises(ValueError, match=r"If you trust it, name it yourself: `--model own_beside_the_data\.Own`"):
+        load_module(path)
+    assert "own_beside_the_data" not in sys.modules
+    assert type(load_module(path, "own_beside_the_data.Own")).__name__ == "Own"
+    del sys.modules["own_beside_the_data"]

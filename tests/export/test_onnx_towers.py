@@ -19,7 +19,7 @@ WARNINGS = [
     "ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning",
     "ignore:The feature will be removed:DeprecationWarning",
     "ignore:.*:torch.jit.TracerWarning",
-    "ignore:Exporting aten::index operator",  # where an index is negative, which none is here
+    "ignore:Exporting aten.*index operator",  # where an index is negative, which none is here
     "ignore:# The axis name. batch will not be used",  # both inputs of a dict have the same one
 ]
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
