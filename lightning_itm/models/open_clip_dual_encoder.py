@@ -4,12 +4,12 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 import open_clip
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_itm.models.dual_encoder import DualEncoder
-from lightning_itm.models.optimization import layer_depths, split_by_depth
+from lightning_itm.models.optimization import check_layer_decay, split_towers_by_depth
+from lightning_itm.models.pretrained.locked import keep_batch_statistics
+from lightning_itm.models.pretrained.scale import hand_over_scale
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,11 +88,7 @@ class OpenCLIPDualEncoder(DualEncoder):
             | {"gradient_checkpointing": gradient_checkpointing, "layer_decay": layer_decay, "compile": compile}
             | {"augmentation": augmentation}
         )
-        if layer_decay is not None and not 0 < layer_decay <= 1:
-            raise ValueError(
-                f"Expected `layer_decay` to be in (0, 1], got {layer_decay}. It multiplies the learning rate at each layer "
-                "on the way down; freeze a tower with `lock_image` or `lock_text`."
-            )
+        check_layer_decay(layer_decay)
         self.layer_decay = layer_decay
         if ":" not in model_name and model_name not in open_clip.list_models():
             raise ValueError(
@@ -105,7 +101,7 @@ class OpenCLIPDualEncoder(DualEncoder):
         tokenizer = open_clip.get_tokenizer(model_name)
         self.transforms = {"transform": transform, "eval_transform": eval_transform, "tokenizer": tokenizer}
         if pretrained is not None or ":" in model_name:
-            self._hand_over_scale()
+            hand_over_scale(self.model, self.loss)
         self._freeze(lock_image, lock_text)
         if gradient_checkpointing:
             self.model.set_grad_checkpointing()
@@ -116,12 +112,9 @@ class OpenCLIPDualEncoder(DualEncoder):
     def train(self, mode: bool = True) -> "Self":
         """Set the mode of all parts except the batch norms of a locked tower, whose statistics stay as they are."""
         super().train(mode)
-        # Here and not once in the constructor: Lightning calls `train` after each validation.
         if self.hparams["lock_image"]:
             visual = self.model.visual
-            for part in getattr(visual, "trunk", visual).modules():
-                if isinstance(part, _BatchNorm):
-                    part.eval()
+            keep_batch_statistics(getattr(visual, "trunk", visual))
         return self
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -146,15 +139,7 @@ class OpenCLIPDualEncoder(DualEncoder):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the groups of :class:`DualEncoder`, split by depth where ``layer_decay`` is given."""
-        # Split the groups of the base, so that weight decay and its exceptions stay as they are.
-        groups = super().parameter_groups()
-        if self.layer_decay in (None, 1):
-            return groups
-        depths: dict[nn.Parameter, int] = {}
-        for tower in self.towers().values():
-            of_name = dict(tower.named_parameters())
-            depths |= {of_name[name]: depth for name, depth in layer_depths(tower).items()}
-        return split_by_depth(groups, depths, self.learning_rate, self.layer_decay)
+        return split_towers_by_depth(super().parameter_groups(), self.towers(), self.learning_rate, self.layer_decay)
 
     def _freeze(self, lock_image: bool, lock_text: bool) -> None:
         if lock_image:
@@ -170,14 +155,3 @@ class OpenCLIPDualEncoder(DualEncoder):
         for name in ("visual", "text", "transformer"):  # the last: of a text tower that is spread over the model
             if hasattr(self.model, name):
                 getattr(self.model, name).compile()
-
-    def _hand_over_scale(self) -> None:
-        # Losses that have no scale, and those that were given one, keep what they have.
-        if not getattr(self.loss, "takes_pretrained_scale", False):
-            return
-        names = [name for name in ("logit_scale", "logit_bias") if hasattr(self.loss, name)]
-        theirs = [parameter for name in names if (parameter := getattr(self.model, name, None)) is not None]
-        if len(theirs) == len(names):  # a scale without its bias would be of another loss
-            with torch.no_grad():
-                for name, parameter in zip(names, theirs, strict=True):
-                    getattr(self.loss, name).copy_(parameter.reshape(()))
