@@ -153,7 +153,12 @@ def split_towers_by_depth(
     for tower in towers.values():
         of_name = dict(tower.named_parameters())
         depths |= {of_name[name]: depth for name, depth in layer_depths(tower).items()}
-    return split_by_depth(groups, depths, learning_rate, decay)  # type: ignore[arg-type]
+    return split_by_depth(groups, depths, learning_rate, decay)
+
+
+def is_in_block(name: str) -> bool:
+    """Return whether a part of a tower belongs to one of its blocks, by its name, as :func:`layer_depths` finds them."""
+    return _layer(name) not in (_STEM, _TOP)
 
 
 def _layer(name: str) -> tuple[float, float]:

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_itm.encoder_output import vectors_of
-from lightning_itm.models.dual_encoder import DualEncoder
 from lightning_itm.models.hugging_face.architecture import (
     build_model,
     compute_activations_twice,
@@ -15,7 +14,7 @@ from lightning_itm.models.hugging_face.architecture import (
     read_config,
     towers_of,
 )
-from lightning_itm.models.hugging_face.saving import push_folder, save_model
+from lightning_itm.models.hugging_face.hub import push_folder
 from lightning_itm.models.hugging_face.transforms import (
     from_files,
     make_transforms,
@@ -23,17 +22,14 @@ from lightning_itm.models.hugging_face.transforms import (
     read_tokenizer,
     to_files,
 )
-from lightning_itm.models.optimization import check_layer_decay, split_towers_by_depth
-from lightning_itm.models.pretrained.locked import keep_batch_statistics
+from lightning_itm.models.optimization import check_layer_decay
+from lightning_itm.models.pretrained.pretrained_dual_encoder import PretrainedDualEncoder
 from lightning_itm.models.pretrained.scale import freeze_scale, hand_over_scale
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 FILES = "hugging_face_files"  # the key of a checkpoint that holds tokenizer and image processor
 
 
-class HFDualEncoder(DualEncoder):
+class HFDualEncoder(PretrainedDualEncoder):
     """Fine-tune CLIP, SigLIP or SigLIP 2 of Hugging Face ``transformers``.
 
     In plain terms: name the model, pass ``**model.transforms`` to the dataset, and train it like any :class:`DualEncoder`.
@@ -71,6 +67,13 @@ class HFDualEncoder(DualEncoder):
         compile: Whether to compile the towers with ``torch.compile``, which happens at the first batch.
         augmentation: Options of ``torchvision.transforms.RandomResizedCrop`` for the training transform, such as
             ``{"scale": (0.5, 1)}``. Default: images are prepared as in evaluation.
+        lora: Train adapters of low rank only, and the loss. Give a rank, such as 8, or one for each tower, such as
+            ``{"image": 8, "text": 8}``. A tower that is not named is frozen. For more options, see
+            :class:`~lightning_itm.models.pretrained.lora_options.LoraOptions`. Needs ``pip install "lightning_itm[lora]"``.
+            By default, all linear layers in the blocks of both towers are adapted, which are those of attention and MLP.
+            Default: all weights are trained.
+        save_adapters_only: Whether checkpoints leave out the frozen weights. They are small then, and loading one reads
+            ``model_name`` again.
         **kwargs: Further options of :class:`DualEncoder`, such as ``learning_rate`` and ``chunk_size``.
 
     Attributes:
@@ -110,6 +113,8 @@ class HFDualEncoder(DualEncoder):
         layer_decay: float | None = None,
         compile: bool = False,
         augmentation: dict[str, Any] | None = None,
+        lora: Any = None,
+        save_adapters_only: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(loss, **kwargs)
@@ -119,12 +124,14 @@ class HFDualEncoder(DualEncoder):
         self.config = read_config(model_name, config)
         architecture = plain(self.config)  # now, because building the model changes the configuration
         reads_weights = pretrained and model_name is not None
+        self.check_lora(lora, saves_adapters_only=save_adapters_only, has_weights=reads_weights, is_compiled=compile)
         self.model = build_model(model_name if reads_weights else None, self.config)
         # What `load_from_checkpoint` makes the model of: the architecture, and no weights, which the checkpoint has.
         self.save_settings(
-            {"model_name": model_name, "config": architecture, "pretrained": False}
+            {"model_name": model_name, "config": architecture, "pretrained": save_adapters_only}
             | {"lock_image": lock_image, "lock_text": lock_text, "gradient_checkpointing": gradient_checkpointing}
             | {"layer_decay": layer_decay, "compile": compile, "augmentation": augmentation}
+            | {"lora": lora, "save_adapters_only": save_adapters_only}
         )
         self._sources = image_processor or model_name, tokenizer or model_name
         self._transforms: dict[str, Any] | None = None
@@ -169,20 +176,10 @@ class HFDualEncoder(DualEncoder):
         """Return the image tower, and the text tower, each with its projection."""
         return towers_of(self.model)
 
-    def train(self, mode: bool = True) -> "Self":
-        """Set the mode of all parts except the batch norms of a locked tower, whose statistics stay as they are."""
-        super().train(mode)
-        for kind, tower in self.towers().items():
-            if self.hparams[f"lock_{kind}"]:
-                keep_batch_statistics(tower)
-        return self
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the groups of :class:`DualEncoder`, split by depth where ``layer_decay`` is given."""
-        return split_towers_by_depth(super().parameter_groups(), self.towers(), self.learning_rate, self.layer_decay)
-
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write the model in the format of Hugging Face, with the trained temperature and bias, tokenizer and processor.
+
+        Adapters of ``lora`` are merged.
 
         ``transformers.AutoModel.from_pretrained(folder)`` reads it, and so does ``HFDualEncoder(folder)``.
 
@@ -192,7 +189,8 @@ class HFDualEncoder(DualEncoder):
         Example:
             ``model.save_pretrained("my-clip")``
         """
-        save_model(self.model, self.loss, folder)
+        merged: Any = self.merged()
+        merged.save_pretrained(fspath(folder))
         for part in self._processors():
             if part is not None:
                 part.save_pretrained(folder)
@@ -223,6 +221,7 @@ class HFDualEncoder(DualEncoder):
         for kind, tower in self.towers().items():
             if self.hparams[f"lock_{kind}"]:
                 tower.requires_grad_(False)
+        self.adapt()
         if gradient_checkpointing:
             compute_activations_twice(self.model)
         if compiles:

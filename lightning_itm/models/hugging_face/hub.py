@@ -1,28 +1,8 @@
-"""Write a model in the format of Hugging Face, and upload it."""
+"""Upload a folder to the Hugging Face hub."""
 
 import tempfile
 from collections.abc import Callable
-from os import PathLike, fspath
 from typing import Any
-
-from torch import nn
-
-from lightning_itm.models.pretrained.scale import scale_of_loss
-
-
-def save_model(model: Any, loss: nn.Module, folder: str | PathLike[str]) -> None:
-    """Write configuration and weights, with the temperature and the bias that the loss has learned.
-
-    Args:
-        model: The model of ``transformers``. It is not changed.
-        loss: The loss, which may have ``logit_scale`` and ``logit_bias``.
-        folder: The folder.
-    """
-    # The loss keeps its logarithm in range at each step's costs, and the last step may have led out of it.
-    if hasattr(loss, "scale"):
-        loss.scale()
-    weights = {name: value.detach() for name, value in model.state_dict().items()} | scale_of_loss(loss, model)
-    model.save_pretrained(fspath(folder), state_dict=weights)
 
 
 def push_folder(write: Callable[[str], object], repo_id: str, **kwargs: Any) -> str:

@@ -128,7 +128,7 @@ def read_image_processor(source: Any, config: Any) -> Any:
     library = import_transformers()
     if source is not None:
         return library.AutoImageProcessor.from_pretrained(source) if isinstance(source, str | PathLike) else source
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     if config.model_type == "siglip2":
         return library.Siglip2ImageProcessor(patch_size=vision.patch_size, max_num_patches=vision.num_patches)
     if config.model_type not in ("clip", "siglip"):
