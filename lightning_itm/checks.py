@@ -43,7 +43,7 @@ def check_tokens(tokens: Any) -> Any:
         >>> from lightning_itm.checks import check_tokens
         >>> check_tokens([[101, 7, 102]])
         Traceback (most recent call last):
-        TypeError: Expected `tokenizer` to return a tensor (1, length) for a list of one text, or a dict of these, got list of ...
+        TypeError: Expected `tokenizer` to return a tensor (1, length) for a list of one text, or a dict of these, got ...
     """
     if isinstance(tokens, Mapping) and tokens and all(len(getattr(value, "shape", ())) for value in tokens.values()):
         if odd := {key: tuple(value.shape) for key, value in tokens.items() if len(value) != 1}:

@@ -294,3 +294,18 @@ class TestWhatIsAdapted:
 def test_what_can_not_be_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         make(name, **options)
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "clip"])
+@pytest.mark.parametrize("options", [{"chunk_size": 3}, {"gradient_checkpointing": True}])
+def test_what_saves_memory_leaves_the_gradient_as_it_is(name, options):
+    gradients = []
+    for more in ({}, options):
+        torch.manual_seed(2)
+        model = make(name, **more)
+        for key, p in adapters(model).items():
+            if "lora_B" in key:
+                nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(key)))
+        model.training_step(batch_of(model), 0).backward()
+        gradients.append({key: p.grad for key, p in adapters(model).items()})
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
