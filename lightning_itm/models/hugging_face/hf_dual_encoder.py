@@ -126,14 +126,20 @@ class HFDualEncoder(PretrainedDualEncoder):
         reads_weights = pretrained and model_name is not None
         self.check_lora(lora, saves_adapters_only=save_adapters_only, has_weights=reads_weights, is_compiled=compile)
         self.model = build_model(model_name if reads_weights else None, self.config)
+        given_parts = {"image_processor": image_processor, "tokenizer": tokenizer}
         # What `load_from_checkpoint` makes the model of: the architecture, and no weights, which the checkpoint has.
         self.save_settings(
             {"model_name": model_name, "config": architecture, "pretrained": save_adapters_only}
             | {"lock_image": lock_image, "lock_text": lock_text, "gradient_checkpointing": gradient_checkpointing}
             | {"layer_decay": layer_decay, "compile": compile, "augmentation": augmentation}
             | {"lora": lora, "save_adapters_only": save_adapters_only}
+            # Objects are not kept here. A checkpoint has their files.
+            | {name: fspath(given) for name, given in given_parts.items() if isinstance(given, str | PathLike)}
         )
-        self._sources = image_processor or model_name, tokenizer or model_name
+        # An empty tokenizer is false, too.
+        self._sources: tuple[Any, ...] = tuple(
+            model_name if given is None else given for given in (image_processor, tokenizer)
+        )
         self._transforms: dict[str, Any] | None = None
         if reads_weights:
             hand_over_scale(self.model, self.loss)
@@ -211,10 +217,15 @@ class HFDualEncoder(PretrainedDualEncoder):
             checkpoint[FILES] = to_files(*self._processors())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the tokenizer and the image processor of the checkpoint, unless ``transforms`` was used already."""
+        """Take the tokenizer and the image processor of the checkpoint, unless others were given or used already."""
         super().on_load_checkpoint(checkpoint)
         if self._transforms is None and FILES in checkpoint:
-            self._sources = from_files(checkpoint[FILES])
+            restored = from_files(checkpoint[FILES])
+            # An object is not among what a checkpoint gives the constructor, so the user has given it now.
+            self._sources = tuple(
+                theirs if own is None or isinstance(own, str | PathLike) else own
+                for own, theirs in zip(self._sources, restored, strict=True)
+            )
 
     def _prepare(self, gradient_checkpointing: bool, compiles: bool) -> None:
         freeze_scale(self.model)

@@ -1,3 +1,5 @@
+import sys
+
 import lightning as L
 import pytest
 import torch
@@ -245,6 +247,24 @@ class TestCheckpoint:
         resumed = fit(2, tmp_path / "1.ckpt")
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
+    def test_a_tokenizer_that_is_given_counts_more_than_that_of_the_checkpoint(self, tmp_path):
+        model = hf_model("clip")
+        fitter = trainer()
+        fitter.fit(model, datamodule=data_for(model))
+        fitter.save_checkpoint(tmp_path / "a.ckpt")
+        other = tokenizer("siglip")
+        loaded = HFDualEncoder.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, tokenizer=other)
+        assert loaded.transforms["tokenizer"].tokenizer is other
+
+    def test_the_name_of_a_tokenizer_is_kept(self, tmp_path):
+        tokenizer("siglip").save_pretrained(tmp_path / "words")
+        model = HFDualEncoder(config=CONFIGS["siglip"], tokenizer=tmp_path / "words")
+        trainer_of_nothing = trainer(limit_train_batches=0, limit_val_batches=0)
+        trainer_of_nothing.fit(model, torch.utils.data.DataLoader([0]))
+        trainer_of_nothing.save_checkpoint(tmp_path / "a.ckpt")  # `transforms` was never asked for
+        loaded = HFDualEncoder.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+        assert loaded.transforms["tokenizer"](["a"])["input_ids"].shape == (1, 20)
+
 
 class TestAugmentation:
     def test_is_of_training_only(self):
@@ -288,6 +308,11 @@ class TestErrors:
     def test_layer_decay(self):
         with pytest.raises(ValueError, match=r"`layer_decay` to be in \(0, 1\], got 2"):
             hf_model(layer_decay=2)
+
+    def test_without_transformers(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ImportError, match=r'pip install "lightning_itm\[hf\]"'):
+            hf_model()
 
     def test_a_hub_that_does_not_answer(self, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

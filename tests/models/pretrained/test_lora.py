@@ -1,4 +1,6 @@
 import copy
+import json
+import sys
 
 import lightning as L
 import open_clip
@@ -248,6 +250,17 @@ class TestWhatIsAdapted:
         layers = ("attn", "attn.base_layer.out_proj", "mlp.c_fc", "mlp.c_proj")
         assert names == {f"model.visual.transformer.resblocks.{i}.{layer}" for i in range(2) for layer in layers}
 
+    def test_of_towers_with_many_layers(self, tmp_path):
+        """From twenty names on, `peft` looks for endings that stand for them."""
+        config = copy.deepcopy(open_clip_models.CONFIGS["tiny-vit"])
+        config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 12
+        (tmp_path / "deep.json").write_text(json.dumps(config))
+        model = OpenCLIPDualEncoder(tmp_path / "deep.json", lora=2)
+        layers = ("attn", "attn.base_layer.out_proj", "mlp.c_fc", "mlp.c_proj")
+        names = {key.split(".lora_")[0] for key in adapters(model)}
+        towers = ("model.visual.transformer", "model.transformer")
+        assert names == {f"{tower}.resblocks.{i}.{layer}" for tower in towers for i in range(12) for layer in layers}
+
     def test_the_layers_that_are_named(self):
         names = {
             key.split(".lora_")[0]
@@ -309,3 +322,9 @@ def test_what_saves_memory_leaves_the_gradient_as_it_is(name, options):
         model.training_step(batch_of(model), 0).backward()
         gradients.append({key: p.grad for key, p in adapters(model).items()})
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+def test_without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r'pip install "lightning_itm\[lora\]"'):
+        make("tiny-vit")
