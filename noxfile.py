@@ -1,8 +1,10 @@
-"""The suite and its checks in environments of their own: ``nox -s tests``, ``lowest``, ``newest``, ``lint``.
+"""The suite and its checks in environments of their own: ``nox -s tests``.
 
-What follows ``--`` goes to pytest: ``nox -s lowest -- -m "not slow"``.
+Others: ``lowest``, ``newest``, ``lint``, ``docs``, ``build``. What follows ``--`` goes to pytest:
+``nox -s lowest -- -m "not slow"``.
 """
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -48,6 +50,28 @@ def lint(session: nox.Session) -> None:
     workflows = [str(path) for path in sorted(Path(".github/workflows").glob("*.yml"))]
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     session.run("zizmor", "--offline", ".github")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build wheel and sdist into ``dist/``, check them, and use the wheel in an environment that has nothing else."""
+    session.install("build", "twine")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--installer", "uv")
+    built = sorted(str(path) for path in Path("dist").iterdir())
+    session.run("twine", "check", "--strict", *built)
+    session.install(next(path for path in built if path.endswith(".whl")))
+    folder = session.create_tmp()
+    with session.chdir(folder):  # where the clone can't be imported
+        session.run("python", "-c", "import lightning_itm; print(lightning_itm.__version__, lightning_itm.__file__)")
+        session.run("lightning-itm", "--help", silent=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into ``site/``, with warnings as errors."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict")
 
 
 def _pytest(session: nox.Session, *options: str) -> None:

@@ -1,6 +1,7 @@
 """The settings that negatives.py compares methods in: a set, a model, and how plain InfoNCE was tuned there."""
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from flickr8k import Towers, tower_data
-from flickr8k_features import grid_data, grid_model, head_data, head_model, trained_heads
 from icons import IconEncoder, load_icons
 from torch import nn
 
@@ -107,9 +106,22 @@ def converged(data: Data, model: Callable[..., Any], epochs: int, clip: float | 
     return start
 
 
-def tower_model(loss: nn.Module, folder: Path | None, **knobs: Any) -> Towers:
+def later(module: str, name: str, *first: Any) -> Callable[..., Any]:
+    """Return a function that is imported when it is called: photographs need the pretrained towers, icons do not.
+
+    With ``first``, the function is called with it, and what that returns with all the rest.
+    """
+
+    def call(*args: Any, **options: Any) -> Any:
+        function = getattr(importlib.import_module(module), name)
+        return (function(*first) if first else function)(*args, **options)
+
+    return call
+
+
+def tower_model(loss: nn.Module, folder: Path | None, **knobs: Any) -> Any:
     """Make the two towers for photographs and captions."""
-    return Towers(loss, **knobs)
+    return later("flickr8k", "Towers")(loss, **knobs)
 
 
 LONGER = ("InfoNCE, 1.5 x", "InfoNCE, 2 x")
@@ -150,6 +162,10 @@ HEAD_SEARCH: dict[str, tuple[Any, ...]] = {
 GRID = {"learning_rate": 5e-4, "weight_decay": 0.1, "epochs": 8}
 GRID_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (3e-4, 5e-4, 1e-3), "epochs": (8, 16)}
 
+tower_data = later("flickr8k", "tower_data")
+grid_data, grid_model, head_model, trained_heads = (
+    later("flickr8k_features", name) for name in ("grid_data", "grid_model", "head_model", "trained_heads")
+)
 _grid_start = converged(grid_data, grid_model, 8, 2.0, learning_rate=5e-4, weight_decay=0.1)
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
@@ -181,7 +197,14 @@ SETTINGS: dict[str, Setting] = {
             clip=2.0,
         ),
         *(
-            Setting(f"heads-{size}", head_data(size), head_model, HEADS, HEAD_SEARCH, SMALL_METHODS)
+            Setting(
+                f"heads-{size}",
+                later("flickr8k_features", "head_data", size),
+                head_model,
+                HEADS,
+                HEAD_SEARCH,
+                SMALL_METHODS,
+            )
             for size in (16, 128)
         ),
         Setting("grid", grid_data, grid_model, GRID, GRID_SEARCH, GRID_METHODS, clip=2.0),

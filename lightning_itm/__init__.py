@@ -1,8 +1,10 @@
 """Better negatives for fine-tuning CLIP and other dual encoders, as a PyTorch Lightning plugin.
 
 Here stand the names of a training script. Every room exports the rest: ``lightning_itm.losses``, ``.metrics``, ``.mining``,
-``.memory_bank``, ``.gradient_monitor``, ``.models``, ``.data``, ``.embeddings``, ``.functional``.
+``.memory_bank``, ``.gradient_monitor``, ``.models``, ``.data``, ``.embeddings``, ``.functional``, ``.export``.
 """
+
+from importlib.metadata import version
 
 from lightning_itm.callbacks import (
     EmbeddingWriter,
@@ -25,6 +27,7 @@ from lightning_itm.memory_bank import FalseNegativeSampler
 from lightning_itm.metrics import ImageTextRetrieval, zero_shot_accuracy
 from lightning_itm.mining import HardNegativeDataset
 from lightning_itm.models import DualEncoder, HFDualEncoder, OpenCLIPDualEncoder, ResidualVSE, interpolate_weights
+from lightning_itm.standalone import mine
 
 __all__ = [
     "DualEncoder",
@@ -50,6 +53,10 @@ __all__ = [
     "SigmoidLoss",
     "TripletLoss",
     "interpolate_weights",
+    "mine",
     "write_shards",
     "zero_shot_accuracy",
 ]
+
+__version__ = version("lightning_itm")
+"""The release that is installed, as in ``pyproject.toml``."""

@@ -1,4 +1,7 @@
-"""The command line: Lightning's, with ``mine``, ``shards`` and a ``predict`` into files. ``--help`` shows these docstrings."""
+"""The command line: Lightning's, with ``mine``, ``shards``, ``export`` and a ``predict`` into files.
+
+``--help`` shows these docstrings.
+"""
 
 import argparse
 import os
@@ -15,6 +18,7 @@ from lightning_itm.callbacks.negative_writer import NegativeWriter
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.files_datamodule import ImageTextFilesDataModule
 from lightning_itm.data.shards.commands import index, verify, write
+from lightning_itm.export.commands import export
 from lightning_itm.models.dual_encoder import DualEncoder
 from lightning_itm.models.open_clip_dual_encoder import OpenCLIPDualEncoder
 
@@ -26,6 +30,7 @@ Fine-tune CLIP and other dual encoders on images and texts.
   lightning-itm validate --config examples/configs/clip_flickr30k.yaml --ckpt_path best.ckpt
   lightning-itm predict  --config examples/configs/clip_flickr30k.yaml --ckpt_path best.ckpt --output embeddings
   lightning-itm mine     --config examples/configs/clip_flickr30k.yaml --ckpt_path best.ckpt --output mined
+  lightning-itm export   --ckpt_path best.ckpt --output clip-flickr30k
 
 Every value of a configuration can also be given on the command line: --model.learning_rate 1e-5, --data.batch_size 256,
 --trainer.precision bf16-mixed. To see the options of one class: lightning-itm fit --model.help OpenCLIPDualEncoder."""
@@ -190,6 +195,8 @@ def main(args: list[str] | None = None) -> None:
     if given[:1] == ["shards"]:  # no model, no Trainer: not a command of Lightning's
         options: dict[str, Any] = {"prog": "lightning-itm shards", "description": SHARDS_DESCRIPTION}
         jsonargparse.auto_cli([write, index, verify], args=given[1:], **options)
+    elif given[:1] == ["export"]:
+        jsonargparse.auto_cli(export, args=given[1:], prog="lightning-itm export", as_positional=False)
     else:
         ItmCLI(args=args)
 

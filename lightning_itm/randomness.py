@@ -59,7 +59,7 @@ def seeded(*key: int) -> Iterator[None]:
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # A hash, since seeds that are close to each other start streams that are alike. `hash()` differs between processes.
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    seed = _hash(repr(key).encode())
     with torch.random.fork_rng(devices=[]):  # the CPU's alone: a worker must not touch CUDA
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
@@ -95,17 +95,40 @@ def restore_random_streams(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def part_random_streams(rank: int) -> None:
-    """Let each rank draw other numbers than rank 0, whose streams a checkpoint has.
+@contextmanager
+def random_streams_kept() -> Iterator[None]:
+    """Leave all streams as they are, whatever is drawn meanwhile: those that :func:`random_streams` returns."""
+    streams = random_streams()
+    try:
+        yield
+    finally:
+        restore_random_streams(streams)
+
+
+def stream_key() -> int:
+    """Return a number that depends on where PyTorch's stream stands, without drawing from it."""
+    return _hash(torch.get_rng_state().numpy().tobytes()) >> 2  # a plain number that int64 holds
+
+
+def part_random_streams(rank: int, *key: int) -> None:
+    """Let each rank but the first draw other numbers, which depend on ``key`` alone. Rank 0 keeps its streams.
+
+    A checkpoint has the streams of rank 0. The other ranks start theirs anew where it is written, and where it is resumed
+    from, by the same key. So both go on alike.
 
     Args:
-        rank: The number of this rank. The streams of rank 0 stay as they are.
+        rank: The number of this rank.
+        key: Integers, such as a number of the run and the step.
     """
     if rank > 0:
-        seed = int(torch.randint(2**31, ())) + rank
-        torch.manual_seed(seed)
+        seed = _hash(repr((rank, *key)).encode())
+        torch.manual_seed(seed % 2**63)
         random.seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -142,6 +142,8 @@ def test_every_command(config, capsys, tmp_path):
     given = ["--config", str(config), "--data.train", "shards/train"]
     main(["fit", *given, "--data.stream", "true", "--data.shuffle_buffer", "20"])
     trained = ["--ckpt_path", str(checkpoint())]
+    main(["export", *trained, "--output", "exported"])
+    assert capsys.readouterr().out == "exported: open_clip_config.json, open_clip_model.safetensors\n"
     for command in ("validate", "test"):
         main([command, *given, *trained])
         assert "rsum" in capsys.readouterr().out
@@ -149,8 +151,10 @@ def test_every_command(config, capsys, tmp_path):
     image, text = (np.load(f"embeddings/{kind}.npy") for kind in ("image", "text"))
     rows = [json.loads(line) for line in Path("embeddings/texts.jsonl").read_text().splitlines()]
     assert (image.shape[0], text.shape[0], len(rows)) == (12, 60, 60)
-    loss = itm.QuintupletLoss(itm.TripletLoss(negatives="selective"))
-    model = itm.OpenCLIPDualEncoder.load_from_checkpoint(checkpoint(), weights_only=True, loss=loss).eval()
+    model = itm.OpenCLIPDualEncoder.load_from_checkpoint(checkpoint(), weights_only=True).eval()
+    assert model.loss.online.negatives == "selective"
+    theirs = open_clip.create_model("local-dir:exported").state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in model.model.state_dict().items())
     pairs = itm.data.read_pairs("shards/train", **model.transforms).evaluation()
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model.encode_image(torch.stack([pairs.load_image(7)])))
@@ -259,7 +263,7 @@ class TestConfigs:
             main(["fit", "--config", str(config), "--model.learning_rat", "1"])
         assert "learning_rat" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("command", [[], ["fit"], ["mine"], ["shards"], ["shards", "write"]])
+    @pytest.mark.parametrize("command", [[], ["fit"], ["mine"], ["shards"], ["shards", "write"], ["export"]])
     def test_help(self, command, capsys):
         with pytest.raises(SystemExit) as ended:
             main([*command, "--help"])

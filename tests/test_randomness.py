@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams, seeded, uniform
+from lightning_itm.randomness import (
+    part_random_streams,
+    random_streams,
+    restore_random_streams,
+    seeded,
+    stream_key,
+    uniform,
+)
 
 
 def test_is_uniform_and_differs_with_every_part_of_the_key():
@@ -49,13 +56,22 @@ class TestRandomStreams:
         restore_random_streams(torch.load(tmp_path / "streams.pt", weights_only=True))
         assert [draw() for _ in range(3)] == expected
 
-    def test_part_by_rank_and_alike_in_every_run(self):
-        state, drawn = random_streams(), []
-        for rank in (0, 1, 2, 1):
+    def test_part_by_rank_and_key_alone(self):
+        state, drawn = random_streams(), {}
+        for rank, *key in ((0, 5, 7), (1, 5, 7), (2, 5, 7), (1, 5, 8), (1, 6, 7)):
             restore_random_streams(state)
-            part_random_streams(rank)
-            drawn.append(draw())
+            part_random_streams(rank, *key)
+            drawn[(rank, *key)] = draw()
         restore_random_streams(state)
-        assert drawn[0] == draw()
-        assert drawn[1] == drawn[3]
-        assert all(len(set(stream)) == 3 for stream in zip(*drawn[:3], strict=True))
+        assert drawn[0, 5, 7] == draw()
+        part_random_streams(1, 5, 7)  # from wherever the streams stand
+        assert drawn[1, 5, 7] == draw()
+        assert all(len(set(stream)) == 5 for stream in zip(*drawn.values(), strict=True))
+
+    def test_a_key_draws_nothing(self):
+        torch.manual_seed(3)
+        key, state = stream_key(), torch.get_rng_state()
+        assert stream_key() == key
+        assert torch.equal(state, torch.get_rng_state())
+        torch.rand(())
+        assert stream_key() != key

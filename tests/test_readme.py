@@ -1,6 +1,5 @@
 """What the README shows, run as it stands there."""
 
-import json
 import re
 import shlex
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from lightning_itm import ImageTextDataModule
 from lightning_itm.cli import main
+from tests.helpers.documented import small_model, write_flickr30k
 from tests.helpers.open_clip_models import CONFIGS, register
 from tests.helpers.pictures import cut_outs
 from tests.helpers.tiny import SILENT, tiny_pairs
@@ -23,15 +23,7 @@ COMMANDS = re.findall(r"^\.venv/bin/lightning-itm (.*)$", README, flags=re.MULTI
 
 @pytest.fixture
 def flickr30k(tmp_path):
-    """A set in the layout of Flickr30K, of cut-outs."""
-    (tmp_path / "flickr30k-images").mkdir()
-    entries = []
-    for number, image in enumerate(cut_outs(44, 40)):
-        image.save(tmp_path / "flickr30k-images" / f"{number}.png")
-        sentences = [{"raw": f"square {number} for the {place}th time"} for place in range(5)]
-        split = "val" if number < 8 else "train" if number < 40 else "test"
-        entries.append({"filename": f"{number}.png", "split": split, "sentences": sentences})
-    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": entries}))
+    write_flickr30k(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
@@ -41,7 +33,7 @@ def flickr30k(tmp_path):
 def test_first_snippets(tmp_path):
     """No weights can be downloaded here, and ViT-B/32 takes a minute a step: a small model stands in, nothing else."""
     register({"tiny-vit": CONFIGS["tiny-vit"]}, tmp_path)
-    code = SNIPPETS[0].replace('"ViT-B-32", pretrained="laion2b_s34b_b79k"', '"tiny-vit"')
+    code = small_model(SNIPPETS[0])
     assert code != SNIPPETS[0]
     names = {}
     exec(code, names)

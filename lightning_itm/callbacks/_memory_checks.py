@@ -1,7 +1,7 @@
 """What a memory bank needs of the module, its loss and the Trainer, and what can go wrong with it in a run."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import lightning as L
@@ -54,6 +54,12 @@ def check_memory_fits(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             f"Expected a loss that takes `memory`, got {type(loss).__name__}. Use TripletLoss, QuintupletLoss, "
             "InfoNCELoss, SigmoidLoss or a subclass of `PairLoss`."
         )
+
+
+def check_is_dict(batch: Any) -> None:
+    """Raise a TypeError if nothing can be put into the batch."""
+    if not isinstance(batch, MutableMapping):
+        raise TypeError(f"Expected the batch to be a dict, got {type(batch).__name__}. Let the dataset return dicts.")
 
 
 def check_finite(trainer: L.Trainer, bank: MemoryBank) -> None:

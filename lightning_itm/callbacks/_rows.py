@@ -10,11 +10,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import Tensor
+
+from lightning_itm.checks import check_choice
 from lightning_itm.data.inputs.sources import LazyImages
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.tar import TarMember
+from lightning_itm.mining.search import MinedNegatives
 
 ROWS_AT_ONCE = 10_000
+
+
+def check_no_results(folder: Path, names: Sequence[str]) -> None:
+    """Raise a FileExistsError if a folder holds one of the files already."""
+    there = [name for name in names if (folder / name).exists()]
+    if there:
+        raise FileExistsError(
+            f"Expected a folder without results, got {folder} with {', '.join(there)}. Name another one."
+        )
 
 
 @contextmanager
@@ -106,3 +119,47 @@ def _type(pa: Any, name: str) -> Any:
     score = [("score", pa.float32())]
     lists = {"images": pa.list_(pa.struct(image + score)), "texts": pa.list_(pa.struct(text + score))}
     return {**dict(image + text), **lists}[name]
+
+
+def negative_files(format: str) -> tuple[str, str]:
+    """Return the names of the two files of mined negatives. ``format`` is their ending.
+
+    Raises:
+        ValueError: if there is no such format.
+        ModuleNotFoundError: if pyarrow is needed and not installed.
+    """
+    check_choice("format", format, ("jsonl", "parquet"))
+    if format == "parquet":
+        pyarrow()  # before anything is encoded
+    return f"texts_of_images.{format}", f"images_of_texts.{format}"
+
+
+def write_negatives(folder: Path, pairs: ImageTextDataset, mined: MinedNegatives, format: str) -> None:
+    """Write what was mined for a set: one row per image, and one per text, the hardest first.
+
+    Args:
+        folder: Where the files are written. It must exist.
+        pairs: The set that was mined.
+        mined: What was mined for it.
+        format: ``"jsonl"`` or ``"parquet"``.
+    """
+    put, names = write_jsonl if format == "jsonl" else write_parquet, negative_files(format)
+    with whole_files(folder, names) as part:
+        put(part / names[0], _rows_of(pairs, "image", "text", mined.texts, mined.text_scores))
+        put(part / names[1], _rows_of(pairs, "text", "image", mined.images, mined.image_scores))
+
+
+DESCRIBE = {"image": describe_image, "text": describe_text}
+
+
+def _rows_of(
+    pairs: ImageTextDataset, anchor: str, negative: str, index: Tensor, scores: Tensor
+) -> Iterator[dict[str, Any]]:
+    # One by one: all rows at once, 300 dicts in each, would take many times the memory of the two tensors.
+    for anchor_id, (ids, values) in enumerate(zip(index.cpu(), scores.float().cpu(), strict=True)):
+        hardest = [
+            {**DESCRIBE[negative](pairs, negative_id), "score": round(score, 6)}
+            for negative_id, score in zip(ids.tolist(), values.tolist(), strict=True)
+            if negative_id >= 0
+        ]
+        yield {**DESCRIBE[anchor](pairs, anchor_id), f"{negative}s": hardest}

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_itm.callbacks._rows import describe_image, describe_text, whole_files, write_jsonl
+from lightning_itm.callbacks._rows import check_no_results, describe_image, describe_text, whole_files, write_jsonl
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.mining.encode import EncodedRows
@@ -47,11 +47,7 @@ class EmbeddingWriter(Callback):
         # In `setup`, before anything is encoded, which may take hours.
         if stage != "predict":
             return
-        there = [name for name in self.results if (self.folder / name).exists()]
-        if there:
-            raise FileExistsError(
-                f"Expected a folder without results, got {self.folder} with {', '.join(there)}. Name another one."
-            )
+        check_no_results(self.folder, self.results)
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(datamodule, ImageTextDataModule):
             raise MisconfigurationException(

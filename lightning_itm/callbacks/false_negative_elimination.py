@@ -1,16 +1,17 @@
 """Negatives from earlier batches, embedded by a slow copy of the model, with likely matches left out."""
 
-from collections.abc import MutableMapping
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lightning_itm.callbacks._figures import log_figure
 from lightning_itm.callbacks._memory_checkpoint import CHECKPOINT_KEY, check_memory_state, memory_state, restore_memory
 from lightning_itm.callbacks._memory_checks import (
     check_arguments,
     check_finite,
+    check_is_dict,
     check_memory_fits,
     warn_if_never_active,
     warn_of_lost_agreement,
@@ -52,6 +53,7 @@ class FalseNegativeElimination(Callback):
             where the first batches of that epoch meet an empty queue. It has no effect without a ``start_epoch``.
         sampler: What draws and weighs negatives. Default: ``FalseNegativeSampler()``. Give a
             :class:`~lightning_itm.FalseNegativeSampler` with other arguments, one for each callback.
+        log_figures: After each epoch, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     It logs ``memory/fill``, ``memory/in_loss``, the two ratios of the agreement (``memory/live_in_stored`` and
     ``memory/stored_in_stored``, about 1 when all is well), ``memory/cosine`` (between the live and the stored embedding of
@@ -87,15 +89,16 @@ class FalseNegativeElimination(Callback):
         start_epoch: int | None = None,
         fill_during_warmup: bool = True,
         sampler: FalseNegativeSampler | None = None,
+        log_figures: bool = True,
     ) -> None:
         check_arguments(queue_size, momentum, start_epoch, sampler)
         self.queue_size, self.momentum = queue_size, momentum
-        self.start_epoch, self.fill_during_warmup = start_epoch, fill_during_warmup
+        self.start_epoch, self.fill_during_warmup, self.log_figures = start_epoch, fill_during_warmup, log_figures
         self.sampler = FalseNegativeSampler() if sampler is None else sampler
         self.agreement = Agreement()
         self.encoder: MomentumEncoder | None = None
         self.bank: MemoryBank | None = None
-        self._is_fitting, self._is_checked, self._is_told, self._is_warned = False, False, False, False
+        self._is_fitting = self._is_checked = self._is_told = self._is_warned = False
         self._restored: dict[str, Any] | None = None
         self._incoming: EmbeddingPairs | None = None
         self._optimizer_steps = 0
@@ -131,8 +134,8 @@ class FalseNegativeElimination(Callback):
         if restored is None:
             self.sampler.start_step(-1, 0)
         else:
-            parts = self.encoder, self.sampler, self.agreement
-            self.bank = restore_memory(restored, *parts, strict=pl_module.strict_loading)
+            parts = restored, self.encoder, self.sampler, self.agreement
+            self.bank = restore_memory(*parts, strict=pl_module.strict_loading)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -143,10 +146,7 @@ class FalseNegativeElimination(Callback):
         is_active = self.is_active(trainer.current_epoch) or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if self._is_checked and not (is_active or self.fill_during_warmup):
             return
-        if not isinstance(batch, MutableMapping):
-            raise TypeError(
-                f"Expected the batch to be a dict, got {type(batch).__name__}. Let the dataset return dicts."
-            )
+        check_is_dict(batch)
         # Under the precision of the training step, so that live and stored embeddings differ by their weights alone.
         with trainer.precision_plugin.forward_context():
             pairs = self._encoder()(batch)
@@ -185,13 +185,14 @@ class FalseNegativeElimination(Callback):
                 self._check_state(trainer)  # the loggers make the host wait at this step anyway
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raise if an embedding was not finite, and warn if the bank left the loss."""
+        """Raise if an embedding was not finite, warn if the bank left the loss, and log the figure."""
         # Here, for runs without a logger. After each step the host would have to wait for the device.
         self._check_state(trainer)
+        if self.log_figures and self.bank is not None:
+            log_figure(trainer, "memory/similarities", self.plot)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Move the queue, the slow copy and the statistics to the CPU."""
-        # Moved and not dropped: after a fit, too, a checkpoint can be saved and the queue plotted.
+        """Move the queue, the slow copy and the statistics to the CPU, where they can be saved and plotted after a fit."""
         if stage == "fit":
             for part in (self.encoder, self.bank, self.sampler, self.agreement):
                 if part is not None:
@@ -220,11 +221,10 @@ class FalseNegativeElimination(Callback):
         Raises:
             ValueError: if the checkpoint has a queue of another size.
         """
-        # It cannot be put in place yet: the slow copy is made in `on_fit_start`.
         restored = checkpoint.get(CHECKPOINT_KEY)
         if self._is_fitting and restored is not None:
             check_memory_state(restored, self.queue_size, trainer)
-            self._restored = restored
+            self._restored = restored  # put in place in `on_fit_start`, where the slow copy is made
 
     def _log(self, pl_module: L.LightningModule, bank: MemoryBank, batch_size: int) -> None:
         values = memory_diagnostics(bank, self.sampler, self.agreement, is_always_in=self.start_epoch is not None)

@@ -8,11 +8,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lightning_itm.callbacks._figures import log_figure
 from lightning_itm.callbacks._strategies import check_whole_weights
 from lightning_itm.data.batch import check_batch
 from lightning_itm.distributed import gather
 from lightning_itm.gradient_monitor.figure import plot_gradients
-from lightning_itm.gradient_monitor.switch import GradientSwitch, measure_gradient, upgrade_switch_state
+from lightning_itm.gradient_monitor.switch import GradientSwitch, measure_gradient, restored_switch
 
 VERSION = 2  # of the callback's state
 ROWS_AT_ONCE = 256  # The history is stacked when it has more rows than this, or each step would keep a small tensor.
@@ -56,6 +57,7 @@ class GradientNormMonitor(Callback):
         smoothing: The fraction of the old value that an average keeps at an optimizer step. The default, 0.9, averages over
             about ten steps. Raise it for very small batches.
         min_steps: The smallest number of optimizer steps before the first turn, and between two turns.
+        log_figures: After each epoch, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     Logs ``gradient/<tower>_norm`` (the L2 norm, unscaled and before clipping), ``gradient/<tower>_relative`` (κ),
     ``gradient/level``, ``gradient/selective`` (1 where the rule is on) and ``gradient/num_skipped``. The last counts the steps
@@ -71,9 +73,18 @@ class GradientNormMonitor(Callback):
         The selective rule: arXiv 2303.00181 (2023), where it is always on. Turning it on and off is not in the paper.
     """
 
-    def __init__(self, low: float = 0.5, high: float = 0.8, *, smoothing: float = 0.9, min_steps: int = 5) -> None:
+    def __init__(
+        self,
+        low: float = 0.5,
+        high: float = 0.8,
+        *,
+        smoothing: float = 0.9,
+        min_steps: int = 5,
+        log_figures: bool = True,
+    ) -> None:
         self.options: dict[str, Any] = {"low": low, "high": high, "smoothing": smoothing, "min_steps": min_steps}
         GradientSwitch(1, **self.options)  # The switch of the fit is made later. An option out of its range fails here.
+        self.log_figures = log_figures
         self.towers: dict[str, list[nn.Parameter]] = {}
         self.switch: GradientSwitch | None = None
         self._restored: dict[str, Any] | None = None
@@ -124,18 +135,7 @@ class GradientNormMonitor(Callback):
         restored, self._restored = self._restored, None
         if restored is None:
             return
-        if restored.get("version", 1) > VERSION:
-            raise ValueError(
-                f"Expected the state of `GradientNormMonitor` to be of version {VERSION} or older, got "
-                f"{restored['version']}. Resume with the release of `lightning_itm` that wrote the checkpoint."
-            )
-        if restored["towers"] != list(self.towers):
-            raise ValueError(
-                f"Expected the checkpoint to have the towers {list(self.towers)}, got {restored['towers']}. "
-                "Resume with the same module."
-            )
-        # Version 1 kept the highest κ instead of a reference.
-        self.switch.load_state_dict(upgrade_switch_state(restored["switch"]))
+        self.switch.load_state_dict(restored_switch(restored, list(self.towers), VERSION))
         self._history = [restored["history"].to(pl_module.device)] if len(restored["history"]) else []
 
     def on_train_batch_start(
@@ -186,16 +186,18 @@ class GradientNormMonitor(Callback):
         norms = norms.clamp_min(0)  # −1 means that the tower is not trained.
         logged = {f"gradient/{name}_norm": norm for name, norm in zip(self.towers, norms, strict=True)}
         logged |= {f"gradient/{name}_relative": one for name, one in zip(self.towers, switch.relative(), strict=True)}
-        logged |= {
-            "gradient/level": level,
-            "gradient/selective": is_on,
-            "gradient/num_skipped": switch.num_skipped.float(),
-        }
+        logged |= {"gradient/level": level, "gradient/selective": is_on}
+        logged["gradient/num_skipped"] = switch.num_skipped.float()
         pl_module.log_dict(logged, batch_size=len(batch["image_id"]))
         step = torch.full_like(loss, trainer.global_step)
         self._history.append(torch.stack([step, loss, level, is_on, *norms])[None])
         if len(self._history) > ROWS_AT_ONCE:
             self._history = [self._rows()]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the figure."""
+        if self.log_figures and self._history:
+            log_figure(trainer, "gradient/norms", self.plot)
 
     def curves(self) -> dict[str, list[float]]:
         """Return one list per curve, with a value for each optimizer step.

@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import Dataset
 
+from lightning_itm.callbacks._figures import log_figure
 from lightning_itm.callbacks._strategies import check_whole_weights
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.position import epoch_to_resume
@@ -55,6 +56,7 @@ class OfflineHardNegativeMining(Callback):
         batch_size: Inputs that are encoded at once. No gradient is kept, so it can be larger than in training.
         num_workers: Worker processes that load the inputs to encode. Default: as many as the datamodule has.
         seed: Another seed gives other draws among the embeddings. Samples are drawn with the random numbers of the loader.
+        log_figures: After each mining, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     Logs ``mining/encode_seconds``, ``mining/search_seconds``, ``mining/gap`` (mean similarity of the matching pairs minus that
     of the hardest negatives), ``mining/rejected_share`` (the fraction that a guard dropped) and ``mining/changed_share`` (the
@@ -62,8 +64,7 @@ class OfflineHardNegativeMining(Callback):
     ``mining/grouped_share`` (the fraction of pairs that share their group with another).
 
     Raises:
-        ValueError: if a count is too small, groups do not fit into batches, a checkpoint is of another set, or an embedding is
-            not finite.
+        ValueError: if a count or a group does not fit, a checkpoint is of another set, or an embedding is not finite.
         MisconfigurationException: if there are no pairs to mine, no batch would be reached, or the weights are sharded.
 
     References:
@@ -90,15 +91,15 @@ class OfflineHardNegativeMining(Callback):
         batch_size: int = 256,
         num_workers: int | None = None,
         seed: int = 0,
+        log_figures: bool = True,
     ) -> None:
         check_at_least(1, texts_per_image=texts_per_image, images_per_text=images_per_text, batch_size=batch_size)
         check_at_least(1, every_n_epochs=every_n_epochs, group_size=group_size)
         check_at_least(0, start_epoch=start_epoch, rank_min=rank_min)
         check_ways(inject, encode)
-        if relative_margin == "auto":
-            relative_margin = 0.05 if inject == "batches" else None
+        relative_margin = {"batches": 0.05}.get(inject) if relative_margin == "auto" else relative_margin
         self.dataset, self.every_n_epochs, self.start_epoch = dataset, every_n_epochs, start_epoch
-        self.inject, self.encode = inject, encode
+        self.inject, self.encode, self.log_figures = inject, encode, log_figures
         self._counts = {"texts_per_image": texts_per_image, "images_per_text": images_per_text}
         self._ways = {"coupled_ranks": coupled_ranks, "seed": seed, "group_size": group_size}
         guards = {"rank_min": rank_min, "max_score": max_score, "absolute_margin": absolute_margin}
@@ -240,6 +241,8 @@ class OfflineHardNegativeMining(Callback):
     def _log(self, pl_module: L.LightningModule) -> None:
         unlogged = self._attached().take_logs()
         pl_module.log_dict(unlogged, on_step=False, on_epoch=True, sync_dist=True)
+        if self.log_figures and "mining/gap" in unlogged and self._attached().table.has_any:
+            log_figure(pl_module.trainer, "mining/contact_sheet", self.plot)
 
     def _attached(self) -> Mining:
         if self._mining is None:

@@ -1,6 +1,7 @@
 """What a batch is, and which pairs come together: pairs, how they are read, and loaders that go on where a run stopped."""
 
 from lightning_itm.data.batch import ImageTextBatch, PaddedSequence, check_batch, collate_pairs
+from lightning_itm.data.compositional import CompositionalDataset, CompositionalFilesDataModule
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.evaluation_items import EvaluationItems, TextsOfImages
 from lightning_itm.data.files_datamodule import ImageTextFilesDataModule, read_pairs
@@ -18,6 +19,8 @@ from lightning_itm.data.resumable_loader import (
 from lightning_itm.data.shards import ShardDataset, ShardIndex, ShardStream, verify_shards, write_shards
 
 __all__ = [
+    "CompositionalDataset",
+    "CompositionalFilesDataModule",
     "EpochOrder",
     "EpochSampler",
     "EvaluationItems",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
@@ -64,7 +65,8 @@ def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         A batch. Numbers and tensors are stacked, also those of a dict in a sample, such as ``input_ids`` and
-        ``attention_mask`` of a text. Strings are in a list, and sequences of several lengths are padded.
+        ``attention_mask`` of a text. Strings and PIL images are in a list, for models that prepare their own inputs, and
+        sequences of several lengths are padded.
 
     Raises:
         ValueError: if images or texts have several shapes, which no batch can hold.
@@ -76,7 +78,7 @@ def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             raise ValueError(
                 f"Expected every {key} of a batch to have one shape, got {sorted(shapes)}. {_WAYS_OUT.get(key, _OF_TEXT)}"
             )
-    # Mined negatives and ragged sequences first, since `default_collate` does not know them. The rest is left to it.
+    # Mined negatives, PIL images and ragged sequences first: `default_collate` does not know them. The rest is left to it.
     stacked = {key: _stack([sample[key] for sample in samples]) for key in samples[0]}
     stacked = {key: values for key, values in stacked.items() if values is not None}
     rest = [{key: value for key, value in sample.items() if key not in stacked} for sample in samples]
@@ -85,6 +87,8 @@ def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _stack(values: list[Any]) -> Any:
     """Stack what ``default_collate`` can't: mined negatives, which are samples again, and sequences of several lengths."""
+    if isinstance(values[0], Image.Image):
+        return values
     return collate_pairs(values) if isinstance(values[0], Mapping) else pad_if_ragged(values)
 
 

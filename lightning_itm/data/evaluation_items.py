@@ -26,9 +26,6 @@ class EvaluationItems(Dataset[dict[str, Any]]):
         kind: ``"image"`` to read the images, ``"text"`` to read the texts.
         num_items: How many to read, from id 0 on. Default: all. Smaller in a trial run.
 
-    Returns:
-        For each index a dict such as ``{"image": ..., "image_id": 3, "image_is_valid": True}``.
-
     Raises:
         UnreadablePairError: if not one input can be read.
 

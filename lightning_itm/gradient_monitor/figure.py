@@ -14,9 +14,11 @@ def plot_gradients(curves: dict[str, list[float]], *, low: float, high: float) -
     Returns:
         A matplotlib figure.
     """
-    import matplotlib.pyplot as plt  # Here, because training alone does not need matplotlib.
+    # Here, because training alone does not need matplotlib. A plain figure has no window, so nothing has to be closed.
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(3, 1, figsize=(9, 8), sharex=True, layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
     steps = curves["step"]
     axes[0].plot(steps, curves["loss"], color="black", linewidth=1)
     axes[0].set(ylabel="training loss", ylim=(0, None), title="Where gradients vanish, selective hard negatives go on")

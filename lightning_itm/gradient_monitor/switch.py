@@ -200,3 +200,26 @@ def _norms(tensors: list[Any]) -> Tensor:
     is_half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
     dtype = torch.float32 if is_half else None  # squares of half precision overflow
     return torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors], 2, dtype)).float()
+
+
+def restored_switch(state: dict[str, Any], towers: list[str], version: int) -> dict[str, Any]:
+    """Return the state of the switch in the checkpoint of a monitor, as this release has it.
+
+    Args:
+        state: What ``GradientNormMonitor.state_dict`` returned.
+        towers: The names of the towers of this run.
+        version: The version of the state that this release writes. Version 1 kept the highest κ instead of a reference.
+
+    Raises:
+        ValueError: if it is of a newer version, or of other towers.
+    """
+    if state.get("version", 1) > version:
+        raise ValueError(
+            f"Expected the state of `GradientNormMonitor` to be of version {version} or older, got {state['version']}. "
+            "Resume with the release of `lightning_itm` that wrote the checkpoint."
+        )
+    if state["towers"] != towers:
+        raise ValueError(
+            f"Expected the checkpoint to have the towers {towers}, got {state['towers']}. Resume with the same module."
+        )
+    return upgrade_switch_state(state["switch"])

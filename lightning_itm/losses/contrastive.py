@@ -55,13 +55,14 @@ class ScaledLoss(PairLoss):
             raise ValueError(
                 f"Expected `relative_margin` to be in [0, 1), got {relative_margin}. It is a fraction. Typical: 0.05."
             )
-        self.hardness, self.relative_margin = hardness, relative_margin
+        self.hardness, self.relative_margin = float(hardness), relative_margin
         start = self.default_logit_scale if init_logit_scale is None else init_logit_scale
         if not 0 <= start <= self.max_logit_scale:
             raise ValueError(
                 f"Expected `init_logit_scale` to be in [0, ln 100 = {self.max_logit_scale:.3f}], got {start}. "
                 "It is the logarithm of the factor: -ln(temperature)."
             )
+        self.init_logit_scale = init_logit_scale
         self.takes_pretrained_scale = init_logit_scale is None  # a start that was asked for is not overwritten
         self.logit_scale = nn.Parameter(torch.tensor(start))
 
@@ -186,6 +187,7 @@ class SigmoidLoss(ScaledLoss):
         super().__init__(init_logit_scale, hardness=hardness, relative_margin=relative_margin, reduction=reduction)
         # Both or neither: a scale and a bias are learned together, and one of them alone would not fit the other.
         self.takes_pretrained_scale = init_logit_scale is None and init_logit_bias is None
+        self.init_logit_bias = init_logit_bias
         self.logit_bias = nn.Parameter(torch.tensor(-10.0 if init_logit_bias is None else float(init_logit_bias)))
 
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:

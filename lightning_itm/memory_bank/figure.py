@@ -32,12 +32,13 @@ def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
     Raises:
         ImportError: if matplotlib is not installed. It comes with ``pip install "lightning_itm[plot]"``.
     """
-    # Here, because matplotlib is an extra that a run without figures does not need.
-    import matplotlib.pyplot as plt
+    # Here, because matplotlib is an extra that a run without figures does not need. A plain figure has no window to close.
+    from matplotlib.figure import Figure
 
     fit = [value.cpu().double() for value in sampler.statistics.fit()]
     grid = torch.linspace(LOW, 1, 1201, dtype=torch.float64)
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     kinds = (("negatives", "tab:red", "hardest negatives, fitted"), ("positives", "tab:blue", "positives, fitted"))
     counts = sampler.statistics.count.flip(0).tolist()
     for index, (similarities, (name, color, label)) in enumerate(zip(_similarities(bank), kinds, strict=True)):

@@ -12,7 +12,9 @@ from lightning_itm.captions import captions_of_images
 from lightning_itm.checks import check_choice
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank
+from lightning_itm.metrics.whole_set import whole_set
 
+_PARTS = ("image_embeddings", "text_embeddings", "image_id", "text_id")
 _Side = tuple[Tensor, Tensor, Tensor | None]  # embeddings, the ids of their images, and captions if they are compared
 
 
@@ -83,7 +85,7 @@ class ImageTextRetrieval(Metric):
         if folds is not None and folds < 1:
             raise ValueError(f"Expected `folds` to be a positive integer or None, got {folds}.")
         self.recall_at, self.folds, self.equal_captions = tuple(recall_at), folds, equal_captions
-        for name in ("image_embeddings", "text_embeddings", "image_id", "text_id", "caption_id"):
+        for name in (*_PARTS, "caption_id"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     @property
@@ -119,7 +121,7 @@ class ImageTextRetrieval(Metric):
         others = {"text_embeddings": text_embeddings, "image_id": image_id, "text_id": text_id}
         pairs = _as_pairs(image_embeddings, {**others, "caption_id": caption_id})
         # Without the graph: a metric that is fed in training would keep the activations of every batch.
-        for name in ("image_embeddings", "text_embeddings", "image_id", "text_id"):
+        for name in _PARTS:
             getattr(self, name).append(getattr(pairs, name).detach())
         self.caption_id.append(pairs.known_captions())
 
@@ -127,21 +129,17 @@ class ImageTextRetrieval(Metric):
         """Return ``i2t_r1`` … ``t2i_r10`` and ``rsum`` in percent, and the median and mean ranks of both directions."""
         if len(self.image_embeddings) == 0:  # a list of batches, or after a gather one tensor
             raise ValueError("Expected at least one batch before `compute`, got none. Call `update` first.")
-        rows_id, text_id = dim_zero_cat(self.image_id), dim_zero_cat(self.text_id)
-        image, image_id, _, _ = _first_of_each("image_id", dim_zero_cat(self.image_embeddings), rows_id)
-        text, unique_text_id, row, group = _first_of_each("text_id", dim_zero_cat(self.text_embeddings), text_id)
-        _check_finite("image", image, image_id)
-        _check_finite("text", text, unique_text_id)
-        text_image_id = rows_id[row]  # (texts,): the image of the first row of each text
-        if bool((other := text_image_id[group] != rows_id).any()):
-            raise ValueError(
-                f"Expected every text to belong to one image, got two for text_id {int(text_id[other][0])}. "
-                "Number equal texts of different images separately."
-            )
+        seen = whole_set(*(dim_zero_cat(getattr(self, name)) for name in _PARTS))
+        image, image_id, text, text_image_id = (
+            seen.image_embeddings,
+            seen.image_id,
+            seen.text_embeddings,
+            seen.text_image_id,
+        )
         images: _Side = image, image_id, None
         texts: _Side = text, text_image_id, None
         if self.equal_captions == "right":
-            caption_id = dim_zero_cat(self.caption_id)[row]
+            caption_id = dim_zero_cat(self.caption_id)[seen.text_row]
             owner = torch.searchsorted(image_id, text_image_id)  # (texts,): the row of the image
             images = image, image_id, captions_of_images(caption_id, owner, len(image_id))  # (images, most)
             texts = text, text_image_id, caption_id[:, None]  # (texts, 1)
@@ -210,41 +208,3 @@ def _as_pairs(first: EmbeddingPairs | Tensor, others: dict[str, Tensor | None]) 
             "Call `update(image_embeddings, text_embeddings, image_id, text_id)`."
         )
     return EmbeddingPairs(first, **given)
-
-
-def _first_of_each(name: str, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keep the first row of each id.
-
-    Returns:
-        The embeddings `(ids, dim)` in the order of the ids, the ids, the row each came from, and for every row of the input
-        `(rows,)` the index of its id.
-    """
-    unique, group = ids.unique(return_inverse=True)
-    rows = torch.arange(len(ids), device=ids.device)
-    row = torch.full_like(unique, len(ids)).scatter_reduce(0, group, rows, "amin")  # (ids,): the first row of each
-    first = embeddings[row]
-    again = (row[group] != rows).nonzero().squeeze(1)  # (repeated rows,)
-    cosine = torch.nn.functional.cosine_similarity(embeddings[again].float(), first[group[again]].float(), dim=1)
-    cosine = cosine.masked_fill((embeddings[again] == first[group[again]]).all(dim=1), 1)  # zeros have no direction
-    if bool((cosine < _SAME).any()):
-        bad = int(ids[again[cosine.argmin()]])
-        raise ValueError(
-            f"Expected one embedding for each `{name}`, got two that differ (cosine {float(cosine.min()):.2f}) for {name} "
-            f"{bad}. Give every image and every text a number of its own; a repeated number is counted once."
-        )
-    return first, unique, row, group
-
-
-def _check_finite(kind: str, embeddings: Tensor, ids: Tensor) -> None:
-    bad = ids[~embeddings.isfinite().all(dim=1)].tolist()
-    if bad:  # one such text would be a wrong result for every image, and recall would be 0 for no reason that is seen
-        shown = ", ".join(map(str, bad[:_NUM_SHOWN])) + (", …" if len(bad) > _NUM_SHOWN else "")
-        raise ValueError(
-            f"Expected `{kind}_embeddings` to be finite, got NaN or infinity in {len(bad)} of {len(ids)} for {kind}_id "
-            f"{shown}. Look at these inputs if they are few. If they are many, the {kind} tower has diverged: lower the "
-            "learning rate, clip gradients, or use bfloat16 in place of float16."
-        )
-
-
-_NUM_SHOWN = 5
-_SAME = 0.9  # the same input twice, in bfloat16 and in another batch, is above 0.99

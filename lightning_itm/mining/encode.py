@@ -8,7 +8,7 @@ parts are put together (:class:`EncodedRows`).
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -75,6 +75,30 @@ class EncodedPairs:
         return of_image, self.caption_id[:, None]
 
 
+class Runner(Protocol):
+    """What encoding and searching ask of a Trainer. :func:`~lightning_itm.mine` has a stand-in for runs without one."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes that share the work."""
+
+    @property
+    def global_rank(self) -> int:
+        """The number of this process, from 0."""
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that shows progress and writes files."""
+
+    @property
+    def progress_bar_callback(self) -> Any:
+        """None where no progress is shown."""
+
+    @property
+    def precision_plugin(self) -> Any:
+        """Lightning's plugin, under which inputs are converted and encoded."""
+
+
 class EncodedRows:
     """Collect the embeddings of all images, or of all texts, batch by batch, and put those of all ranks in order.
 
@@ -127,7 +151,7 @@ def _gather_rows(rows: Tensor) -> Tensor:
 
 
 def encode_pairs(
-    trainer: L.Trainer, module: Any, pairs: ImageTextDataset, num_texts: int, *, batch_size: int, num_workers: int
+    trainer: Runner, module: Any, pairs: ImageTextDataset, num_texts: int, *, batch_size: int, num_workers: int
 ) -> EncodedPairs:
     """Encode each image and each text once, as for evaluation, split over the ranks. Every rank gets all embeddings.
 
@@ -160,7 +184,7 @@ def encode_pairs(
 
 
 def _loader(
-    trainer: L.Trainer, pairs: ImageTextDataset, kind: Kind, num_rows: int, **options: Any
+    trainer: Runner, pairs: ImageTextDataset, kind: Kind, num_rows: int, **options: Any
 ) -> DataLoader[dict[str, Any]]:
     num_own = -(-num_rows // trainer.world_size)  # as many on every rank, so the last row may come twice
     own_rows = [min(i * trainer.world_size + trainer.global_rank, num_rows - 1) for i in range(num_own)]
@@ -168,7 +192,7 @@ def _loader(
     return DataLoader(items, sampler=own_rows, collate_fn=collate_pairs, **_options(), **options)
 
 
-def _stream(trainer: L.Trainer, pairs: ShardDataset, **options: Any) -> DataLoader[dict[str, Any]]:
+def _stream(trainer: Runner, pairs: ShardDataset, **options: Any) -> DataLoader[dict[str, Any]]:
     view: Any = pairs.evaluation()
     images = StreamedImages(view, rank=trainer.global_rank, world_size=trainer.world_size)
     return DataLoader(images, collate_fn=collate_pairs, **_options(), **options)
@@ -182,7 +206,7 @@ def _options() -> dict[str, Any]:
 
 
 def _encode(
-    trainer: L.Trainer, module: Any, kind: Kind, loader: DataLoader[dict[str, Any]], num_rows: int
+    trainer: Runner, module: Any, kind: Kind, loader: DataLoader[dict[str, Any]], num_rows: int
 ) -> tuple[Tensor, Tensor]:
     encode, rows = returning_vectors(getattr(module, f"encode_{kind}"), kind), EncodedRows(kind, num_rows)
     num_batches = -(-num_rows // (trainer.world_size * (loader.batch_size or 1)))
@@ -192,18 +216,18 @@ def _encode(
         # All at once, and before encoding: from pinned memory, and the host goes on to the next batch.
         batch = move_data_to_device(trainer.precision_plugin.convert_input(batch), module.device)
         rows.add({**batch, kind: unit_norm(encode(batch[kind])).float()})  # (batch, dim)
-    return rows.in_order(
-        during=f" when mining on rank {trainer.global_rank}, epoch {trainer.current_epoch}",
-        way_out="The earlier table is kept. Lower the learning rate, or clip gradients.",
-    )
+    where, kept = f" when mining on rank {trainer.global_rank}", ""
+    if isinstance(trainer, L.Trainer):
+        where, kept = f"{where}, epoch {trainer.current_epoch}", "The earlier table is kept. "
+    return rows.in_order(during=where, way_out=f"{kept}Lower the learning rate, or clip gradients.")
 
 
-def part_of(trainer: L.Trainer) -> dict[str, Any]:
+def part_of(trainer: Runner) -> dict[str, Any]:
     """Return which part of a search this process has, as ``find_negatives`` takes it, and whether it shows progress."""
     return {"rank": trainer.global_rank, "world_size": trainer.world_size, "is_shown": _is_progress_shown(trainer)}
 
 
-def _is_progress_shown(trainer: L.Trainer) -> bool:
+def _is_progress_shown(trainer: Runner) -> bool:
     return trainer.progress_bar_callback is not None and trainer.is_global_zero
 
 

@@ -18,7 +18,7 @@ GROUP_STREAM = 0x5EED
 class HardBatches(NamedTuple):
     """Say in which order an epoch reads the pairs, and which of them belong together.
 
-    Args:
+    Attributes:
         order: int32 `(pairs,)`, the number of the pair at each position. Each pair comes once.
         group: int32 `(pairs,)`, the group of the pair at each position. The pairs of a group stand side by side.
     """

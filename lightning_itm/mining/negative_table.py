@@ -39,6 +39,11 @@ class NegativeTable(SharedIntegers):
         """int32 `(num_texts, images_per_text)`, the hardest images of each text first. The rest of a row is −1."""
         return self.tensors[1]
 
+    @property
+    def has_any(self) -> bool:
+        """Whether anything was mined. Rows are filled from the front."""
+        return bool((self.texts[:, 0] >= 0).any() or (self.images[:, 0] >= 0).any())
+
     def clear(self) -> None:
         """Remove all entries."""
         self.texts.fill_(-1)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_itm.data.batch import check_batch
 from lightning_itm.embeddings import RETURN_EMBEDDINGS, EmbeddingPairs, HardNegatives
 from lightning_itm.encoder_output import returning_vectors
+from lightning_itm.export.exportable import Exportable
 from lightning_itm.functional.similarity import unit_norm
-from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
 from lightning_itm.models.gradient_cache import check_chunk_size, encode_in_chunks, warn_of_batch_norm
 from lightning_itm.models.negatives_check import ChecksNegatives
@@ -24,7 +24,7 @@ LOSS_INPUTS = ("memory", "hard", "selective")
 """The entries of a batch that are passed on to the loss if a callback has put them there."""
 
 
-class DualEncoder(ResumableModule, ChecksNegatives):
+class DualEncoder(ResumableModule, ChecksNegatives, Exportable):
     """Train two encoders so that matching images and texts are close.
 
     In plain terms: subclass it, write :meth:`encode_image` and :meth:`encode_text`, and give it to a Lightning ``Trainer``.
@@ -32,14 +32,14 @@ class DualEncoder(ResumableModule, ChecksNegatives):
     1. *Training* encodes a batch, compares all its images with all its texts, and logs the loss and what the loss reports
        about itself (``train/loss``, ...).
     2. *Validation and test* log recall at K in both directions over the whole set (``val/i2t_r1`` … ``val/t2i_r10``,
-       ``val/rsum``), and ranks.
+       ``val/rsum``), and ranks. The texts of one image stand side by side in a set, and the image is encoded once for them.
     3. *The optimizer* is AdamW with a warm-up and a cosine. Override :meth:`parameter_groups` or ``configure_optimizers`` for
        another.
     4. *A checkpoint* holds the state of the random streams. A resumed run draws what the uninterrupted one would have drawn.
 
     Args:
         loss: The loss of a batch, a module that is called as ``loss(pairs, candidates)`` and returns a dict with ``"loss"``.
-            Default: :class:`InfoNCELoss`, the loss of CLIP.
+            Default: :class:`~lightning_itm.InfoNCELoss`, the loss of CLIP. A checkpoint makes one of ours again by itself.
         learning_rate: The highest learning rate, which the warm-up ends at. The default, 1e-5, is for fine-tuning a pretrained
             model. Try 5e-4 to train from scratch.
         weight_decay: The weight decay of AdamW, often between 0.01 and 0.2. It is not applied to norms, biases and
@@ -91,7 +91,7 @@ class DualEncoder(ResumableModule, ChecksNegatives):
         self.save_settings({**settings, "chunk_size": chunk_size})  # modules among a subclass's arguments stay out
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
         self.chunk_size = chunk_size
-        self.loss = InfoNCELoss() if loss is None else loss
+        self.set_loss(loss)
         self._retrieval = RetrievalMetrics()
 
     def encode_image(self, image: Any) -> Tensor:
@@ -181,11 +181,11 @@ class DualEncoder(ResumableModule, ChecksNegatives):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take a batch into the metric of its loader."""
-        self._retrieval.update("val", dataloader_idx, self.embed(batch), make=self.configure_retrieval)
+        self._retrieval.take("val", dataloader_idx, batch, self)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take a batch into the metric of its loader."""
-        self._retrieval.update("test", dataloader_idx, self.embed(batch), make=self.configure_retrieval)
+        self._retrieval.take("test", dataloader_idx, batch, self)
 
     # The metrics are emptied at the start of an epoch, not only at its end: an interrupted validation has no end.
     def on_validation_epoch_start(self) -> None:

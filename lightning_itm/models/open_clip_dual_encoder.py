@@ -2,19 +2,28 @@
 
 from collections.abc import Sequence
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 from torch import Tensor, nn
 
+from lightning_itm.export.open_clip_folder import create_described_model
+from lightning_itm.export.open_clip_module import ExportsToOpenCLIP, shapes_of
+from lightning_itm.export.scale import return_scale, take_scale
 from lightning_itm.models.optimization import check_layer_decay
-from lightning_itm.models.pretrained.open_clip_config import read_model_config, resolve_model_name
+from lightning_itm.models.pretrained.open_clip_config import (
+    describe_forced_model,
+    read_model_config,
+    resolve_model_name,
+)
 from lightning_itm.models.pretrained.open_clip_locks import check_unlocked_groups, lock_towers
 from lightning_itm.models.pretrained.pretrained_dual_encoder import PretrainedDualEncoder
-from lightning_itm.models.pretrained.scale import hand_over_scale
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class OpenCLIPDualEncoder(PretrainedDualEncoder):
+class OpenCLIPDualEncoder(ExportsToOpenCLIP, PretrainedDualEncoder):
     """Fine-tune any model of open_clip: CLIP, SigLIP, CoCa, and what the Hugging Face Hub has in its format.
 
     In plain terms: name the model and the pretrained weights, pass ``**model.transforms`` to the dataset, and train it like
@@ -27,11 +36,15 @@ class OpenCLIPDualEncoder(PretrainedDualEncoder):
     - *Speed*: ``compile=True``, if the run is long enough to pay for some minutes of compilation.
 
     The loss owns ``logit_scale`` and ``logit_bias``. With pretrained weights, the model's values are copied into the loss
-    unless the loss was given its own. The model's own parameters of these names are frozen, and so is the captioner of CoCa,
-    because DDP stops at parameters that are trained and not used.
+    unless the loss was given its own. The model's own parameters of these names are frozen. They get the trained values of
+    the loss when the mode is set (``eval()``) and in ``state_dict()``. The captioner of CoCa is frozen, too, because DDP stops
+    at parameters that are trained and not used.
 
-    ``load_from_checkpoint(path, loss=...)`` needs the loss again. It also reads ``pretrained`` again unless it is called with
-    ``pretrained=None``.
+    ``load_from_checkpoint(path)`` reads neither ``pretrained`` nor the hub: a checkpoint says how the model is built. The
+    exceptions are models with a text tower or a tokenizer of Hugging Face, which are looked up where they came from, and
+    ``save_adapters_only``.
+
+    ``save_pretrained(folder)`` and ``push_to_hub("owner/name")`` write the trained model for open_clip, with adapters merged.
 
     Args:
         model_name: The name of the model, such as ``"ViT-B-32"``: one of ``open_clip.list_models()``, ``hf-hub:...`` or
@@ -67,8 +80,8 @@ class OpenCLIPDualEncoder(PretrainedDualEncoder):
         image_mean: The mean of each colour, three numbers, if it is not the one of the pretrained weights.
         image_std: The standard deviation of each colour, likewise.
         cache_dir: The folder that weights are downloaded into. Default: the one of the Hugging Face hub.
-        model_config: The architecture as a dict, with the keys of such a JSON file. It is what a checkpoint keeps of the file.
-            Default: that of ``model_name``.
+        config: How a checkpoint describes the model. ``load_from_checkpoint`` gives it, so leave it out. With it,
+            ``pretrained`` is not read, because the weights of the checkpoint follow. It is with ``save_adapters_only``.
         **kwargs: Further options of :class:`DualEncoder`, such as ``learning_rate`` and ``chunk_size``.
 
     Attributes:
@@ -108,40 +121,47 @@ class OpenCLIPDualEncoder(PretrainedDualEncoder):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
         cache_dir: str | PathLike[str] | None = None,
-        model_config: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(loss, **kwargs)
         model_name, cache_dir = fspath(model_name), None if cache_dir is None else fspath(cache_dir)
         pretrained = None if pretrained is None else fspath(pretrained)
-        config = read_model_config(model_name) if model_config is None else model_config
-        forced: dict[str, Any] = {
-            "force_image_size": force_image_size,
-            "force_quick_gelu": force_quick_gelu,
-            "image_mean": image_mean,
-        }
-        forced |= {"image_std": image_std, "force_context_length": force_context_length, "cache_dir": cache_dir}
+        check_layer_decay(layer_decay)
+        check_unlocked_groups(unlocked_groups, lock_image=lock_image, lock_text=lock_text)
+        has_weights = pretrained is not None or ":" in model_name
+        self.check_lora(lora, saves_adapters_only=save_adapters_only, has_weights=has_weights, is_compiled=compile)
+        self.layer_decay = layer_decay
+        forced: dict[str, Any] = {"force_image_size": force_image_size, "force_context_length": force_context_length}
+        forced |= {"force_quick_gelu": force_quick_gelu, "image_mean": image_mean, "image_std": image_std}
+        if config is not None and config["model_name"] != model_name:
+            config = None  # another model was asked for, by its name
+        if config is None or save_adapters_only:  # with the latter, the checkpoint lacks the frozen weights
+            name = resolve_model_name(model_name, read_model_config(model_name, config))
+            self.model, *transforms = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained, aug_cfg=augmentation, cache_dir=cache_dir, **forced
+            )
+            transforms.append(open_clip.get_tokenizer(name, context_length=force_context_length, cache_dir=cache_dir))
+            config = describe_forced_model(name, self.model, forced, cache_dir) | {"model_name": model_name}
+            if has_weights:
+                take_scale(self.loss, self.model)
+        else:
+            self.model, *transforms = create_described_model(config, augmentation)
+        self.transforms = dict(zip(("transform", "eval_transform", "tokenizer"), transforms, strict=True))
         self.save_settings(
             {"model_name": model_name, "pretrained": pretrained, "lock_image": lock_image, "lock_text": lock_text}
             | {"gradient_checkpointing": gradient_checkpointing, "layer_decay": layer_decay, "compile": compile}
-            | {"augmentation": augmentation, "unlocked_groups": unlocked_groups, "lora": lora}
-            | {"save_adapters_only": save_adapters_only, "model_config": config, **forced}
+            | {"augmentation": augmentation, "unlocked_groups": unlocked_groups, "lora": lora, "config": config}
+            | {"save_adapters_only": save_adapters_only, "cache_dir": cache_dir, **forced}
         )
-        check_layer_decay(layer_decay)
-        check_unlocked_groups(unlocked_groups, lock_image=lock_image, lock_text=lock_text)
-        self.layer_decay = layer_decay
-        name = resolve_model_name(model_name, config)
-        has_weights = pretrained is not None or ":" in name
-        self.check_lora(lora, saves_adapters_only=save_adapters_only, has_weights=has_weights, is_compiled=compile)
-        self.model, transform, eval_transform = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, aug_cfg=augmentation, **forced
-        )
-        tokenizer = open_clip.get_tokenizer(name, context_length=force_context_length, cache_dir=cache_dir)
-        self.transforms = {"transform": transform, "eval_transform": eval_transform, "tokenizer": tokenizer}
-        if has_weights:
-            hand_over_scale(self.model, self.loss)
         lock_towers(self.model, lock_image=lock_image, lock_text=lock_text, unlocked_groups=unlocked_groups)
         self._prepare(gradient_checkpointing, compile)
+
+    def train(self, mode: bool = True) -> "Self":
+        """Set the mode of all parts except the batch norms of a locked tower, whose statistics stay as they are."""
+        super().train(mode)
+        self._return_scale()
+        return self
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images `(pairs, 3, height, width)` as the model's ``transforms`` give them."""
@@ -164,6 +184,8 @@ class OpenCLIPDualEncoder(PretrainedDualEncoder):
         return {"image": self.model.visual, "text": text}
 
     def _prepare(self, gradient_checkpointing: bool, compiles: bool) -> None:
+        self.exported_shapes = shapes_of(self.model.state_dict())
+        self.model.register_state_dict_pre_hook(self._return_scale)  # a method: a deep copy has one of its own
         self.adapt()
         if gradient_checkpointing:
             self.model.set_grad_checkpointing()
@@ -176,3 +198,6 @@ class OpenCLIPDualEncoder(PretrainedDualEncoder):
         for name in ("visual", "text", "transformer"):  # the last: of a text tower that is spread over the model
             if hasattr(self.model, name):
                 getattr(self.model, name).compile()
+
+    def _return_scale(self, *_: Any) -> None:
+        return_scale(self.loss, self.model)

@@ -96,13 +96,16 @@ class ResidualVSE(DualEncoder):
         **kwargs: Any,
     ) -> None:
         kwargs = {"warmup_steps": 0, **kwargs}
-        loss = TripletLoss(negatives="selective") if loss is None else loss
         super().__init__(loss, learning_rate=learning_rate, **kwargs)
         self.save_settings(
             {"vocab_size": vocab_size, "image_dim": image_dim, "embed_dim": embed_dim, "word_dim": word_dim}
         )
         self.image_encoder = RegionEncoder(image_dim, embed_dim)
         self.text_encoder = WordEncoder(vocab_size, word_dim, embed_dim)
+
+    def default_loss(self) -> nn.Module:
+        """Return the selective triplet loss."""
+        return TripletLoss(negatives="selective")
 
     def encode_image(self, image: PaddedSequence) -> Tensor:
         """Encode sets of region features into one vector per image."""

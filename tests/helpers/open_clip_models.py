@@ -46,6 +46,35 @@ CONFIGS = {
         "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True},
     },
 }
+TIMM = {  # whose batch norms are activations, too
+    "tiny-timm": {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 64,
+            "timm_model_name": "test_efficientnet",
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+        },
+        "text_cfg": TEXT,
+    },
+}
+
+
+def write_hugging_face(folder):
+    """Write a small BERT and a tokenizer to a folder, and return the configuration of a model with this text tower."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[SEP]", "a", "the", "red", "square", "cat", ",", "and", "cup", "of", "coffee", "number"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    text = {"context_length": 12, "hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
+    text |= {"hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
+    return {"embed_dim": 24, "vision_cfg": CONFIGS["tiny-vit"]["vision_cfg"], "text_cfg": text}
 
 
 def register(configs, folder):

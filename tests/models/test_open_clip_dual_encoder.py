@@ -15,23 +15,10 @@ from lightning_itm import (
     TripletLoss,
 )
 from tests.compilation import needs_compiler
-from tests.helpers.open_clip_models import CONFIGS, TEXT, data_for, register
+from tests.helpers.open_clip_models import CONFIGS, TIMM, data_for, register
 from tests.helpers.pictures import cut_outs
 from tests.helpers.tiny import SILENT
 
-# timm's batch norms are activations, too.
-TIMM = {
-    "tiny-timm": {
-        "embed_dim": 24,
-        "vision_cfg": {
-            "image_size": 64,
-            "timm_model_name": "test_efficientnet",
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-        },
-        "text_cfg": TEXT,
-    },
-}
 EVAL_MODE = "ignore:Found .* module\\(s\\) in eval mode"  # Lightning's word for batch norms that are locked
 
 

@@ -51,6 +51,8 @@ class CaptionsOfImages:
         self.source, self.image_root = source, image_root
         self.captions: dict[Path, list[str]] = {}  # in the order in which each image comes first
         self.texts_of: dict[str | Path, list[str]] = {}  # the same lists, by what the file calls the image
+        self.image_ids: dict[Path, Any] = {}  # what the file calls images and captions, where a reader asks for it
+        self.caption_ids: dict[Path, list[Any]] = {}
         self.num_left_out = 0
         self.first_left_out = ""
 
@@ -77,6 +79,12 @@ class CaptionsOfImages:
         if others and not self.num_left_out:
             self.first_left_out = f"{where}: {shorten(others[0])}"
         self.num_left_out += len(others)
+
+    def add_ids(self, image: str | Path, image_id: Any, caption_ids: list[Any]) -> None:
+        """Take in what a file calls an image and each of its captions that are kept, after :meth:`add`."""
+        path = Path(self.image_root, image)
+        self.image_ids.setdefault(path, image_id)
+        self.caption_ids.setdefault(path, []).extend(caption_ids)
 
     def add_row(self, row: Any, image_key: str, text_key: str, where: str) -> None:
         """Take in an object of a JSON file, with the path of an image and its captions.

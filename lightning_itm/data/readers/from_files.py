@@ -5,7 +5,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_itm.data.readers.folders import read_folder
-from lightning_itm.data.readers.json_files import read_karpathy
+from lightning_itm.data.readers.json_files import read_karpathy_with_ids
 from lightning_itm.data.readers.tables import read_jsonl, read_table
 
 Pairs = TypeVar("Pairs", bound="FromFiles")
@@ -13,6 +13,11 @@ Pairs = TypeVar("Pairs", bound="FromFiles")
 
 class FromFiles:
     """Read a set from files. The class is called with the images, their texts, and the options."""
+
+    coco_image_id: list[int] | None = None
+    """COCO's id of each image (``cocoid``), after :meth:`from_karpathy` of COCO. None elsewhere."""
+    coco_caption_id: list[int] | None = None
+    """COCO's id of each caption (``sentid``), likewise. See :func:`~lightning_itm.metrics.coco_ranking`."""
 
     if TYPE_CHECKING:
 
@@ -38,6 +43,9 @@ class FromFiles:
             encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
             **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
+        Returns:
+            The set. Of COCO, ``coco_image_id`` and ``coco_caption_id`` are its own ids, for evaluations that ask for them.
+
         Raises:
             ValueError: if the file has another form, or if no image has that split.
             FileNotFoundError: if the first image does not exist.
@@ -45,7 +53,10 @@ class FromFiles:
         References:
             Karpathy and Fei-Fei, *Deep Visual-Semantic Alignments for Generating Image Descriptions*, CVPR 2015.
         """
-        return cls(*read_karpathy(path, image_root, split, encoding), **kwargs)
+        read, ids = read_karpathy_with_ids(path, image_root, split, encoding)
+        pairs = cls(*read, **kwargs)
+        pairs.coco_image_id, pairs.coco_caption_id = ids.image, ids.caption
+        return pairs
 
     @classmethod
     def from_csv(

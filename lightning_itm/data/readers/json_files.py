@@ -3,10 +3,19 @@
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lightning_itm.data.readers.captions import CaptionsOfImages, ImagesAndTexts, shorten
+from lightning_itm.data.readers.captions import CaptionsOfImages, ImagesAndTexts, shorten, split_captions
 from lightning_itm.data.readers.text_files import load_json, read_text
+
+
+class CocoIds(NamedTuple):
+    """Hold what COCO calls each image and each caption, in the order in which they are read."""
+
+    image: list[int] | None = None
+    """The ``cocoid`` of each image. None where the file has none, as that of Flickr30K."""
+    caption: list[int] | None = None
+    """The ``sentid`` of each caption."""
 
 
 def read_json(
@@ -45,9 +54,24 @@ def read_karpathy(
         ValueError: if the file has another form, if it has no such split, or if no image has a caption.
         FileNotFoundError: if the first image does not exist.
     """
+    return read_karpathy_with_ids(path, image_root, split, encoding)[0]
+
+
+def read_karpathy_with_ids(
+    path: str | PathLike[str],
+    image_root: str | PathLike[str],
+    split: str | Sequence[str],
+    encoding: str | None = None,
+) -> tuple[ImagesAndTexts, CocoIds]:
+    """Read a split of a Karpathy JSON as :func:`read_karpathy` does, and what COCO calls its images and captions."""
     found = CaptionsOfImages(path, image_root)
     _read_karpathy(load_json(read_text(path, encoding), fspath(path)), found, split)
-    return found.finish()
+    images, texts = found.finish()
+    image_ids = [found.image_ids.get(image) for image in images]
+    caption_ids = [name for image in images for name in found.caption_ids.get(image, [])]
+    are_known = all(isinstance(name, int) for name in (*image_ids, *caption_ids))
+    are_known &= len(caption_ids) == sum(map(len, texts))  # sentences of another form have none
+    return (images, texts), CocoIds(image_ids, caption_ids) if are_known else CocoIds()  # type: ignore[arg-type]
 
 
 def _read_list(content: list[Any], found: CaptionsOfImages, image_column: str, text_column: str) -> None:
@@ -95,7 +119,15 @@ def _read_karpathy(content: Any, found: CaptionsOfImages, split: str | Sequence[
         is_path = isinstance(name, str) and name.strip() and isinstance(folder, str)
         sentences = entry["sentences"]
         captions = [_raw(sentence) for sentence in sentences] if isinstance(sentences, list) else sentences
-        found.add(Path(folder, name) if is_path else name, captions, f"entry {number} of 'images'")
+        image = Path(folder, name) if is_path else name
+        found.add(image, captions, f"entry {number} of 'images'")
+        if "cocoid" in entry and isinstance(sentences, list):
+            kept = [sentence for sentence in sentences if split_captions([_raw(sentence)])[0]]
+            found.add_ids(image, entry["cocoid"], [_sentence_id(sentence) for sentence in kept])
+
+
+def _sentence_id(sentence: Any) -> Any:
+    return sentence.get("sentid") if isinstance(sentence, dict) else None
 
 
 def _raw(sentence: Any) -> Any:

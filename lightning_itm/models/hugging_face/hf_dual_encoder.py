@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_itm.encoder_output import vectors_of
+from lightning_itm.export.exportable import whole_folder
+from lightning_itm.export.scale import take_scale
 from lightning_itm.models.hugging_face.architecture import (
     build_model,
     compute_activations_twice,
@@ -14,7 +17,6 @@ from lightning_itm.models.hugging_face.architecture import (
     read_config,
     towers_of,
 )
-from lightning_itm.models.hugging_face.hub import push_folder
 from lightning_itm.models.hugging_face.transforms import (
     from_files,
     make_transforms,
@@ -24,7 +26,7 @@ from lightning_itm.models.hugging_face.transforms import (
 )
 from lightning_itm.models.optimization import check_layer_decay
 from lightning_itm.models.pretrained.pretrained_dual_encoder import PretrainedDualEncoder
-from lightning_itm.models.pretrained.scale import freeze_scale, hand_over_scale
+from lightning_itm.models.pretrained.scale import freeze_scale
 
 FILES = "hugging_face_files"  # the key of a checkpoint that holds tokenizer and image processor
 
@@ -45,7 +47,7 @@ class HFDualEncoder(PretrainedDualEncoder):
     SigLIP 2 get no attention mask, because they were trained without one.
 
     A checkpoint holds the configuration of the model, and its tokenizer and image processor once ``transforms`` was used. So
-    ``load_from_checkpoint(path, loss=...)`` reads nothing from the hub.
+    ``load_from_checkpoint(path)`` reads nothing from the hub.
 
     Args:
         model_name: The model, such as ``"openai/clip-vit-base-patch32"`` or ``"google/siglip2-base-patch16-224"``: a name of
@@ -98,6 +100,8 @@ class HFDualEncoder(PretrainedDualEncoder):
         Loss for Language Image Pre-Training*, ICCV 2023. Tschannen et al., *SigLIP 2*, arXiv 2502.14786.
     """
 
+    library_name = "transformers"
+
     def __init__(
         self,
         model_name: str | PathLike[str] | None = None,
@@ -142,7 +146,7 @@ class HFDualEncoder(PretrainedDualEncoder):
         )
         self._transforms: dict[str, Any] | None = None
         if reads_weights:
-            hand_over_scale(self.model, self.loss)
+            take_scale(self.loss, self.model)
         self._prepare(gradient_checkpointing, compile)
         self.train(self.training)  # `from_pretrained` returns models in eval mode
 
@@ -182,33 +186,25 @@ class HFDualEncoder(PretrainedDualEncoder):
         """Return the image tower, and the text tower, each with its projection."""
         return towers_of(self.model)
 
+    @rank_zero_only
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write the model in the format of Hugging Face, with the trained temperature and bias, tokenizer and processor.
 
-        Adapters of ``lora`` are merged.
-
-        ``transformers.AutoModel.from_pretrained(folder)`` reads it, and so does ``HFDualEncoder(folder)``.
+        Adapters of ``lora`` are merged. ``transformers.AutoModel.from_pretrained(folder)`` reads it, and so does
+        ``HFDualEncoder(folder)``.
 
         Args:
-            folder: The folder, which is made if there is none. Files of these names in it are replaced.
+            folder: A folder that is new or empty. In a run on several devices, one process writes.
 
-        Example:
-            ``model.save_pretrained("my-clip")``
+        Raises:
+            FileExistsError: if there is anything in the folder.
         """
         merged: Any = self.merged()
-        merged.save_pretrained(fspath(folder))
-        for part in self._processors():
-            if part is not None:
-                part.save_pretrained(folder)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload what :meth:`save_pretrained` writes to the Hugging Face hub, and return its address.
-
-        Args:
-            repo_id: The name of the repository, such as ``"my-name/my-clip"``. It is made if there is none.
-            **kwargs: ``private``, ``token``, ``revision`` and ``commit_message``, as ``huggingface_hub`` takes them.
-        """
-        return push_folder(self.save_pretrained, repo_id, **kwargs)
+        with whole_folder(folder) as part:
+            merged.save_pretrained(part)
+            for processor in self._processors():
+                if processor is not None:
+                    processor.save_pretrained(part)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the tokenizer and the image processor, too, once they were used."""

@@ -64,13 +64,15 @@ def add_adapters(model: nn.Module, towers: Mapping[str, nn.Module], options: Map
             module.__class__ = AdaptedAttention
 
 
-def merge_adapters(model: nn.Module) -> nn.Module:
+def merge_adapters(model: nn.Module, owner: nn.Module | None = None) -> nn.Module:
     """Return a copy of a model whose adapters are added to the weights. The names of its weights are those without adapters.
 
     Args:
         model: A model with adapters, or without any. It is not changed.
+        owner: The module around it, whose methods may be hooks of the model. It is not copied, and the copy has no such hooks.
     """
-    merged = copy.deepcopy(model)
+    merged = copy.deepcopy(model, {} if owner is None else {id(owner): owner})
+    merged._state_dict_pre_hooks.clear()
     while adapted := [(name, part) for name, part in merged.named_modules() if hasattr(part, "lora_A")]:
         name, layer = adapted[0]  # the outermost first: an attention layer merges what it holds
         part: Any = layer

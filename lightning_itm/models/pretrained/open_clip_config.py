@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.pretrained import download_pretrained_from_hf
 
+from lightning_itm.export.open_clip_folder import describe_model
+
+_HUB = "hf-hub:"
 KEYS = ("embed_dim", "vision_cfg", "text_cfg")
 
 
-def read_model_config(model_name: str) -> dict[str, Any] | None:
+def read_model_config(model_name: str, described: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Return the configuration in a JSON file, and ``None`` for a name that is no such file.
 
     Args:
         model_name: The name of a model, or the path of a file that ends with ``.json``.
+        described: What a checkpoint keeps of it. The file is not read then.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -24,6 +29,8 @@ def read_model_config(model_name: str) -> dict[str, Any] | None:
     """
     if not model_name.endswith(".json"):
         return None
+    if described is not None:
+        return dict(described["model_cfg"])
     path = Path(model_name)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a model configuration at {model_name!r}, found none. Correct the path.")
@@ -66,3 +73,32 @@ def resolve_model_name(model_name: str, config: Mapping[str, Any] | None) -> str
             path.write_text(text, encoding="utf-8")
             open_clip.add_model_config(path)
     return name
+
+
+def describe_forced_model(
+    name: str, model: Any, forced: Mapping[str, Any], cache_dir: str | None = None
+) -> dict[str, Any]:
+    """Return how a model is built, as :func:`~lightning_itm.export.open_clip_folder.describe_model`, with forced options.
+
+    Args:
+        name: The name by which open_clip finds the model.
+        model: The model.
+        forced: The options that it was made with, of which some change its configuration.
+        cache_dir: The folder that it was downloaded into. Default: the one of the hub.
+    """
+    known = None
+    if name.startswith(_HUB):  # by the name alone, open_clip would look into the hub's own folder
+        file = download_pretrained_from_hf(
+            name.removeprefix(_HUB), filename="open_clip_config.json", cache_dir=cache_dir
+        )
+        known = json.loads(Path(file).read_text(encoding="utf-8"))["model_cfg"]
+    described = describe_model(name, model=model, model_cfg=known)
+    config = described["model_cfg"]
+    if forced["force_quick_gelu"]:
+        config["quick_gelu"] = True
+    if forced["force_image_size"] is not None:
+        size = forced["force_image_size"]
+        config["vision_cfg"]["image_size"] = size if isinstance(size, int) else list(size)
+    if forced["force_context_length"] is not None:
+        config["text_cfg"]["context_length"] = forced["force_context_length"]
+    return described

@@ -3,16 +3,14 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from lightning_itm.losses.contrastive import ScaledLoss
+from lightning_itm.export.scale import return_scale
 from lightning_itm.models.dual_encoder import DualEncoder
 from lightning_itm.models.optimization import split_towers_by_depth
 from lightning_itm.models.pretrained.locked import keep_batch_statistics
 from lightning_itm.models.pretrained.lora import add_adapters, merge_adapters
 from lightning_itm.models.pretrained.lora_options import lora_options
-from lightning_itm.models.pretrained.scale import scale_of_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,13 +65,8 @@ class PretrainedDualEncoder(DualEncoder):
 
     def merged(self) -> nn.Module:
         """Return a copy of the model for use without this package: adapters merged, with the trained temperature and bias."""
-        # The loss brings its logarithm back into range at each step's costs, and the last step may have led out of it.
-        if isinstance(self.loss, ScaledLoss):
-            self.loss.scale()
-        merged = merge_adapters(self.model)
-        with torch.no_grad():
-            for name, value in scale_of_loss(self.loss, merged).items():
-                getattr(merged, name).copy_(value)
+        merged = merge_adapters(self.model, self)
+        return_scale(self.loss, merged)
         return merged
 
     def train(self, mode: bool = True) -> "Self":
