@@ -26,7 +26,7 @@ from lightning_itm.losses import InfoNCELoss, QuintupletLoss, SigmoidLoss, Tripl
 from lightning_itm.memory_bank import FalseNegativeSampler
 from lightning_itm.metrics import ImageTextRetrieval, zero_shot_accuracy
 from lightning_itm.mining import HardNegativeDataset
-from lightning_itm.models import DualEncoder, OpenCLIPDualEncoder, ResidualVSE, interpolate_weights
+from lightning_itm.models import DualEncoder, HFDualEncoder, OpenCLIPDualEncoder, ResidualVSE, interpolate_weights
 from lightning_itm.standalone import mine
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "FalseNegativeElimination",
     "FalseNegativeSampler",
     "GradientNormMonitor",
+    "HFDualEncoder",
     "HardNegativeDataset",
     "ImageTextDataModule",
     "ImageTextDataset",

@@ -29,23 +29,33 @@ def check_tokens(tokens: Any) -> Any:
     """Return what a tokenizer made of one text, without the dimension of the texts.
 
     Args:
-        tokens: What the tokenizer returned for a list of one text: a tensor or array `(1, length)`, or a list of one string.
+        tokens: What the tokenizer returned for a list of one text: a tensor or array `(1, length)`, a mapping of these such as
+            the ``BatchEncoding`` of ``transformers``, or a list of one string.
+
+    Returns:
+        The row of the text, such as a tensor `(length,)`. Of a mapping, a dict of rows.
 
     Raises:
         TypeError: if it is something else. Lists of ids would be cut into columns where a batch is stacked, silently.
+        ValueError: if a value of a mapping has not exactly one row.
 
     Example:
         >>> from lightning_itm.checks import check_tokens
         >>> check_tokens([[101, 7, 102]])
         Traceback (most recent call last):
-        TypeError: Expected `tokenizer` to return a tensor (1, length) for a list of one text, got list of list. ...
+        TypeError: Expected `tokenizer` to return a tensor (1, length) for a list of one text, or a dict of these, got ...
     """
+    if isinstance(tokens, Mapping) and tokens and all(len(getattr(value, "shape", ())) for value in tokens.values()):
+        if odd := {key: tuple(value.shape) for key, value in tokens.items() if len(value) != 1}:
+            raise ValueError(f"Expected `tokenizer` to return one row for a list of one text, got the shapes {odd}.")
+        return {key: value[0] for key, value in tokens.items()}
     row = tokens[0] if (isinstance(tokens, Sequence) and tokens) or len(getattr(tokens, "shape", ())) else None
     # What can be stacked into a batch: strings, dicts of tensors, and whatever has a shape.
     if isinstance(row, str | Mapping) or hasattr(row, "shape"):
         return row
-    got = type(tokens).__name__ + (f" of {type(row).__name__}" if row is not None else "")
+    inner = next(iter(tokens.values()), None) if isinstance(tokens, Mapping) else row
+    got = type(tokens).__name__ + (f" of {type(inner).__name__}" if inner is not None else "")
     raise TypeError(
-        f"Expected `tokenizer` to return a tensor (1, length) for a list of one text, got {got}. For one of transformers, "
-        'give `lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]`.'
+        f"Expected `tokenizer` to return a tensor (1, length) for a list of one text, or a dict of these, got {got}. For one "
+        'of transformers, give `lambda texts: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")`.'
     )

@@ -29,7 +29,7 @@ def test_what_a_tokenizer_may_return(tokens):
     [
         ([[1, 2]], "list of list"),
         ([object()], "list of object"),
-        ({"input_ids": [[1]]}, "dict"),
+        ({"input_ids": [[1]]}, "dict of list"),
         (None, "NoneType"),
         ([], "list"),
     ],
@@ -38,6 +38,17 @@ def test_what_it_may_not_return(tokens, got):
     """Each text is one row of a batch. Lists of ids would be stacked into columns."""
     pairs = ImageTextDataset([Image.new("RGB", (8, 8))], ["a"], tokenizer=lambda texts: tokens)
     with pytest.raises(
-        TypeError, match=rf"`tokenizer` to return a tensor \(1, length\) .* got {got}\. For one of transformers"
+        TypeError,
+        match=rf"`tokenizer` to return a tensor \(1, length\) .* or a dict of these, got {got}\. For one of transformers",
     ):
         pairs[0]
+
+
+def test_a_dict_of_tensors_is_cut_into_rows():
+    row = check_tokens({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 0]])})
+    assert {key: value.tolist() for key, value in row.items()} == {"input_ids": [1, 2], "attention_mask": [1, 0]}
+
+
+def test_a_dict_of_several_rows_is_refused():
+    with pytest.raises(ValueError, match=r"one row for a list of one text, got the shapes \{'input_ids': \(2, 3\)\}"):
+        check_tokens({"input_ids": torch.ones(2, 3)})

@@ -22,7 +22,7 @@ class ImageTextBatch(TypedDict):
     image: Any
     """What ``encode_image`` takes, usually a tensor `(pairs, channels, height, width)`."""
     text: Any
-    """What ``encode_text`` takes, usually token ids `(pairs, context_length)`."""
+    """What ``encode_text`` takes, usually token ids `(pairs, context_length)`, or a dict of these and an attention mask."""
     image_id: Tensor
     """int64 `(pairs,)`."""
     text_id: Tensor
@@ -52,6 +52,11 @@ def check_batch(batch: Any) -> None:
         )
 
 
+_OF_IMAGE = "Give `ImageTextDataset` a `transform` and an `eval_transform` that resize."
+_OF_TEXT = "Give `ImageTextDataset` a `tokenizer` that pads to a fixed length."
+_WAYS_OUT = {"image": _OF_IMAGE, "pixel_values": _OF_IMAGE}  # all other tensors of unequal lengths are texts
+
+
 def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch.
 
@@ -59,24 +64,19 @@ def collate_pairs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         samples: One dict for each pair, as :class:`~lightning_itm.ImageTextDataset` returns them.
 
     Returns:
-        A batch. Numbers and tensors are stacked, strings and PIL images are in a list, for models that prepare their own
-        inputs, and sequences of several lengths are padded.
+        A batch. Numbers and tensors are stacked, also those of a dict in a sample, such as ``input_ids`` and
+        ``attention_mask`` of a text. Strings and PIL images are in a list, for models that prepare their own inputs, and
+        sequences of several lengths are padded.
 
     Raises:
         ValueError: if images or texts have several shapes, which no batch can hold.
     """
     # PyTorch's own message names two sizes, and not what they are sizes of.
-    for key in ("image", "text"):
+    for key in samples[0]:
         shapes = {tuple(value.shape) for sample in samples if isinstance(value := sample.get(key), Tensor)}
         if len(shapes) > 1:
             raise ValueError(
-                f"Expected every {key} of a batch to have one shape, got {sorted(shapes)}. "
-                + (
-                    "Give `ImageTextDataset` a `transform` and an `eval_transform` that resize."
-                    if key == "image"
-                    else ""
-                )
-                + ("Give `ImageTextDataset` a `tokenizer` that pads to a fixed length." if key == "text" else "")
+                f"Expected every {key} of a batch to have one shape, got {sorted(shapes)}. {_WAYS_OUT.get(key, _OF_TEXT)}"
             )
     # Mined negatives, PIL images and ragged sequences first: `default_collate` does not know them. The rest is left to it.
     stacked = {key: _stack([sample[key] for sample in samples]) for key in samples[0]}

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_itm.captions import number_captions, warn_of_equal_captions
@@ -37,7 +36,8 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
             `(3, height, width)` in [0, 1].
         eval_transform: Turns a PIL image into what the image tower takes, in validation, test and mining. Give it where
             ``transform`` augments. Default: ``transform``.
-        tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
+        tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do, or into a dict of such tensors, as
+            those of ``transformers`` do. Default: texts stay strings.
         equal_captions: What a caption is to another image that has the same one, up to case, white space and Unicode form.
             ``"exclude"``: it is no negative of that image. Each pair then has a ``caption_id``, and a warning counts such
             pairs. Mining compares all captions of an image, a batch and the memory bank those of the two pairs. ``"keep"``: it
@@ -68,7 +68,7 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
         text_image_id: Sequence[int] | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
         eval_transform: Callable[[Image.Image], Any] | None = None,
-        tokenizer: Callable[[list[str]], Tensor] | None = None,
+        tokenizer: Callable[[list[str]], Any] | None = None,
         equal_captions: Literal["exclude", "keep"] = "exclude",
         max_unreadable: float = 0.05,
     ) -> None:
@@ -86,7 +86,7 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
         self,
         transform: Callable[[Image.Image], Any] | None,
         eval_transform: Callable[[Image.Image], Any] | None,
-        tokenizer: Callable[[list[str]], Tensor] | None,
+        tokenizer: Callable[[list[str]], Any] | None,
         equal_captions: str = "exclude",
         max_unreadable: float = 0.05,
     ) -> None:
@@ -109,7 +109,7 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
 
     @property
     def num_cut(self) -> int:
-        """Number of captions so far, in all workers, of which the tokenizer cut off the end. Only open_clip's are known."""
+        """Number of captions so far, in all workers, whose end was cut off. Not known of tokenizers of your own."""
         return len(self.cut)
 
     def evaluation(self) -> "ImageTextDataset":
@@ -172,7 +172,7 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
         if self.tokenizer is None:
             return text
         # Texts from the web hold halves of UTF-16 pairs, which some tokenizers refuse.
-        return check_tokens(self.tokenizer([text.encode("utf-8", "replace").decode()]))  # (length,)
+        return check_tokens(self.tokenizer([text.encode("utf-8", "replace").decode()]))  # (length,), or a dict of such
 
     def _load(self, text_id: int) -> dict[str, Any]:
         # The text first: where it is empty, its image need not be read.

@@ -19,13 +19,16 @@ from lightning_itm.export.exportable import whole_folder
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 
 
-def describe_model(model_name: str, pretrained: str | None = None, model: Any = None) -> dict[str, Any]:
+def describe_model(
+    model_name: str, pretrained: str | None = None, model: Any = None, model_cfg: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return all that open_clip must know to build a model again, without its weights, as plain values.
 
     Args:
         model_name: The name of the model, as ``open_clip.create_model`` takes it.
         pretrained: The tag of its weights. It is looked at without a model only: images were prepared for these weights.
         model: The model itself, which knows how its images are prepared.
+        model_cfg: The configuration of the model. Default: what open_clip finds by the name.
 
     Returns:
         A dict of ``model_name``, ``model_cfg`` and ``preprocess_cfg``.
@@ -37,7 +40,7 @@ def describe_model(model_name: str, pretrained: str | None = None, model: Any = 
         preprocess = model.visual.preprocess_cfg
     config = {
         "model_name": model_name,
-        "model_cfg": open_clip.get_model_config(model_name),
+        "model_cfg": open_clip.get_model_config(model_name) if model_cfg is None else model_cfg,
         "preprocess_cfg": preprocess,
     }
     return json.loads(json.dumps(config))  # type: ignore[no-any-return]  # a copy of lists, numbers and strings

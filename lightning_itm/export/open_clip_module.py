@@ -22,6 +22,7 @@ class ExportsToOpenCLIP(Exportable):
     loss: nn.Module
     transforms: dict[str, Any]
     hparams: Any
+    merged: Any  # a method: the model with its adapters merged
     exported_shapes: dict[str, torch.Size]
     """The weights that open_clip makes of the configuration. Others could not be loaded from the folder."""
 
@@ -87,7 +88,8 @@ class ExportsToOpenCLIP(Exportable):
     @rank_zero_only
     def _save_open_clip(self, folder: str | PathLike[str], config: Mapping[str, Any]) -> None:
         # `torch.compile(module)` puts its name between those of the weights.
-        weights = {name.replace("_orig_mod.", ""): value for name, value in self.model.state_dict().items()}
+        merged: Any = self.merged() if self.hparams.get("lora") is not None else self.model
+        weights = {name.replace("_orig_mod.", ""): value for name, value in merged.state_dict().items()}
         self._check_weights(weights)
         bias = trained_scale(self.loss).get("logit_bias")
         if bias is not None and "logit_bias" not in weights:

@@ -7,8 +7,10 @@ from typing import Any
 
 import open_clip
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
+from lightning_itm.encoder_output import vectors_of
 from lightning_itm.functional.precision import products
 from lightning_itm.functional.similarity import unit_norm
 
@@ -65,10 +67,12 @@ def zero_shot_accuracy(
     device = getattr(module, "device", None) or next(module.parameters()).device
     with _as_in_evaluation(module):
         # open_clip averages unit vectors, and the `encode_text` of a DualEncoder returns any length.
-        encoder = SimpleNamespace(encode_text=lambda text, normalize: unit_norm(encode.encode_text(text)))
+        encoder = SimpleNamespace(
+            encode_text=lambda text, normalize: unit_norm(vectors_of(encode.encode_text(text), "text"))
+        )
         names = open_clip.build_zero_shot_classifier(encoder, tokenizer, class_names, templates, device=device)
         seen = [  # names are (dim, classes), labels and guesses (images,) per batch
-            (torch.as_tensor(labels).cpu(), _nearest(encode, images.to(device), names))
+            (torch.as_tensor(labels).cpu(), _nearest(encode, move_data_to_device(images, device), names))
             for images, labels, *_ in batches
         ]
     if not seen:
@@ -101,5 +105,5 @@ def _as_in_evaluation(module: nn.Module) -> Iterator[None]:
 
 
 def _nearest(module: Any, images: Any, names: Tensor) -> Tensor:
-    image = unit_norm(module.encode_image(images))
+    image = unit_norm(vectors_of(module.encode_image(images), "image"))
     return products(image, names.T).argmax(dim=1).cpu()  # in half precision, near names would tie

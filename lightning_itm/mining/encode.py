@@ -24,6 +24,7 @@ from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.loader import StreamedImages
 from lightning_itm.distributed import gather, world_size
+from lightning_itm.encoder_output import returning_vectors
 from lightning_itm.functional.similarity import unit_norm
 
 
@@ -207,7 +208,7 @@ def _options() -> dict[str, Any]:
 def _encode(
     trainer: Runner, module: Any, kind: Kind, loader: DataLoader[dict[str, Any]], num_rows: int
 ) -> tuple[Tensor, Tensor]:
-    encode, rows = getattr(module, f"encode_{kind}"), EncodedRows(kind, num_rows)
+    encode, rows = returning_vectors(getattr(module, f"encode_{kind}"), kind), EncodedRows(kind, num_rows)
     num_batches = -(-num_rows // (trainer.world_size * (loader.batch_size or 1)))
     # An iterator: of a loader tqdm makes one more, whose workers would load batches that are never used.
     progress = tqdm(iter(loader), f"Mining: {kind}s", num_batches, leave=False, disable=not _is_progress_shown(trainer))

@@ -2,6 +2,7 @@
 
 from lightning_itm.models.dual_encoder import DualEncoder
 from lightning_itm.models.generalized_pooling import GeneralizedPooling
+from lightning_itm.models.hugging_face import HFDualEncoder
 from lightning_itm.models.open_clip_dual_encoder import OpenCLIPDualEncoder
 from lightning_itm.models.residual_vse import RegionEncoder, ResidualVSE, WordEncoder
 from lightning_itm.models.weight_interpolation import interpolate_weights
@@ -9,6 +10,7 @@ from lightning_itm.models.weight_interpolation import interpolate_weights
 __all__ = [
     "DualEncoder",
     "GeneralizedPooling",
+    "HFDualEncoder",
     "OpenCLIPDualEncoder",
     "RegionEncoder",
     "ResidualVSE",

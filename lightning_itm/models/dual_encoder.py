@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_itm.data.batch import check_batch
 from lightning_itm.embeddings import RETURN_EMBEDDINGS, EmbeddingPairs, HardNegatives
+from lightning_itm.encoder_output import returning_vectors
 from lightning_itm.export.exportable import Exportable
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.metrics.image_text_retrieval import ImageTextRetrieval
@@ -240,8 +241,9 @@ class DualEncoder(ResumableModule, ChecksNegatives, Exportable):
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def _unit_vectors(self, kind: str, inputs: Any) -> Tensor:
-        return unit_norm(encode_in_chunks(getattr(self, f"encode_{kind}"), inputs, self.chunk_size))
+    def _unit_vectors(self, kind: Any, inputs: Any) -> Tensor:
+        encode = returning_vectors(getattr(self, f"encode_{kind}"), kind)
+        return unit_norm(encode_in_chunks(encode, inputs, self.chunk_size))
 
     def _log_retrieval(self, stage: str) -> None:
         for values in self._retrieval.compute(stage):

@@ -1,23 +1,29 @@
 """Any open_clip model as a DualEncoder."""
 
+from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 import open_clip
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_itm.export.open_clip_folder import create_described_model, describe_model
+from lightning_itm.export.open_clip_folder import create_described_model
 from lightning_itm.export.open_clip_module import ExportsToOpenCLIP, shapes_of
 from lightning_itm.export.scale import return_scale, take_scale
-from lightning_itm.models.dual_encoder import DualEncoder
-from lightning_itm.models.optimization import layer_depths, split_by_depth
+from lightning_itm.models.optimization import check_layer_decay
+from lightning_itm.models.pretrained.open_clip_config import (
+    describe_forced_model,
+    read_model_config,
+    resolve_model_name,
+)
+from lightning_itm.models.pretrained.open_clip_locks import check_unlocked_groups, lock_towers
+from lightning_itm.models.pretrained.pretrained_dual_encoder import PretrainedDualEncoder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class OpenCLIPDualEncoder(ExportsToOpenCLIP, DualEncoder):
+class OpenCLIPDualEncoder(ExportsToOpenCLIP, PretrainedDualEncoder):
     """Fine-tune any model of open_clip: CLIP, SigLIP, CoCa, and what the Hugging Face Hub has in its format.
 
     In plain terms: name the model and the pretrained weights, pass ``**model.transforms`` to the dataset, and train it like
@@ -35,19 +41,22 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, DualEncoder):
     at parameters that are trained and not used.
 
     ``load_from_checkpoint(path)`` reads neither ``pretrained`` nor the hub: a checkpoint says how the model is built. The
-    exceptions are models with a text tower or a tokenizer of Hugging Face, which are looked up where they came from.
+    exceptions are models with a text tower or a tokenizer of Hugging Face, which are looked up where they came from, and
+    ``save_adapters_only``.
 
-    ``save_pretrained(folder)`` and ``push_to_hub("owner/name")`` write the trained model for open_clip.
+    ``save_pretrained(folder)`` and ``push_to_hub("owner/name")`` write the trained model for open_clip, with adapters merged.
 
     Args:
         model_name: The name of the model, such as ``"ViT-B-32"``: one of ``open_clip.list_models()``, ``hf-hub:...`` or
-            ``local-dir:...``.
+            ``local-dir:...``. Or the path of a JSON file, as open_clip's ``model_configs`` has them.
         pretrained: The weights to begin with: a tag such as ``"laion2b_s34b_b79k"``, one of
             ``open_clip.list_pretrained_tags_by_model(model_name)``, or the path of a checkpoint. Default: random weights.
         loss: The loss of a batch, a module. Default: :class:`InfoNCELoss`, the loss of CLIP.
         lock_image: Whether to freeze the image tower and its batch statistics (LiT). Of a timm model only the trunk is frozen.
             Its batch norms then stay in eval mode, which Lightning mentions at the start of training.
         lock_text: Whether to freeze the text tower. Use it to keep the text embeddings of an existing index.
+        unlocked_groups: The number of the last layer groups of a locked tower that stay trainable, such as 2. In a vision
+            transformer of open_clip, the last group is the projection, and the one before it the last block and its norm.
         gradient_checkpointing: Whether to save memory by computing activations twice. A step takes about a third longer.
         layer_decay: The factor of the learning rate per layer on the way down a tower, in (0, 1], often 0.65 to 0.9. Lower
             layers then change less. Projections, final norms and the loss keep the full rate. See
@@ -56,8 +65,23 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, DualEncoder):
             names. Copies of the module, such as the one of :class:`~lightning_itm.FalseNegativeElimination`, are not compiled.
         augmentation: Options of ``open_clip.AugmentationCfg`` for the training transform. Use ``{"scale": (0.5, 1)}`` for
             stronger crops than open_clip's default of 0.9 to 1.
+        lora: Train adapters of low rank only, and the loss. Give a rank, such as 8, or one for each tower, such as
+            ``{"image": 8, "text": 8}``. A tower that is not named is frozen. For more options, see
+            :class:`~lightning_itm.models.pretrained.lora_options.LoraOptions`. Needs ``pip install "lightning_itm[lora]"``.
+            By default, all attention and linear layers in the blocks of both towers are adapted. ResNets have none. Default:
+            all weights are trained.
+        save_adapters_only: Whether checkpoints leave out the frozen weights. They are small then, and loading one reads
+            ``pretrained`` again.
+        force_image_size: The height and width of images, if they are not those of the model, such as 336. Position embeddings
+            of pretrained weights are interpolated.
+        force_context_length: The largest number of tokens of a text, if it is not that of the model. Position embeddings of
+            pretrained weights are interpolated.
+        force_quick_gelu: Whether to use QuickGELU, which OpenAI's weights were trained with.
+        image_mean: The mean of each colour, three numbers, if it is not the one of the pretrained weights.
+        image_std: The standard deviation of each colour, likewise.
+        cache_dir: The folder that weights are downloaded into. Default: the one of the Hugging Face hub.
         config: How a checkpoint describes the model. ``load_from_checkpoint`` gives it, so leave it out. With it,
-            ``pretrained`` is not read, because the weights of the checkpoint follow.
+            ``pretrained`` is not read, because the weights of the checkpoint follow. It is with ``save_adapters_only``.
         **kwargs: Further options of :class:`DualEncoder`, such as ``learning_rate`` and ``chunk_size``.
 
     Attributes:
@@ -66,7 +90,9 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, DualEncoder):
             ``ImageTextDataset(..., **model.transforms)``.
 
     Raises:
-        ValueError: if open_clip has no model or no weights of that name, or if ``layer_decay`` is outside (0, 1].
+        FileNotFoundError: if ``model_name`` is a path, and there is no such file.
+        ValueError: if open_clip has no model or no weights of that name, if a file is no configuration, if ``layer_decay`` is
+            outside (0, 1], or if groups are unlocked that can't be.
 
     References:
         Layer-wise decay: Bao et al., *BEiT*, ICLR 2022, arXiv 2106.08254. For CLIP: Dong et al., *CLIP Itself is a Strong
@@ -76,35 +102,48 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, DualEncoder):
 
     def __init__(
         self,
-        model_name: str,
+        model_name: str | PathLike[str],
         pretrained: str | PathLike[str] | None = None,
         loss: nn.Module | None = None,
         *,
         lock_image: bool = False,
         lock_text: bool = False,
+        unlocked_groups: int = 0,
         gradient_checkpointing: bool = False,
         layer_decay: float | None = None,
         compile: bool = False,
         augmentation: dict[str, Any] | None = None,
+        lora: Any = None,
+        save_adapters_only: bool = False,
+        force_image_size: int | Sequence[int] | None = None,
+        force_context_length: int | None = None,
+        force_quick_gelu: bool = False,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        cache_dir: str | PathLike[str] | None = None,
         config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(loss, **kwargs)
+        model_name, cache_dir = fspath(model_name), None if cache_dir is None else fspath(cache_dir)
         pretrained = None if pretrained is None else fspath(pretrained)
-        if layer_decay is not None and not 0 < layer_decay <= 1:
-            raise ValueError(
-                f"Expected `layer_decay` to be in (0, 1], got {layer_decay}. It multiplies the learning rate at each layer "
-                "on the way down; freeze a tower with `lock_image` or `lock_text`."
-            )
+        check_layer_decay(layer_decay)
+        check_unlocked_groups(unlocked_groups, lock_image=lock_image, lock_text=lock_text)
+        has_weights = pretrained is not None or ":" in model_name
+        self.check_lora(lora, saves_adapters_only=save_adapters_only, has_weights=has_weights, is_compiled=compile)
         self.layer_decay = layer_decay
-        if config is None or config["model_name"] != model_name:  # the second: another model was asked for, by its name
-            _check_name(model_name)
+        forced: dict[str, Any] = {"force_image_size": force_image_size, "force_context_length": force_context_length}
+        forced |= {"force_quick_gelu": force_quick_gelu, "image_mean": image_mean, "image_std": image_std}
+        if config is not None and config["model_name"] != model_name:
+            config = None  # another model was asked for, by its name
+        if config is None or save_adapters_only:  # with the latter, the checkpoint lacks the frozen weights
+            name = resolve_model_name(model_name, read_model_config(model_name, config))
             self.model, *transforms = open_clip.create_model_and_transforms(
-                model_name, pretrained=pretrained, aug_cfg=augmentation
+                name, pretrained=pretrained, aug_cfg=augmentation, cache_dir=cache_dir, **forced
             )
-            transforms.append(open_clip.get_tokenizer(model_name))
-            config = describe_model(model_name, model=self.model)
-            if pretrained is not None or ":" in model_name:
+            transforms.append(open_clip.get_tokenizer(name, context_length=force_context_length, cache_dir=cache_dir))
+            config = describe_forced_model(name, self.model, forced, cache_dir) | {"model_name": model_name}
+            if has_weights:
                 take_scale(self.loss, self.model)
         else:
             self.model, *transforms = create_described_model(config, augmentation)
@@ -112,26 +151,15 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, DualEncoder):
         self.save_settings(
             {"model_name": model_name, "pretrained": pretrained, "lock_image": lock_image, "lock_text": lock_text}
             | {"gradient_checkpointing": gradient_checkpointing, "layer_decay": layer_decay, "compile": compile}
-            | {"augmentation": augmentation, "config": config}
+            | {"augmentation": augmentation, "unlocked_groups": unlocked_groups, "lora": lora, "config": config}
+            | {"save_adapters_only": save_adapters_only, "cache_dir": cache_dir, **forced}
         )
-        self.exported_shapes = shapes_of(self.model.state_dict())
-        self.model.register_state_dict_pre_hook(self._return_scale)  # a method: a deep copy has one of its own
-        self._freeze(lock_image, lock_text)
-        if gradient_checkpointing:
-            self.model.set_grad_checkpointing()
-        if compile:
-            self._compile_towers()
-        self.train(self.training)  # open_clip's towers come in either mode
+        lock_towers(self.model, lock_image=lock_image, lock_text=lock_text, unlocked_groups=unlocked_groups)
+        self._prepare(gradient_checkpointing, compile)
 
     def train(self, mode: bool = True) -> "Self":
         """Set the mode of all parts except the batch norms of a locked tower, whose statistics stay as they are."""
         super().train(mode)
-        # Here and not once in the constructor: Lightning calls `train` after each validation.
-        if self.hparams["lock_image"]:
-            visual = self.model.visual
-            for part in getattr(visual, "trunk", visual).modules():
-                if isinstance(part, _BatchNorm):
-                    part.eval()
         self._return_scale()
         return self
 
@@ -155,26 +183,15 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, DualEncoder):
                 text.register_parameter(name, parameter)
         return {"image": self.model.visual, "text": text}
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the groups of :class:`DualEncoder`, split by depth where ``layer_decay`` is given."""
-        # Split the groups of the base, so that weight decay and its exceptions stay as they are.
-        groups = super().parameter_groups()
-        if self.layer_decay in (None, 1):
-            return groups
-        depths: dict[nn.Parameter, int] = {}
-        for tower in self.towers().values():
-            of_name = dict(tower.named_parameters())
-            depths |= {of_name[name]: depth for name, depth in layer_depths(tower).items()}
-        return split_by_depth(groups, depths, self.learning_rate, self.layer_decay)
-
-    def _freeze(self, lock_image: bool, lock_text: bool) -> None:
-        if lock_image:
-            self.model.visual.lock()  # its `freeze_bn_stats` drops timm's activations and misses norms: see `train`
-        if lock_text:  # a tower of its own, or spread over the model
-            self.model.text.lock() if hasattr(self.model, "text") else self.model.lock_text_tower()
-        for name, parameter in self.model.named_parameters():
-            if name.split(".")[0] in {"logit_scale", "logit_bias", "text_decoder"}:  # the last is CoCa's captioner
-                parameter.requires_grad_(False)
+    def _prepare(self, gradient_checkpointing: bool, compiles: bool) -> None:
+        self.exported_shapes = shapes_of(self.model.state_dict())
+        self.model.register_state_dict_pre_hook(self._return_scale)  # a method: a deep copy has one of its own
+        self.adapt()
+        if gradient_checkpointing:
+            self.model.set_grad_checkpointing()
+        if compiles:
+            self._compile_towers()
+        self.train(self.training)  # open_clip's towers come in either mode
 
     def _compile_towers(self) -> None:
         # In place: `torch.compile(module)` would put `_orig_mod` into the names of the weights.
@@ -184,11 +201,3 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, DualEncoder):
 
     def _return_scale(self, *_: Any) -> None:
         return_scale(self.loss, self.model)
-
-
-def _check_name(model_name: str) -> None:
-    if ":" not in model_name and model_name not in open_clip.list_models():
-        raise ValueError(
-            f"Expected `model_name` to be one of open_clip.list_models() or to start with 'hf-hub:' or 'local-dir:', "
-            f"got {model_name!r}."
-        )

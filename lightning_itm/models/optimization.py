@@ -12,7 +12,7 @@ from torch import nn
 _LAYER = re.compile(
     r"(?:^|\.)(?:"
     r"(?P<top>\w*pool\w*|head)"
-    r"|(?P<stem>\w*embed\w*|cls_emb|(?:cls|reg|mask)_token|stem|conv_stem|conv\d|bn\d|ln_pre|norm_pre|patchnorm_pre_ln|shared)"
+    r"|(?P<stem>\w*embed\w*|cls_emb|(?:cls|reg|mask)_token|stem|conv_stem|conv\d|bn\d|ln_pre|pre_layrnorm|norm_pre|patchnorm_pre_ln|shared)"
     r"|(?:resblocks|blocks?|stages|layers?)\.(?P<block>\d+)(?:\.(?:blocks\.)?(?P<inner>\d+))?"
     r"|layer(?P<stage>\d+)\.(?P<bottleneck>\d+)"  # of a ResNet
     r")(?=\.|$)"
@@ -125,6 +125,40 @@ def split_by_depth(
         for group in groups
         for depth in sorted({depths.get(parameter, 0) for parameter in group["params"]})
     ]
+
+
+def check_layer_decay(layer_decay: float | None) -> None:
+    """Raise a ValueError if the factor per layer is not in (0, 1], or None."""
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(
+            f"Expected `layer_decay` to be in (0, 1], got {layer_decay}. It multiplies the learning rate at each layer "
+            "on the way down; freeze a tower with `lock_image` or `lock_text`."
+        )
+
+
+def split_towers_by_depth(
+    groups: list[dict[str, Any]], towers: Mapping[str, nn.Module], learning_rate: float, decay: float | None
+) -> list[dict[str, Any]]:
+    """Split an optimizer's groups with :func:`split_by_depth`, where each tower counts its own layers.
+
+    Args:
+        groups: The groups of an optimizer, so that weight decay and its exceptions stay as they are.
+        towers: The towers of the model.
+        learning_rate: The learning rate at the top.
+        decay: The factor per layer. At 1 or ``None`` the groups stay as they are.
+    """
+    if decay in (None, 1):
+        return groups
+    depths: dict[nn.Parameter, int] = {}
+    for tower in towers.values():
+        of_name = dict(tower.named_parameters())
+        depths |= {of_name[name]: depth for name, depth in layer_depths(tower).items()}
+    return split_by_depth(groups, depths, learning_rate, decay)
+
+
+def is_in_block(name: str) -> bool:
+    """Return whether a part of a tower belongs to one of its blocks, by its name, as :func:`layer_depths` finds them."""
+    return _layer(name) not in (_STEM, _TOP)
 
 
 def _layer(name: str) -> tuple[float, float]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _LOSS = "loss."
+# An adapter of LoRA is a product of two matrices, and the second is zero at the start. Its fraction is that of the second.
+_ADAPTER_IN, _ADAPTER_OUT = ".lora_A.", ".lora_B."
 
 
 def interpolate_weights(
@@ -22,6 +24,8 @@ def interpolate_weights(
     ``torch.optim.swa_utils.update_bn``. Two kinds of entries are taken from ``fine_tuned`` as they are: integers, and the
     entries of a :class:`~lightning_itm.DualEncoder`'s loss (``loss.*``), because the two models may have different losses.
 
+    Of a model with LoRA adapters, the fraction is that of what the adapters add to the weights.
+
     Args:
         zero_shot: The ``state_dict()`` before fine-tuning. Make a copy with ``copy.deepcopy(model.state_dict())``, because the
             tensors of a ``state_dict`` change with the model.
@@ -32,7 +36,8 @@ def interpolate_weights(
         New tensors with the names, types and devices of ``fine_tuned``. They are computed in float32 or wider.
 
     Raises:
-        ValueError: if ``fraction`` is outside [0, 1], or if names or shapes differ.
+        ValueError: if ``fraction`` is outside [0, 1], if names or shapes differ, or if adapters of the zero-shot model do
+            something already.
 
     Example:
         >>> import torch
@@ -54,7 +59,12 @@ def interpolate_weights(
         )
     mixed = {}
     for name, after in fine_tuned.items():
-        is_mixed = after.is_floating_point() and not name.startswith(_LOSS)
+        is_mixed = after.is_floating_point() and not name.startswith(_LOSS) and _ADAPTER_IN not in name
+        if _ADAPTER_OUT in name and bool(zero_shot[name].any()):
+            raise ValueError(
+                f"Expected the zero-shot weights to have adapters that do nothing yet, got {name!r} with other values than 0. "
+                "Interpolate the merged weights, `model.merged().state_dict()` of both."
+            )
         mixed[name] = _mix(name, zero_shot[name], after, fraction) if is_mixed else after.clone()
     return mixed
 

@@ -21,6 +21,20 @@ class TestCollate:
         with pytest.raises(ValueError, match=r"every image of a batch to have one shape, got .*Give .* a `transform`"):
             collate_pairs([pairs[0], pairs[1]])
 
+    def test_texts_that_are_dicts_are_stacked_by_their_keys(self):
+        samples = [
+            {"text": {"input_ids": torch.full((3,), i), "attention_mask": torch.ones(3)}, "text_id": i}
+            for i in range(2)
+        ]
+        batch = collate_pairs(samples)
+        assert batch["text"]["input_ids"].tolist() == [[0, 0, 0], [1, 1, 1]]
+        assert batch["text"]["attention_mask"].shape == (2, 3)
+        samples[1]["text"]["input_ids"] = torch.ones(4)
+        with pytest.raises(
+            ValueError, match=r"every input_ids .* one shape, got \[\(3,\), \(4,\)\]\. .* pads to a fixed length"
+        ):
+            collate_pairs(samples)
+
     def test_texts_stay_strings_without_a_tokenizer(self):
         pairs = ImageTextDataset(cut_outs(2), captions(2), transform=AUGMENTED)
         assert collate_pairs([pairs[0], pairs[1]])["text"] == ["cut-out number 0", "the 0th square"]

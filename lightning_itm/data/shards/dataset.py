@@ -6,7 +6,6 @@ from os import PathLike
 from typing import Any, Literal
 
 from PIL import Image
-from torch import Tensor
 
 from lightning_itm.data.inputs.packed_strings import PackedStrings
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
@@ -61,7 +60,7 @@ class ShardDataset(ImageTextDataset):
         index: str | PathLike[str] | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
         eval_transform: Callable[[Image.Image], Any] | None = None,
-        tokenizer: Callable[[list[str]], Tensor] | None = None,
+        tokenizer: Callable[[list[str]], Any] | None = None,
         equal_captions: Literal["exclude", "keep"] = "exclude",
         max_unreadable: float = 0.05,
     ) -> None:
