@@ -13,6 +13,7 @@ from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.image import open_clip_transforms
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.readers import read_json
+from lightning_itm.data.readers.huggingface import load_saved
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
 from lightning_itm.data.shards.paths import COMPRESSED, is_remote, tar_files
@@ -41,10 +42,11 @@ def read_pairs(
 
     Args:
         source: A ``.json`` (Karpathy's, COCO's ``captions_*.json``, or a list of objects as BLIP has), a table (``.csv``,
-            ``.tsv``, ``.jsonl``), a folder of images with ``.txt`` files beside them, or tar shards: a folder of ``.tar``
-            files, a pattern such as ``"train/{00000..00031}.tar"``, or a list.
+            ``.tsv``, ``.jsonl``), a folder of images with ``.txt`` files beside them, a folder that ``save_to_disk`` of a
+            Hugging Face data set made, or tar shards: a folder of ``.tar`` files, a pattern such as
+            ``"train/{00000..00031}.tar"``, or a list.
         image_root: The folder that image paths in a JSON file or a table start from. Default: the folder of that file.
-        split: The split of a Karpathy JSON to read, ``"train"``, ``"val"`` or ``"test"``. Other forms have no splits.
+        split: The split of a Karpathy JSON, or of a saved data set, to read: ``"train"``, ``"val"`` or ``"test"``.
         image_column: The column of a table that holds the image paths. Change it if yours has another name.
         text_column: The column of a table that holds the texts. Change it if yours has another name.
         delimiter: The sign between columns. Default: the comma, tab, ``|`` or semicolon by which the header has both columns.
@@ -63,6 +65,9 @@ def read_pairs(
     if not ending and not path.exists():
         raise FileNotFoundError(f"Expected {source}, found none.")
     if path.is_dir():
+        if (saved := load_saved(path, split)) is not None:
+            names: Any = {"image": image_column, "captions": text_column, "image_root": image_root or "."}
+            return ImageTextDataset.from_huggingface(saved, **names, **kwargs)
         return ImageTextDataset.from_folder(path, encoding=encoding, **kwargs)
     if ending not in (".json", ".jsonl", ".csv", ".tsv"):
         raise ValueError(
@@ -162,14 +167,9 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         drop_last: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            persistent_workers=persistent_workers,
-            drop_last=drop_last,
-            seed=seed,
-        )
+        sizes: dict[str, Any] = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "drop_last": drop_last}
+        workers: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": persistent_workers}
+        super().__init__(**sizes, **workers, seed=seed)
         self.sources: dict[str, Any] = {"train": train, "val": val, "test": test}
         self._warn_of_one_source_twice(lambda source: not str(source).endswith(".json"))
         columns = {"image_column": image_column, "text_column": text_column, "delimiter": delimiter}

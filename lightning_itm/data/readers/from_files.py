@@ -5,6 +5,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_itm.data.readers.folders import read_folder
+from lightning_itm.data.readers.huggingface import read_huggingface
 from lightning_itm.data.readers.json_files import read_karpathy_with_ids
 from lightning_itm.data.readers.tables import read_jsonl, read_table
 
@@ -119,3 +120,49 @@ class FromFiles:
             ValueError: if two images have one name, or if a text is in another encoding.
         """
         return cls(*read_folder(folder, encoding), **kwargs)
+
+    @classmethod
+    def from_huggingface(
+        cls: type[Pairs],
+        dataset: Any,
+        image: str = "image",
+        captions: str = "sentences",
+        *,
+        caption_key: str | None = None,
+        image_id: str | None = None,
+        image_root: str | PathLike[str] = ".",
+        **kwargs: Any,
+    ) -> Pairs:
+        """Read a data set of the Hugging Face library ``datasets``. An image is read when its pair is asked for.
+
+        It needs ``pip install "lightning_itm[datasets]"``. Captions are read at once, and what is no text is left out with a
+        warning. Decoding is as everywhere here: transparent pixels become white, and a broken image counts as unreadable.
+
+        Args:
+            dataset: A ``datasets.Dataset``, such as ``load_dataset(..., split="train")``.
+            image: The column of the images: of the type ``datasets.Image``, bytes, or paths.
+            captions: The column of the captions: a string, a list of strings, or a list of dicts with a string each.
+            caption_key: The key of the caption, where captions are dicts. Default: the one of ``"raw"``, ``"caption"``,
+                ``"text"`` and ``"sentence"`` that is there.
+            image_id: The column that says which rows have the same image, such as ``"cocoid"``. Give it where a data set has
+                one row per caption: else the captions of an image are negatives of it. Default: rows with the same path.
+            image_root: The folder that paths start from. Default: the current folder.
+            **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
+
+        Raises:
+            TypeError: if it is no ``datasets.Dataset``, such as a ``DatasetDict``, or if a column holds something else.
+            ValueError: if a column is missing, if a row has no image, or if no image has a caption.
+            ModuleNotFoundError: if ``datasets`` is not installed.
+
+        Example:
+            >>> from datasets import Dataset
+            >>> from PIL import Image
+            >>> from lightning_itm import ImageTextDataset
+            >>> images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+            >>> dataset = Dataset.from_dict({"image": images, "sentences": [["red", "a red square"], ["blue"]]})
+            >>> pairs = ImageTextDataset.from_huggingface(dataset)
+            >>> len(pairs), pairs[2]["text"], pairs[2]["image_id"]
+            (3, 'blue', 1)
+        """
+        ways: Any = {"caption_key": caption_key, "image_id": image_id, "image_root": image_root}
+        return cls(*read_huggingface(dataset, image, captions, **ways), **kwargs)
