@@ -1,5 +1,6 @@
 """Hard negatives over the whole training set, mined with the model as it stands."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -8,18 +9,16 @@ from torch.utils.data import Dataset
 
 from lightning_itm.callbacks._figures import log_figure
 from lightning_itm.callbacks._strategies import check_whole_weights
-from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.position import epoch_to_resume
 from lightning_itm.embeddings import RETURN_EMBEDDINGS
-from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
-from lightning_itm.mining.figure import contact_sheet
+from lightning_itm.mining.figure import ShowsMined
 from lightning_itm.mining.hard_negative_dataset import pairs_to_mine
 from lightning_itm.mining.mine import Mining, check_at_least, check_ways
-from lightning_itm.mining.negative_table import NegativeTable
 from lightning_itm.mining.training_embeddings import step_embeddings
+from lightning_itm.mining.written import check_table, make_mining
 
 
-class OfflineHardNegativeMining(Callback):
+class OfflineHardNegativeMining(ShowsMined, Callback):
     """Mine the hardest texts of each image, and the hardest images of each text, over the whole training set (AOQ).
 
     Before an epoch every image and every text is encoded once, with evaluation transforms, in eval mode and under the
@@ -56,6 +55,9 @@ class OfflineHardNegativeMining(Callback):
         batch_size: Inputs that are encoded at once. No gradient is kept, so it can be larger than in training.
         num_workers: Worker processes that load the inputs to encode. Default: as many as the datamodule has.
         seed: Another seed gives other draws among the embeddings. Samples are drawn with the random numbers of the loader.
+        table: A folder that ``lightning-itm mine`` or :class:`~lightning_itm.NegativeWriter` wrote for this training set, for
+            example with a model that was trained before, as published. It is read once, and nothing is encoded or searched
+            in training. Guards belong to that mining, and ``inject="embeddings"`` can't be used. Default: mine in training.
         log_figures: After each mining, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     Logs ``mining/encode_seconds``, ``mining/search_seconds``, ``mining/gap`` (mean similarity of the matching pairs minus that
@@ -64,7 +66,8 @@ class OfflineHardNegativeMining(Callback):
     ``mining/grouped_share`` (the fraction of pairs that share their group with another).
 
     Raises:
-        ValueError: if a count or a group does not fit, a checkpoint is of another set, or an embedding is not finite.
+        ValueError: if a count is too small, groups do not fit into batches, a checkpoint or table is of another set, or an
+            embedding is not finite.
         MisconfigurationException: if there are no pairs to mine, no batch would be reached, or the weights are sharded.
 
     References:
@@ -91,37 +94,27 @@ class OfflineHardNegativeMining(Callback):
         batch_size: int = 256,
         num_workers: int | None = None,
         seed: int = 0,
+        table: str | Path | None = None,
         log_figures: bool = True,
     ) -> None:
         check_at_least(1, texts_per_image=texts_per_image, images_per_text=images_per_text, batch_size=batch_size)
         check_at_least(1, every_n_epochs=every_n_epochs, group_size=group_size)
         check_at_least(0, start_epoch=start_epoch, rank_min=rank_min)
         check_ways(inject, encode)
-        relative_margin = {"batches": 0.05}.get(inject) if relative_margin == "auto" else relative_margin
-        self.dataset, self.every_n_epochs, self.start_epoch = dataset, every_n_epochs, start_epoch
+        guards = {"rank_min": rank_min, "max_score": max_score, "absolute_margin": absolute_margin}
+        ways: dict[str, Any] = {"inject": inject, "encode": encode, "every_n_epochs": every_n_epochs}
+        check_table(table, **ways, guards={**guards, "relative_margin": relative_margin})
+        if relative_margin == "auto":
+            relative_margin = 0.05 if inject == "batches" else None
+        self.dataset, self.start_epoch, self.folder = dataset, start_epoch, table
+        self.every_n_epochs = every_n_epochs if table is None else None  # read once
         self.inject, self.encode, self.log_figures = inject, encode, log_figures
         self._counts = {"texts_per_image": texts_per_image, "images_per_text": images_per_text}
         self._ways = {"coupled_ranks": coupled_ranks, "seed": seed, "group_size": group_size}
-        guards = {"rank_min": rank_min, "max_score": max_score, "absolute_margin": absolute_margin}
         encoding = {"batch_size": batch_size, "num_workers": num_workers}
         self._options: dict[str, Any] = {**encoding, **guards, "relative_margin": relative_margin}
         self._mining: Mining | None = None
         self._is_fitting = False
-
-    @property
-    def pairs(self) -> ImageTextDataset | None:
-        """The set that is mined. None before a fit."""
-        return None if self._mining is None else self._mining.pairs
-
-    @property
-    def table(self) -> NegativeTable | None:
-        """What was mined last. None before a fit."""
-        return None if self._mining is None else self._mining.table
-
-    @property
-    def mined_embeddings(self) -> EmbeddedNegatives | None:
-        """What is drawn from with ``inject="embeddings"``. None in other modes, and before anything was mined."""
-        return None if self._mining is None else getattr(self._mining.injection, "mined", None)
 
     def is_due(self, epoch: int) -> bool:
         """Return whether ``epoch`` begins with a new table. Override for another schedule."""
@@ -135,10 +128,12 @@ class OfflineHardNegativeMining(Callback):
         self._is_fitting = stage == "fit"
         if not self._is_fitting:
             return
-        check_whole_weights(trainer, "mining encodes with the whole module")
+        if self.folder is None:
+            check_whole_weights(trainer, "mining encodes with the whole module")
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         pairs, ways = pairs_to_mine(self.dataset, datamodule), {"inject": self.inject, "encode": self.encode}
-        self._mining = Mining(pairs, self.dataset, **ways, counts=self._counts, ways=self._ways)
+        counts: dict[str, Any] = {"counts": self._counts, "ways": self._ways}
+        self._mining = make_mining(self.folder, pairs, self.dataset, **ways, **counts)
         self._mining.injection.attach(datamodule, trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -213,17 +208,6 @@ class OfflineHardNegativeMining(Callback):
         """Let nobody wait: no epoch follows."""
         self._attached().table.is_pending = False
 
-    def plot(self, n: int = 8, *, num_negatives: int = 4, seed: int = 0) -> Any:
-        """Draw some pairs with the hardest texts and images that were mined for them, as a matplotlib figure.
-
-        Args:
-            n: Number of pairs that are drawn, taken at random.
-            num_negatives: Number of texts and images shown per pair, the hardest first.
-            seed: Another seed shows other pairs.
-        """
-        mining = self._attached()
-        return contact_sheet(mining.pairs, mining.table, n, num_negatives=num_negatives, seed=seed)
-
     def state_dict(self) -> dict[str, Any]:
         """Return what is mined, and which epoch it is for."""
         return {} if self._mining is None else self._mining.state_dict()
@@ -243,8 +227,3 @@ class OfflineHardNegativeMining(Callback):
         pl_module.log_dict(unlogged, on_step=False, on_epoch=True, sync_dist=True)
         if self.log_figures and "mining/gap" in unlogged and self._attached().table.has_any:
             log_figure(pl_module.trainer, "mining/contact_sheet", self.plot)
-
-    def _attached(self) -> Mining:
-        if self._mining is None:
-            raise RuntimeError("Expected to be attached to a Trainer that fits. Nothing was mined yet.")
-        return self._mining

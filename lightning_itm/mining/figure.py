@@ -7,7 +7,46 @@ import torch
 
 from lightning_itm.data.image import UnreadableImageError, open_rgb
 from lightning_itm.data.pairs import ImageTextDataset
+from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
+from lightning_itm.mining.mine import Mining
 from lightning_itm.mining.negative_table import NegativeTable
+
+
+class ShowsMined:
+    """Give a callback what it mined last, to be looked at."""
+
+    _mining: Mining | None
+
+    @property
+    def pairs(self) -> ImageTextDataset | None:
+        """The set that is mined. None before a fit."""
+        return None if self._mining is None else self._mining.pairs
+
+    @property
+    def table(self) -> NegativeTable | None:
+        """What was mined last. None before a fit."""
+        return None if self._mining is None else self._mining.table
+
+    @property
+    def mined_embeddings(self) -> EmbeddedNegatives | None:
+        """What is drawn from with ``inject="embeddings"``. None in other modes, and before anything was mined."""
+        return None if self._mining is None else getattr(self._mining.injection, "mined", None)
+
+    def plot(self, n: int = 8, *, num_negatives: int = 4, seed: int = 0) -> Any:
+        """Draw some pairs with the hardest texts and images that were mined for them, as a matplotlib figure.
+
+        Args:
+            n: Number of pairs that are drawn, taken at random.
+            num_negatives: Number of texts and images shown per pair, the hardest first.
+            seed: Another seed shows other pairs.
+        """
+        mining = self._attached()
+        return contact_sheet(mining.pairs, mining.table, n, num_negatives=num_negatives, seed=seed)
+
+    def _attached(self) -> Mining:
+        if self._mining is None:
+            raise RuntimeError("Expected to be attached to a Trainer that fits. Nothing was mined yet.")
+        return self._mining
 
 
 def contact_sheet(
