@@ -148,3 +148,43 @@ class HardNegatives:
             torch.full_like(image_id, -1),
             captions,
         )
+
+
+@dataclass  # not frozen, as above
+class HardCaptions:
+    """Hold captions without an image that are wrong for the images of a batch, such as rewritten ones.
+
+    They are negatives of their own image only. Whether a rewritten caption fits another image, nobody has checked.
+
+    Args:
+        text_embeddings: Some captions per pair, `(pairs, captions, dim)`, unit-norm.
+        mask: bool `(pairs, captions)`, False where there is none. Such an entry must be skipped, whatever its embedding is.
+
+    Raises:
+        ValueError: if the shapes do not fit, or if the mask is not bool.
+
+    Example:
+        >>> import torch
+        >>> from lightning_itm.embeddings import HardCaptions
+        >>> HardCaptions(torch.ones(2, 1, 4), torch.tensor([[True], [False]])).mask.sum()  # none for the second pair
+        tensor(1)
+
+    References:
+        Yuksekgonul et al., *When and why vision-language models behave like bags-of-words, and what to do about it*, ICLR 2023
+        (NegCLIP). There they are negatives of all images of the batch.
+    """
+
+    text_embeddings: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        shape, of_mask = tuple(self.text_embeddings.shape), tuple(self.mask.shape)
+        if len(shape) != 3 or of_mask != shape[:2] or self.mask.dtype != torch.bool:
+            raise ValueError(
+                "Expected `text_embeddings` (pairs, captions, dim) and a bool `mask` (pairs, captions), got "
+                f"{shape} and {self.mask.dtype} {of_mask}. The mask says where there is no caption."
+            )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield nothing."""
+        return iter(())  # for Lightning, as above

@@ -16,6 +16,7 @@ _DIFFERENCES = {
     "image names": "another order of images",
     "image sizes in bytes": "images of other sizes",
     "image sizes in memory": "images of other sizes",
+    "hard captions": "other hard captions",
     "indices": "another part of the set",
 }
 """What it means if an entry of an identity differs and the ones before it do not."""

@@ -12,6 +12,7 @@ from lightning_itm.checks import check_choice, check_tokens
 from lightning_itm.data.composed.joins import Joinable
 from lightning_itm.data.image import ImageSource, UnreadableImageError, open_rgb, to_tensor
 from lightning_itm.data.inputs.cut_captions import CutCaptions
+from lightning_itm.data.inputs.hard_captions import HardCaptionLists
 from lightning_itm.data.inputs.sources import by_number, check_files, check_sources
 from lightning_itm.data.readers import flatten_texts
 from lightning_itm.data.readers.from_files import FromFiles
@@ -44,6 +45,10 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
             is a negative like any other, as in the papers. Use it to count false negatives.
         max_unreadable: The fraction of pairs that may be unreadable in training. Above it, reading ends with an error. Raise
             it for a set from the web of which more is lost.
+        hard_captions: Wrong captions, such as rewritten ones: one list per text, or one per image, which may be empty. In
+            training some are drawn for each pair, and the loss takes them as further negatives of the pair's image. One that
+            equals a caption of the image is left out with a warning. Default: none.
+        num_hard_captions: How many are drawn per pair and epoch. Each is one more text to encode.
 
     Raises:
         ValueError: if there are no images, if an image has no text, if texts and images do not match in number, if the ids
@@ -71,6 +76,8 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
         tokenizer: Callable[[list[str]], Any] | None = None,
         equal_captions: Literal["exclude", "keep"] = "exclude",
         max_unreadable: float = 0.05,
+        hard_captions: Sequence[Sequence[str]] | None = None,
+        num_hard_captions: int = 1,
     ) -> None:
         self.images: Sequence[Any] = by_number(images)
         self.texts: Sequence[str]
@@ -78,8 +85,12 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
         self._set_up(transform, eval_transform, tokenizer, equal_captions, max_unreadable)
         check_sources(self.images)
         check_files(self.images, max_unreadable)
+        if hard_captions is not None:
+            parts = self.texts, self.text_image_id, len(self.images)
+            self.hard_captions = HardCaptionLists(hard_captions, *parts, num_hard_captions)
 
     _identity: dict[str, Any] | None = None  # computed when it is asked for
+    hard_captions: HardCaptionLists | None = None
 
     # Apart from the constructor, for subclasses whose images and texts come from elsewhere.
     def _set_up(
@@ -134,6 +145,8 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
         if self._identity is None:
             parts = self.texts, self.text_image_id, len(self.images)
             self._identity = set_identity(*parts, **image_identity(self.images))
+            if self.hard_captions is not None:
+                self._identity["hard captions"] = self.hard_captions.digest()
         return self._identity
 
     def load_image(self, image_id: int) -> Any:
@@ -177,7 +190,10 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
     def _load(self, text_id: int) -> dict[str, Any]:
         # The text first: where it is empty, its image need not be read.
         text, ids = self.load_text(text_id), self.ids(text_id)
-        return {"image": self.load_image(ids["image_id"]), "text": text, **ids}
+        drawn = {}
+        if self.hard_captions is not None and not self.is_evaluation:
+            drawn = {"hard_captions": self.hard_captions.draw(text_id, ids["image_id"], text, self._encode_text)}
+        return {"image": self.load_image(ids["image_id"]), "text": text, **ids, **drawn}
 
     def ids(self, text_id: int) -> dict[str, int]:
         """Return the ids that a pair has in a batch. ``caption_id`` is one of them where images share captions."""

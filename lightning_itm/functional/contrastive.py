@@ -123,7 +123,10 @@ def drop_likely_matches(scores: DirectionScores, *, relative_margin: float) -> D
     """
     # There is one, because a margin was given.
     ceiling = cast("Tensor", score_ceiling(scores.positive.detach(), relative_margin=relative_margin))  # (anchors,)
-    return scores._replace(negative_mask=scores.negative_mask & (scores.similarity <= ceiling[:, None]))
+    is_kept = scores.similarity <= ceiling[:, None]  # (anchors, candidates)
+    if scores.is_certain is not None:
+        is_kept = is_kept | scores.is_certain
+    return scores._replace(negative_mask=scores.negative_mask & is_kept)
 
 
 def _negative_logits(scores: DirectionScores, logit_scale: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class DirectionScores(NamedTuple):
     """True where the candidate belongs to an image, and to another one than the anchor, and has another caption."""
     log_weight: Float[Tensor, "anchors candidates"] | None = None
     """What the contrastive losses add to the logits of the candidates. ``None`` adds nothing."""
+    is_certain: Bool[Tensor, "anchors candidates"] | None = None
+    """True where a negative is known to be wrong, so that no guard against likely matches leaves it out."""
 
 
 def unit_norm(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:

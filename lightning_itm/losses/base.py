@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_itm.checks import check_choice
-from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
-from lightning_itm.functional.similarity import DirectionScores, direction_scores
+from lightning_itm.embeddings import EmbeddingPairs, HardCaptions, HardNegatives
+from lightning_itm.functional.similarity import DirectionScores, direction_scores, full_precision
 from lightning_itm.memory_bank.candidates import MemoryCandidates, MemoryDirection
 
 
@@ -59,6 +59,11 @@ class PairLoss(nn.Module, ABC):
     @property
     def has_selective_rule(self) -> bool:
         """Whether the loss has a selective rule that ``selective`` in :meth:`forward` can switch."""
+        return False
+
+    @property
+    def memory_replaces_batch(self) -> bool:
+        """Whether a memory bank replaces the negatives of the batch, hard captions among them."""
         return False
 
     @abstractmethod
@@ -112,6 +117,7 @@ class PairLoss(nn.Module, ABC):
         memory: MemoryCandidates | None = None,
         hard: HardNegatives | None = None,
         selective: Tensor | None = None,
+        hard_captions: HardCaptions | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch.
 
@@ -124,6 +130,7 @@ class PairLoss(nn.Module, ABC):
                 this step, they are further candidates of the batch. As embeddings of the mining pass, they add a term of their
                 own. Not in the paper.
             selective: Where the selective rule applies, bool `(pairs,)`. It overrides the constructor's choice of rule.
+            hard_captions: Captions without an image. They are further negatives of their own image, and of nothing else.
 
         Returns:
             A dict with ``"loss"``, the scalar to minimise, and detached values to log.
@@ -133,7 +140,13 @@ class PairLoss(nn.Module, ABC):
         """
         self.check_selective(selective)
         candidates = pairs if candidates is None else candidates
-        costs = self.costs(pairs, candidates, memory=memory, hard=hard, selective=selective)
+        inputs: dict[str, Any] = {
+            "memory": memory,
+            "hard": hard,
+            "selective": selective,
+            "hard_captions": hard_captions,
+        }
+        costs = self.costs(pairs, candidates, **inputs)
         return self.reduce(*costs, num_anchors=len(candidates))
 
     def check_selective(self, selective: Tensor | None) -> None:
@@ -153,13 +166,22 @@ class PairLoss(nn.Module, ABC):
         memory: MemoryCandidates | None = None,
         hard: HardNegatives | None = None,
         selective: Tensor | None = None,
+        hard_captions: HardCaptions | None = None,
     ) -> tuple[DirectionCost, DirectionCost]:
         """Compute the costs of both directions, images first. For the arguments, see :meth:`forward`."""
         # Gathered, because candidates are those of all ranks: a run on more ranks must have the same loss.
         mined = None if hard is None else hard.as_pairs().gather()
         is_stored = hard is not None and hard.positive is not None
         live = candidates if mined is None or is_stored else candidates + mined
-        costs = [self.direction_cost(scores, selective) for scores in both_directions(pairs, pairs, live)]
+        i2t_scores, t2i_scores = both_directions(pairs, pairs, live)
+        if hard_captions is not None:
+            if memory is not None and self.memory_replaces_batch:
+                raise ValueError(
+                    "Expected no hard captions beside a memory bank that replaces the batch, got both. Use "
+                    "TripletLoss(memory='added'), or leave one of them out."
+                )
+            i2t_scores = with_hard_captions(i2t_scores, pairs.image_embeddings, hard_captions)
+        costs = [self.direction_cost(scores, selective) for scores in (i2t_scores, t2i_scores)]
         if hard is not None and hard.positive is not None and mined is not None:
             for number, scores in enumerate(both_directions(pairs, hard.positive, mined)):
                 stored = self.direction_cost(scores, None).cost
@@ -207,6 +229,15 @@ def both_directions(
         direction_scores(anchors.image_embeddings, positives.text_embeddings, candidates.text_embeddings, **ids),
         direction_scores(anchors.text_embeddings, positives.image_embeddings, candidates.image_embeddings, **ids),
     )
+
+
+def with_hard_captions(scores: DirectionScores, images: Tensor, hard: HardCaptions) -> DirectionScores:
+    """Add the hard captions of each image `(pairs, dim)` to its candidates, as negatives of this image alone."""
+    images, captions = full_precision(images), full_precision(hard.text_embeddings)
+    similarity = torch.cat([scores.similarity, (captions * images[:, None]).sum(dim=-1)], dim=1)
+    is_certain = torch.cat([torch.zeros_like(scores.negative_mask), hard.mask], dim=1)
+    mask = torch.cat([scores.negative_mask, hard.mask], dim=1)  # (pairs, candidates + captions)
+    return scores._replace(similarity=similarity, negative_mask=mask, is_certain=is_certain)
 
 
 def row_similarity(a: Tensor, b: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_itm.embeddings import EmbeddingPairs, HardNegatives
+from lightning_itm.embeddings import EmbeddingPairs, HardCaptions, HardNegatives
 from lightning_itm.functional.quintuplet import OfflineScores, quintuplet_cost
 from lightning_itm.functional.similarity import DirectionScores
 from lightning_itm.losses.base import DirectionCost, PairLoss, row_similarity
@@ -97,6 +97,11 @@ class QuintupletLoss(PairLoss):
         """Whether the online loss has a selective rule to switch."""
         return self.online.has_selective_rule
 
+    @property
+    def memory_replaces_batch(self) -> bool:
+        """Whether the online loss lets a memory bank replace the negatives of the batch."""
+        return self.online.memory_replaces_batch
+
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the online cost, which is all there is without mined negatives."""
         return self.online.direction_cost(scores, selective)
@@ -113,14 +118,16 @@ class QuintupletLoss(PairLoss):
         memory: MemoryCandidates | None = None,
         hard: HardNegatives | None = None,
         selective: Tensor | None = None,
+        hard_captions: HardCaptions | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch as :meth:`PairLoss.forward` does, but with mined negatives for their own row only."""
+        inputs: dict[str, Any] = {"memory": memory, "selective": selective, "hard_captions": hard_captions}
         if hard is None:  # before the first mining, and in a run without the callback
-            return super().forward(pairs, candidates, memory=memory, selective=selective)
+            return super().forward(pairs, candidates, **inputs)
         self.check_selective(selective)
         candidates = pairs if candidates is None else candidates
         # Mined negatives are not passed on: the online loss must not see them, or w would compare them with themselves.
-        of_batch = self.costs(pairs, candidates, memory=memory, selective=selective)
+        of_batch = self.costs(pairs, candidates, **inputs)
         i2t, t2i = (
             self._quintuplet_cost(online, offline, positive)
             for online, offline, positive in zip(

@@ -79,6 +79,11 @@ class TripletLoss(PairLoss):
         """Whether there is a rule to switch. With the mean over all negatives there is none."""
         return self.negatives != "mean"
 
+    @property
+    def memory_replaces_batch(self) -> bool:
+        """Whether a memory bank replaces the negatives of the batch, as FNE is published."""
+        return self.memory == "instead"
+
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the hinge cost of each anchor with the functions of :mod:`lightning_itm.functional.triplet`."""
         rule = {}

@@ -20,7 +20,7 @@ from lightning_itm.models.optimization import decay_groups, warmup_cosine
 from lightning_itm.models.resumable_module import ResumableModule
 from lightning_itm.models.retrieval_metrics import RetrievalMetrics
 
-LOSS_INPUTS = ("memory", "hard", "selective")
+LOSS_INPUTS = ("memory", "hard", "selective", "hard_captions")
 """The entries of a batch that are passed on to the loss if a callback has put them there."""
 
 
@@ -164,6 +164,8 @@ class DualEncoder(ResumableModule, ChecksNegatives, Exportable):
         inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
         if isinstance(inputs.get("hard"), Mapping):  # samples; embeddings need no further forward pass
             inputs["hard"] = self.embed_hard_negatives(inputs["hard"])
+        if isinstance(inputs.get("hard_captions"), Mapping):
+            inputs["hard_captions"] = self.embed_hard_captions(inputs["hard_captions"])
         outputs: dict[str, Tensor] = self.loss(pairs, candidates, **inputs)
         if not isinstance(outputs, dict) or "loss" not in outputs:
             raise TypeError(f"Expected the loss to return a dict with 'loss', got {type(outputs).__name__}.")

@@ -109,6 +109,11 @@ def check_parts(parts: Sequence[ImageTextDataset]) -> None:
                 "Expected sets whose images can be read at random, got remote shards. Copy them to a disk, or give the "
                 "addresses of all shards to one ShardDataset."
             )
+        if part.hard_captions is not None:
+            raise ValueError(
+                "Expected sets without `hard_captions`, which a joined or a split set does not draw, got one with them. Join "
+                "or split the lists first, and make one set of the result."
+            )
         if part.equal_captions != parts[0].equal_captions:
             raise ValueError(
                 f"Expected all sets to have the same `equal_captions`, got {parts[0].equal_captions!r} and "
