@@ -131,6 +131,7 @@ class FromFiles:
         caption_key: str | None = None,
         image_id: str | None = None,
         image_root: str | PathLike[str] = ".",
+        hard_captions: str | None = None,
         **kwargs: Any,
     ) -> Pairs:
         """Read a data set of the Hugging Face library ``datasets``. An image is read when its pair is asked for.
@@ -147,6 +148,8 @@ class FromFiles:
             image_id: The column that says which rows have the same image, such as ``"cocoid"``. Give it where a data set has
                 one row per caption: else the captions of an image are negatives of it. Default: rows with the same path.
             image_root: The folder that paths start from. Default: the current folder.
+            hard_captions: The column of captions that are wrong for the image of their row: a string, or a list of strings
+                that may be empty. See :class:`~lightning_itm.ImageTextDataset`. Default: there are none.
             **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
         Raises:
@@ -165,4 +168,5 @@ class FromFiles:
             (3, 'blue', 1)
         """
         ways: Any = {"caption_key": caption_key, "image_id": image_id, "image_root": image_root}
-        return cls(*read_huggingface(dataset, image, captions, **ways), **kwargs)
+        images, texts, wrong = read_huggingface(dataset, image, captions, hard_captions=hard_captions, **ways)
+        return cls(images, texts, **kwargs, **({} if wrong is None else {"hard_captions": wrong}))

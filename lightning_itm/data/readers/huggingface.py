@@ -1,7 +1,7 @@
 """Read a data set of the Hugging Face library ``datasets``: the texts at once, and each image when it is asked for."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ def read_huggingface(
     caption_key: str | None = None,
     image_id: str | None = None,
     image_root: str | PathLike[str] = ".",
-) -> tuple[Sequence[Any], list[list[str]]]:
-    """Return the images of a data set, which are read when they are asked for, and the captions of each.
+    hard_captions: str | None = None,
+) -> tuple[Sequence[Any], list[list[str]], list[list[str]] | None]:
+    """Return the images of a data set, which are read when they are asked for, the captions of each, and its hard captions.
 
     Args:
         dataset: The ``datasets.Dataset``.
@@ -35,20 +36,25 @@ def read_huggingface(
         caption_key: The key of a caption, where captions are dicts.
         image_id: The column that says which rows have the same image. Default: rows with the same path.
         image_root: The folder that paths start from.
+        hard_captions: The column of the captions that are wrong for the image of their row. Default: there are none.
 
     Raises:
         TypeError: if the data set, or a column, is of another kind.
         ValueError: if a column is missing, if a row has no image, or if no image has a caption.
         ModuleNotFoundError: if ``datasets`` is not installed.
     """
-    check_dataset(dataset, image, captions, *([] if image_id is None else [image_id]))
+    check_dataset(dataset, image, captions, *(name for name in (image_id, hard_captions) if name is not None))
     dataset = dataset.with_format(None)  # else numbers come as tensors
     column = ImageColumn(dataset, image, image_root)
     paths = column.paths()
-    keys = paths if image_id is None else _known(_values(dataset, image_id), image_id)
+    keys: Sequence[Any] = range(len(column)) if paths is None else paths
+    keys = keys if image_id is None else _known(_values(dataset, image_id), image_id)
     texts, rows = _captions_of_images(_values(dataset, captions), keys, captions, caption_key)
     column.rows = np.asarray(rows)  # a list would be copied into every worker
-    return column if paths is None else [Path(image_root, paths[row]) for row in rows], texts
+    wrong = (
+        None if hard_captions is None else _wrong_captions(_values(dataset, hard_captions), keys, rows, hard_captions)
+    )
+    return column if paths is None else [Path(image_root, paths[row]) for row in rows], texts, wrong
 
 
 def check_dataset(dataset: Any, *columns: str) -> None:
@@ -106,14 +112,13 @@ def load_saved(folder: str | PathLike[str], split: str) -> Any | None:
 
 
 def _captions_of_images(
-    values: Iterable[Any], keys: Iterable[Any] | None, column: str, caption_key: str | None
+    values: Sequence[Any], keys: Sequence[Any], column: str, caption_key: str | None
 ) -> tuple[list[list[str]], list[int]]:
     """Return the captions of each image that has one, and the first row of it. Warn of what is left out."""
     first_row: dict[Any, int] = {}
     texts_of: dict[Any, list[str]] = {}
     num_left_out, first_left_out = 0, ""
-    values = list(values)
-    for row, (key, value) in enumerate(zip(range(len(values)) if keys is None else keys, values, strict=True)):
+    for row, (key, value) in enumerate(zip(keys, values, strict=True)):
         texts, others = split_captions(_without_keys(value, caption_key, row, column))
         texts_of.setdefault(key, []).extend(texts)
         first_row.setdefault(key, row)
@@ -132,6 +137,20 @@ def _captions_of_images(
             stacklevel=4,  # past the reader and the classmethod: at the line that asked for the set
         )
     return [texts_of[key] for key in kept], [first_row[key] for key in kept]
+
+
+def _wrong_captions(values: Sequence[Any], keys: Sequence[Any], rows: Sequence[int], column: str) -> list[list[str]]:
+    """Return the wrong captions of each image, from all of its rows."""
+    wrong: dict[Any, list[str]] = {}
+    for row, (key, value) in enumerate(zip(keys, values, strict=True)):
+        some = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
+            raise TypeError(
+                f"Expected row {row} of the column {column!r} to have wrong captions, a text or a list of texts, got "
+                f"{shorten(value)}. Put an empty list where there is none."
+            )
+        wrong.setdefault(key, []).extend(some)
+    return [wrong[keys[row]] for row in rows]
 
 
 def _without_keys(value: Any, key: str | None, row: int, column: str) -> Any:
