@@ -17,6 +17,9 @@ ROOMS = {
     "metrics": ("Metrics", "What is measured."),
     "mining": ("Mining", "The parts of `OfflineHardNegativeMining`."),
     "memory_bank": ("Memory bank", "The parts of `FalseNegativeElimination`."),
+    "export": ("Export", "A way out: open_clip's and Hugging Face's folders, and ONNX."),
+    "standalone": ("Without a Trainer", "Mining for Fabric, plain PyTorch and sentence-transformers."),
+    "data.compositional": ("Compositional tests", "An image, its caption and a wrong one, in SugarCrepe's form."),
     "functional": ("Functions", "Mathematics: tensors in, tensors out."),
 }
 

@@ -33,8 +33,7 @@ class DualEncoder(ResumableModule, ChecksNegatives, Exportable):
        about itself (``train/loss``, ...).
     2. *Validation and test* log recall at K in both directions over the whole set (``val/i2t_r1`` … ``val/t2i_r10``,
        ``val/rsum``), and ranks. The texts of one image stand side by side in a set, and the image is encoded once for them.
-    3. *The optimizer* is AdamW with a warm-up and a cosine. Override :meth:`parameter_groups` or ``configure_optimizers`` for
-       another.
+    3. *The optimizer* is AdamW with a warm-up and a cosine. Override :meth:`parameter_groups` or ``configure_optimizers``.
     4. *A checkpoint* holds the state of the random streams. A resumed run draws what the uninterrupted one would have drawn.
 
     Args:
@@ -162,10 +161,9 @@ class DualEncoder(ResumableModule, ChecksNegatives, Exportable):
         candidates = pairs.gather()
         # Callbacks and the loss share nothing but these entries, so that the step needs no Trainer.
         inputs = {name: batch[name] for name in LOSS_INPUTS if name in batch}
-        if isinstance(inputs.get("hard"), Mapping):  # samples; embeddings need no further forward pass
-            inputs["hard"] = self.embed_hard_negatives(inputs["hard"])
-        if isinstance(inputs.get("hard_captions"), Mapping):
-            inputs["hard_captions"] = self.embed_hard_captions(inputs["hard_captions"])
+        for name, embed in (("hard", self.embed_hard_negatives), ("hard_captions", self.embed_hard_captions)):
+            if isinstance(inputs.get(name), Mapping):  # samples; embeddings need no further forward pass
+                inputs[name] = embed(inputs[name])
         outputs: dict[str, Tensor] = self.loss(pairs, candidates, **inputs)
         if not isinstance(outputs, dict) or "loss" not in outputs:
             raise TypeError(f"Expected the loss to return a dict with 'loss', got {type(outputs).__name__}.")
