@@ -18,8 +18,8 @@ atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_err
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more would be processes that import torch first
 
 torch.set_num_threads(1)
-# The first backward pass starts a thread for each device that is known by then. After an export to ONNX, PyTorch knows more than
-# one, and a process with such threads can't be forked.
+# The first backward pass starts a thread for each device that is known by then. After an ONNX export, PyTorch knows several,
+# and a process with such threads can't be forked.
 torch.ones((), requires_grad=True).backward()
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 # The same cases at every run, and no verdict by the clock: the machines that run this are shared.
