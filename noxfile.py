@@ -1,6 +1,6 @@
 """The suite and its checks in environments of their own: ``nox -s tests``.
 
-Others: ``lowest``, ``newest``, ``lint``, ``docs``, ``build``. What follows ``--`` goes to pytest:
+Others: ``lowest``, ``newest``, ``lint``, ``bare``, ``docs``, ``build``. What follows ``--`` goes to pytest:
 ``nox -s lowest -- -m "not slow"``.
 """
 
@@ -50,6 +50,13 @@ def lint(session: nox.Session) -> None:
     workflows = [str(path) for path in sorted(Path(".github/workflows").glob("*.yml"))]
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     session.run("zizmor", "--offline", ".github")
+
+
+@nox.session
+def bare(session: nox.Session) -> None:
+    """See that the package alone, without any of its extras, works and names what is missing."""
+    session.install("-e", ".", "pytest", "pytest-xdist", "hypothesis", "jaxtyping", "beartype", "scikit-image")
+    session.run("python", "-m", "pytest", "tests/test_extras.py", *session.posargs)
 
 
 @nox.session

@@ -99,7 +99,7 @@ def pyarrow() -> Any:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Expected pyarrow, to write Parquet: `pip install pyarrow`, or use 'jsonl'."
+            "Expected pyarrow, to write Parquet, found none: `pip install \"lightning_itm[parquet]\"`, or use 'jsonl'."
         ) from error
     return pyarrow
 
