@@ -44,6 +44,10 @@ def small_sets(folder: Path):
             rows += [f"{name}/{number}.png,{text}" for text in texts]
         table = "val.csv" if name.endswith("val") else "train.csv"
         (folder / table).write_text("\n".join(["image,text", *rows]))
+    (folder / "sugarcrepe" / "data").mkdir(parents=True)
+    (folder / "val2017").symlink_to("flickr30k-images")
+    rows = [{"filename": f"{n}.png", "caption": f"square {n}", "negative_caption": f"circle {n}"} for n in range(8)]
+    (folder / "sugarcrepe" / "data" / "swap_att.json").write_text(json.dumps(rows))
     model = OpenCLIPDualEncoder("tiny-vit")
     train, val = (
         ImageTextDataset.from_karpathy("dataset_flickr30k.json", "flickr30k-images", split, **model.transforms)
