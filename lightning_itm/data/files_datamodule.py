@@ -1,8 +1,8 @@
 """Read image-text data in the form that people have it: one function, and a datamodule that needs only paths."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from os import PathLike, fspath
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,8 @@ from lightning_itm.data.readers import read_json
 from lightning_itm.data.readers.huggingface import load_saved
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.index import ShardIndex
-from lightning_itm.data.shards.paths import COMPRESSED, is_remote, tar_files
+from lightning_itm.data.shards.paths import Source, is_shards
 from lightning_itm.data.shards.stream import ShardStream
-
-Source = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 
 def read_pairs(
@@ -32,6 +30,7 @@ def read_pairs(
     delimiter: str | None = None,
     encoding: str | None = None,
     index: str | PathLike[str] | None = None,
+    hard_captions: str | None = None,
     **kwargs: Any,
 ) -> ImageTextDataset:
     """Read image-text pairs from files. The form is told by the name.
@@ -52,22 +51,29 @@ def read_pairs(
         delimiter: The sign between columns. Default: the comma, tab, ``|`` or semicolon by which the header has both columns.
         encoding: The encoding of text files, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if a file begins with its mark.
         index: The file that says what is in the shards. Default: beside the first shard. Remote shards need one.
+        hard_captions: The column of a table, or of a list of objects, with captions that are wrong for the image of their row.
+            :meth:`~lightning_itm.ImageTextDataset.from_csv` says what it holds. Default: there are none.
         **kwargs: The options of :class:`~lightning_itm.ImageTextDataset`, such as ``transform`` and ``tokenizer``.
 
     Raises:
         ValueError: if ``source`` has none of these forms, is in another encoding, or what it holds does not fit together.
         FileNotFoundError: if ``source`` or its first image does not exist.
     """
+    hard: dict[str, Any] = {} if hard_captions is None else {"hard_captions": hard_captions}
     # A list can only be shards. Other forms are one file or one folder.
     if is_shards(source) or not isinstance(source, str | PathLike):
+        if hard:
+            raise ValueError(f"Expected a table or a list of objects with {hard_captions!r}, got the shards {source}.")
         return ShardDataset(source, index=index, **kwargs)
     path, ending = Path(source), Path(source).suffix.lower()
-    if not ending and not path.exists():
+    if not (ending or path.exists()):
         raise FileNotFoundError(f"Expected {source}, found none.")
     if path.is_dir():
         if (saved := load_saved(path, split)) is not None:
-            names: Any = {"image": image_column, "captions": text_column, "image_root": image_root or "."}
+            names: Any = {"image": image_column, "captions": text_column, "image_root": image_root or ".", **hard}
             return ImageTextDataset.from_huggingface(saved, **names, **kwargs)
+        if hard:
+            raise ValueError(f"Expected a table or a list of objects with {hard_captions!r}, got the folder {source}.")
         return ImageTextDataset.from_folder(path, encoding=encoding, **kwargs)
     if ending not in (".json", ".jsonl", ".csv", ".tsv"):
         raise ValueError(
@@ -78,23 +84,11 @@ def read_pairs(
     root = path.parent if image_root is None else image_root
     columns: dict[str, Any] = {"image_column": image_column, "text_column": text_column, "encoding": encoding}
     if ending == ".json":
-        return ImageTextDataset(*read_json(path, root, split, **columns), **kwargs)
+        images, texts, wrong = read_json(path, root, split, **columns, **hard)
+        return ImageTextDataset(images, texts, hard_captions=wrong, **kwargs)
     if ending == ".jsonl":
-        return ImageTextDataset.from_jsonl(path, root, **columns, **kwargs)
-    return ImageTextDataset.from_csv(path, root, delimiter=delimiter, **columns, **kwargs)
-
-
-def is_shards(source: Source) -> bool:
-    """Return whether a source is tar shards: a folder of them, a pattern, an address or a list."""
-    if not isinstance(source, str | PathLike):
-        return True
-    if is_remote(fspath(source)) or fspath(source).lower().endswith((".tar", *COMPRESSED)):
-        return True
-    names = tar_files(Path(source)) if Path(source).is_dir() else []
-    # An archive beside images with their texts is what these came in. By itself, it is a shard that must be decompressed.
-    return any(name.lower().endswith(".tar") for name in names) or (
-        names != [] and not any(Path(source).rglob("*.txt"))
-    )
+        return ImageTextDataset.from_jsonl(path, root, **columns, **hard, **kwargs)
+    return ImageTextDataset.from_csv(path, root, delimiter=delimiter, **columns, **hard, **kwargs)
 
 
 class ImageTextFilesDataModule(ImageTextDataModule):
@@ -118,6 +112,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         pairs_per_epoch: The number of pairs in an epoch of a stream that is resampled. Default: as many as there are.
         index: The file that says what is in the shards of ``train``, or a dict such as ``{"train": ..., "val": ...}``. Shards
             that are remote, or in a folder that can't be written, need one.
+        hard_captions: The column of wrong captions in ``train``, as :func:`read_pairs` takes it. Default: there are none.
+        num_hard_captions: How many of them are drawn per pair and epoch.
         model_name: The open_clip model whose transforms and tokenizer are used, such as ``"ViT-B-32"``. Default: those of the
             module that is trained (``module.transforms``).
         pretrained: The tag of its weights, if ``model_name`` is given. Some weights need other transforms.
@@ -156,6 +152,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         resampled: bool = False,
         pairs_per_epoch: int | None = None,
         index: str | dict[str, str] | None = None,
+        hard_captions: str | None = None,
+        num_hard_captions: int = 1,
         model_name: str | None = None,
         pretrained: str | None = None,
         augmentation: dict[str, Any] | None = None,
@@ -175,6 +173,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         columns = {"image_column": image_column, "text_column": text_column, "delimiter": delimiter}
         files = {"image_root": image_root, "encoding": encoding, "max_unreadable": max_unreadable}
         self.options: dict[str, Any] = {**files, **columns, "equal_captions": equal_captions}
+        hard = {"hard_captions": hard_captions, "num_hard_captions": num_hard_captions}
+        self.train_options: dict[str, Any] = {} if hard_captions is None else hard
         self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
         shuffling = {"shuffle_buffer": shuffle_buffer, "resampled": resampled}
         self.stream_options: dict[str, Any] = {**shuffling, "pairs_per_epoch": pairs_per_epoch}
@@ -238,8 +238,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         return transforms
 
     def _read(self, split: str) -> ImageTextDataset | ShardStream:
-        options = {**self.options, **self.transforms, "index": self.index.get(split)}
-        pairs = read_pairs(self.sources[split], split=split, **options)
+        options = {**self.options, **self.transforms, **(self.train_options if split == "train" else {})}
+        pairs = read_pairs(self.sources[split], split=split, index=self.index.get(split), **options)
         if not self.stream or split != "train":
             return pairs  # in evaluation each id is wanted once, in order, which a stream can't promise
         if not isinstance(pairs, ShardDataset):

@@ -7,6 +7,8 @@ from reprlib import Repr
 from typing import Any
 
 ImagesAndTexts = tuple[list[Path], list[list[str]]]
+WithHardCaptions = tuple[list[Path], list[list[str]], list[list[str]] | None]
+"""Images, the texts of each, and the wrong captions of each text, or None where they were not asked for."""
 
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 80  # signs; beyond them the middle is left out
@@ -53,16 +55,21 @@ class CaptionsOfImages:
         self.texts_of: dict[str | Path, list[str]] = {}  # the same lists, by what the file calls the image
         self.image_ids: dict[Path, Any] = {}  # what the file calls images and captions, where a reader asks for it
         self.caption_ids: dict[Path, list[Any]] = {}
+        self.hard_captions: dict[Path, list[list[str]]] = {}  # those of each caption, where a reader asks for them
+        self.num_hard_left_out = 0
         self.num_left_out = 0
         self.first_left_out = ""
 
-    def add(self, image: Any, value: Any, where: str) -> None:
+    def add(self, image: Any, value: Any, where: str) -> int:
         """Take in what a file has as the captions of an image, and note what is no text.
 
         Args:
             image: The path of the image. It starts from ``image_root``.
             value: Whatever stands where a caption is expected.
             where: The place in the source, for messages. Such as ``"line 3"``.
+
+        Returns:
+            How many captions are kept.
 
         Raises:
             ValueError: if the path is no text.
@@ -79,6 +86,7 @@ class CaptionsOfImages:
         if others and not self.num_left_out:
             self.first_left_out = f"{where}: {shorten(others[0])}"
         self.num_left_out += len(others)
+        return len(texts)
 
     def add_ids(self, image: str | Path, image_id: Any, caption_ids: list[Any]) -> None:
         """Take in what a file calls an image and each of its captions that are kept, after :meth:`add`."""
@@ -86,8 +94,17 @@ class CaptionsOfImages:
         self.image_ids.setdefault(path, image_id)
         self.caption_ids.setdefault(path, []).extend(caption_ids)
 
-    def add_row(self, row: Any, image_key: str, text_key: str, where: str) -> None:
-        """Take in an object of a JSON file, with the path of an image and its captions.
+    def add_hard_captions(self, image: str | Path, num_captions: int, wrong: list[str]) -> None:
+        """Take in the wrong captions of a row, after :meth:`add`. Each caption that is kept gets them."""
+        self.hard_captions.setdefault(Path(self.image_root, image), []).extend([wrong] * num_captions)
+        self.num_hard_left_out += 0 if num_captions else len(wrong)
+
+    def hard_captions_of(self, images: list[Path]) -> list[list[str]]:
+        """Return the wrong captions of each caption of these images."""
+        return [wrong for image in images for wrong in self.hard_captions[image]]
+
+    def add_row(self, row: Any, image_key: str, text_key: str, where: str) -> int:
+        """Take in an object of a JSON file, with the path of an image and its captions. Return how many are kept.
 
         Raises:
             ValueError: if it is no object, or lacks one of the keys.
@@ -98,7 +115,7 @@ class CaptionsOfImages:
                 f"Expected {where} of {self.source} to be an object with {image_key!r} and {text_key!r}, got {got}. Name "
                 "yours with `image_column` and `text_column`."
             )
-        self.add(row[image_key], row[text_key], where)
+        return self.add(row[image_key], row[text_key], where)
 
     def finish(self) -> ImagesAndTexts:
         """Return the images that have a caption, and the captions of each. Warn of what is left out.
@@ -121,9 +138,10 @@ class CaptionsOfImages:
                 f"Expected the first image at {first}, found none. Is `image_root` {self.image_root} right?"
             )
         if self.num_left_out:
+            hard = f" So are {self.num_hard_left_out} hard captions of such rows." if self.num_hard_left_out else ""
             warnings.warn(
                 f"In {self.source}, {left_out}. So {len(self.captions) - len(kept)} of {len(self.captions)} images have no "
-                "caption and are left out, too.",
+                f"caption and are left out, too.{hard}",
                 stacklevel=4,  # past the reader and the classmethod: at the line that asked for the set
             )
         return list(kept), list(kept.values())

@@ -69,6 +69,7 @@ class FromFiles:
         text_column: str = "text",
         delimiter: str | None = None,
         encoding: str | None = None,
+        hard_captions: str | None = None,
         **kwargs: Any,
     ) -> Pairs:
         """Read a table with a header and one pair per row. Rows with the same image share it.
@@ -81,14 +82,20 @@ class FromFiles:
             delimiter: The sign between two columns. Default: the comma, tab, ``|`` or semicolon by which the header has both
                 columns.
             encoding: The encoding of the file, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if it begins with its mark.
+            hard_captions: The column of captions that are wrong for the image of their row, such as ``"hard_captions"``. A
+                cell holds one plain text, or a JSON list of texts such as ``["a cat", "a cow"]``, or nothing. See
+                :class:`~lightning_itm.ImageTextDataset`. Default: there are none.
             **kwargs: The options of the class, such as ``transform`` and ``tokenizer``.
 
         Raises:
             ValueError: if a column is missing, if a row has another number of cells than the header, if a quote is not closed,
-                if the file is in another encoding, or if no row has a text.
+                if the file is in another encoding, if no row has a text, or if a cell of ``hard_captions`` holds what is no
+                text.
             FileNotFoundError: if the first image does not exist.
         """
-        return cls(*read_table(path, image_root, image_column, text_column, delimiter, encoding), **kwargs)
+        columns = image_column, text_column, delimiter, encoding, hard_captions
+        images, texts, wrong = read_table(path, image_root, *columns)
+        return cls(images, texts, **kwargs, **({} if wrong is None else {"hard_captions": wrong}))
 
     @classmethod
     def from_jsonl(
@@ -99,10 +106,15 @@ class FromFiles:
         image_column: str = "image",
         text_column: str = "text",
         encoding: str | None = None,
+        hard_captions: str | None = None,
         **kwargs: Any,
     ) -> Pairs:
-        """Read one JSON object per line. Its text is a string or a list of strings. The rest is as in :meth:`from_csv`."""
-        return cls(*read_jsonl(path, image_root, image_column, text_column, encoding), **kwargs)
+        """Read one JSON object per line. Its text is a string or a list of strings, and so are its ``hard_captions``.
+
+        The rest is as in :meth:`from_csv`. Each text of a line has all hard captions of the line.
+        """
+        images, texts, wrong = read_jsonl(path, image_root, image_column, text_column, encoding, hard_captions)
+        return cls(images, texts, **kwargs, **({} if wrong is None else {"hard_captions": wrong}))
 
     @classmethod
     def from_folder(

@@ -5,7 +5,14 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_itm.data.readers.captions import CaptionsOfImages, ImagesAndTexts, shorten, split_captions
+from lightning_itm.data.readers.captions import (
+    CaptionsOfImages,
+    ImagesAndTexts,
+    WithHardCaptions,
+    shorten,
+    split_captions,
+)
+from lightning_itm.data.readers.hard_captions import check_name, hard_captions_of_row
 from lightning_itm.data.readers.text_files import load_json, read_text
 
 
@@ -25,21 +32,32 @@ def read_json(
     image_column: str,
     text_column: str,
     encoding: str | None = None,
-) -> ImagesAndTexts:
-    """Read a JSON file, whose content tells its form. Only Karpathy's has splits.
+    hard_captions: str | None = None,
+) -> WithHardCaptions:
+    """Read a JSON file, whose content tells its form. Only Karpathy's has splits, and only a list has hard captions.
+
+    Returns:
+        The images, the captions of each, and the hard captions of each caption, or None without ``hard_captions``.
 
     Raises:
-        ValueError: if it has none of the forms, or if no image has a caption.
+        ValueError: if it has none of the forms, if no image has a caption, or if the form has no hard captions.
         FileNotFoundError: if the first image does not exist.
     """
+    check_name(hard_captions)
     content, found = load_json(read_text(path, encoding), fspath(path)), CaptionsOfImages(path, image_root)
     if isinstance(content, list):
-        _read_list(content, found, image_column, text_column)
+        _read_list(content, found, image_column, text_column, hard_captions)
+    elif hard_captions is not None:
+        raise ValueError(
+            f"Expected {path} to be a list of objects with {hard_captions!r}, got another form, which has no hard captions. "
+            "Write it as .jsonl, or give them to the constructor of ImageTextDataset."
+        )
     elif isinstance(content, dict) and "annotations" in content:
         _read_coco(content, found)
     else:
         _read_karpathy(content, found, split)
-    return found.finish()
+    images, texts = found.finish()
+    return images, texts, None if hard_captions is None else found.hard_captions_of(images)
 
 
 def read_karpathy(
@@ -74,12 +92,17 @@ def read_karpathy_with_ids(
     return (images, texts), CocoIds(image_ids, caption_ids) if are_known else CocoIds()  # type: ignore[arg-type]
 
 
-def _read_list(content: list[Any], found: CaptionsOfImages, image_column: str, text_column: str) -> None:
+def _read_list(
+    content: list[Any], found: CaptionsOfImages, image_column: str, text_column: str, hard_captions: str | None
+) -> None:
     """Read a list of objects such as ``{"image": "1.jpg", "caption": "a dog"}``, as BLIP and ALBEF have."""
     for number, row in enumerate(content, 1):
         # BLIP's name for it, where no other is asked for.
         is_blip = text_column == "text" and isinstance(row, dict) and "text" not in row and "caption" in row
-        found.add_row(row, image_column, "caption" if is_blip else text_column, f"entry {number}")
+        num_captions = found.add_row(row, image_column, "caption" if is_blip else text_column, f"entry {number}")
+        if hard_captions is not None:
+            wrong = hard_captions_of_row(row, hard_captions, f"entry {number} of {found.source}")
+            found.add_hard_captions(row[image_column], num_captions, wrong)
 
 
 def _read_coco(content: dict[str, Any], found: CaptionsOfImages) -> None:

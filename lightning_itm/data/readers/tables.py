@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TextIO
 
 from lightning_itm.data.image import IMAGE_ENDINGS
-from lightning_itm.data.readers.captions import CaptionsOfImages, ImagesAndTexts, shorten
+from lightning_itm.data.readers.captions import CaptionsOfImages, WithHardCaptions, shorten
+from lightning_itm.data.readers.hard_captions import check_name, hard_captions_of_cell, hard_captions_of_row
 from lightning_itm.data.readers.text_files import load_json, open_text
 
 DELIMITERS = (",", "\t", "|", ";")
@@ -20,8 +21,12 @@ def read_table(
     text_column: str,
     delimiter: str | None = None,
     encoding: str | None = None,
-) -> ImagesAndTexts:
+    hard_captions: str | None = None,
+) -> WithHardCaptions:
     """Read a table with a header, one pair per row. Rows with the same image share it.
+
+    Returns:
+        The images, the captions of each, and the hard captions of each caption, or None without ``hard_captions``.
 
     Raises:
         ValueError: if a column is missing or comes twice, if a row has another number of cells than the header, if a quote is
@@ -30,6 +35,7 @@ def read_table(
     """
     delimiter, header = _find_header(path, image_column.strip(), text_column.strip(), delimiter, encoding)
     image_index, text_index = header.index(image_column.strip()), header.index(text_column.strip())
+    hard_index = _find_hard_captions(path, hard_captions, header)
     found = CaptionsOfImages(path, image_root)
     with open_text(path, encoding, newline="") as file:
         rows = _rows(file, path, delimiter)
@@ -42,8 +48,12 @@ def read_table(
                     "another `delimiter`."
                 )
             _check_whole(row, line, path, delimiter, len(header), image_index)
-            found.add(row[image_index], row[text_index], f"line {line}")
-    return found.finish()
+            num_captions = found.add(row[image_index], row[text_index], f"line {line}")
+            if hard_index is not None:
+                wrong = hard_captions_of_cell(row[hard_index], f"line {line} of {path}")
+                found.add_hard_captions(row[image_index], num_captions, wrong)
+    images, texts = found.finish()
+    return images, texts, None if hard_index is None else found.hard_captions_of(images)
 
 
 def read_jsonl(
@@ -52,20 +62,30 @@ def read_jsonl(
     image_column: str,
     text_column: str,
     encoding: str | None = None,
-) -> ImagesAndTexts:
+    hard_captions: str | None = None,
+) -> WithHardCaptions:
     """Read one JSON object per line, whose text is a string or a list of strings.
+
+    Returns:
+        As :func:`read_table`. Each caption of a line has all hard captions of the line.
 
     Raises:
         ValueError: if a line is no JSON object with both keys, or if none has a caption.
         FileNotFoundError: if the first image does not exist.
     """
+    check_name(hard_captions)
     found = CaptionsOfImages(path, image_root)
     with open_text(path, encoding) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"line {number}"
-                found.add_row(load_json(line.strip(), f"{where} of {path}"), image_column, text_column, where)
-    return found.finish()
+                row = load_json(line.strip(), f"{where} of {path}")
+                num_captions = found.add_row(row, image_column, text_column, where)
+                if hard_captions is not None:
+                    wrong = hard_captions_of_row(row, hard_captions, f"{where} of {path}")
+                    found.add_hard_captions(row[image_column], num_captions, wrong)
+    images, texts = found.finish()
+    return images, texts, None if hard_captions is None else found.hard_captions_of(images)
 
 
 def _find_header(
@@ -92,6 +112,18 @@ def _find_header(
         f"Expected the header of {path} to have {image_column!r} and {text_column!r}, each once, got the columns {best}. Name "
         "yours with `image_column` and `text_column`, and the sign between them with `delimiter`."
     )
+
+
+def _find_hard_captions(path: str | PathLike[str], column: str | None, header: list[str]) -> int | None:
+    check_name(column)
+    if column is None:
+        return None
+    if header.count(column.strip()) != 1:
+        raise ValueError(
+            f"Expected the header of {path} to have the hard captions {column!r} once, got the columns {header}. Name yours "
+            "with `hard_captions`, or leave it out."
+        )
+    return header.index(column.strip())
 
 
 def _rows(file: TextIO, path: str | PathLike[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:

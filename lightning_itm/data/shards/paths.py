@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from braceexpand import braceexpand
 
 Item = TypeVar("Item")
+Source = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 MANIFEST = "manifest.json"
 WAITS: tuple[float, ...] = (1.0, 2.0, 4.0)
@@ -145,3 +146,16 @@ def check_present(shards: Sequence[str], number: int) -> None:
             f"Expected shard {number} of the {len(shards)} shards at {path}, found none. It was there when the set was "
             "opened. Put it back, and resume the run."
         )
+
+
+def is_shards(source: Source) -> bool:
+    """Return whether a source is tar shards: a folder of them, a pattern, an address or a list."""
+    if not isinstance(source, str | PathLike):
+        return True
+    if is_remote(fspath(source)) or fspath(source).lower().endswith((".tar", *COMPRESSED)):
+        return True
+    names = tar_files(Path(source)) if Path(source).is_dir() else []
+    # An archive beside images with their texts is what these came in. By itself, it is a shard that must be decompressed.
+    return any(name.lower().endswith(".tar") for name in names) or (
+        names != [] and not any(Path(source).rglob("*.txt"))
+    )

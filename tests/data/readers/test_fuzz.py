@@ -144,15 +144,15 @@ def check_file(name, content, read, expected):
 
 
 def check_table(content):
-    check_file("a.csv", content, lambda path: read_table(path, "", "image", "text"), reference.table)
+    check_file("a.csv", content, lambda path: read_table(path, "", "image", "text")[:2], reference.table)
 
 
 def check_json_lines(content):
-    check_file("a.jsonl", content, lambda path: read_jsonl(path, "", "image", "text"), reference.json_lines)
+    check_file("a.jsonl", content, lambda path: read_jsonl(path, "", "image", "text")[:2], reference.json_lines)
 
 
 def check_json_file(content):
-    check_file("a.json", content, lambda path: read_json(path, "", "train", "image", "text"), reference.json_file)
+    check_file("a.json", content, lambda path: read_json(path, "", "train", "image", "text")[:2], reference.json_file)
 
 
 def check_folder(files):
