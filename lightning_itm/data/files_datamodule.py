@@ -52,7 +52,7 @@ def read_pairs(
         encoding: The encoding of text files, such as ``"cp1252"``. Default: UTF-8, or UTF-16 if a file begins with its mark.
         index: The file that says what is in the shards. Default: beside the first shard. Remote shards need one.
         hard_captions: The column of a table, or of a list of objects, with captions that are wrong for the image of their row.
-            :meth:`~lightning_itm.ImageTextDataset.from_csv` says what it holds. Default: there are none.
+            :meth:`~lightning_itm.ImageTextDataset.from_csv` has the forms. In shards it is ``"hard_captions"``. Default: none.
         **kwargs: The options of :class:`~lightning_itm.ImageTextDataset`, such as ``transform`` and ``tokenizer``.
 
     Raises:
@@ -62,9 +62,9 @@ def read_pairs(
     hard: dict[str, Any] = {} if hard_captions is None else {"hard_captions": hard_captions}
     # A list can only be shards. Other forms are one file or one folder.
     if is_shards(source) or not isinstance(source, str | PathLike):
-        if hard:
-            raise ValueError(f"Expected a table or a list of objects with {hard_captions!r}, got the shards {source}.")
-        return ShardDataset(source, index=index, **kwargs)
+        if hard_captions not in (None, "hard_captions"):
+            raise ValueError(f"Expected 'hard_captions', their name in shards, got {hard_captions!r} of {source}.")
+        return ShardDataset(source, index=index, hard_captions=hard_captions is not None, **kwargs)
     path, ending = Path(source), Path(source).suffix.lower()
     if not (ending or path.exists()):
         raise FileNotFoundError(f"Expected {source}, found none.")
@@ -76,9 +76,7 @@ def read_pairs(
             raise ValueError(f"Expected a table or a list of objects with {hard_captions!r}, got the folder {source}.")
         return ImageTextDataset.from_folder(path, encoding=encoding, **kwargs)
     if ending not in (".json", ".jsonl", ".csv", ".tsv"):
-        raise ValueError(
-            f"Expected a .json, .jsonl, .csv, .tsv or .tar file, a pattern of .tar files or a folder, got {source}."
-        )
+        raise ValueError(f"Expected a .json, .jsonl, .csv, .tsv or .tar file, a pattern or a folder, got {source}.")
     if not path.is_file():
         raise FileNotFoundError(f"Expected {source}, found none.")
     root = path.parent if image_root is None else image_root
@@ -173,8 +171,8 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         columns = {"image_column": image_column, "text_column": text_column, "delimiter": delimiter}
         files = {"image_root": image_root, "encoding": encoding, "max_unreadable": max_unreadable}
         self.options: dict[str, Any] = {**files, **columns, "equal_captions": equal_captions}
-        hard = {"hard_captions": hard_captions, "num_hard_captions": num_hard_captions}
-        self.train_options: dict[str, Any] = {} if hard_captions is None else hard
+        hard: dict[str, Any] = {"hard_captions": hard_captions, "num_hard_captions": num_hard_captions}
+        self.train_options = {} if hard_captions is None else hard
         self.stream, self.index = stream, index if isinstance(index, dict) else {"train": index}
         shuffling = {"shuffle_buffer": shuffle_buffer, "resampled": resampled}
         self.stream_options: dict[str, Any] = {**shuffling, "pairs_per_epoch": pairs_per_epoch}
@@ -195,7 +193,9 @@ class ImageTextFilesDataModule(ImageTextDataModule):
         # In this hook, which one process per machine runs while the others wait: all of them then map the same file.
         for split, source in self.sources.items():
             if source is not None and is_shards(source):
-                ShardIndex.open(source, self.index.get(split))
+                ShardIndex.open(
+                    source, self.index.get(split), hard_captions=split == "train" and self.train_options != {}
+                )
 
     def setup(self, stage: str) -> None:
         """Read the sets that a stage needs, unless they were read before, with these transforms."""

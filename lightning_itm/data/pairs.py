@@ -190,10 +190,15 @@ class ImageTextDataset(FromFiles, Joinable, Dataset[dict[str, Any]]):
     def _load(self, text_id: int) -> dict[str, Any]:
         # The text first: where it is empty, its image need not be read.
         text, ids = self.load_text(text_id), self.ids(text_id)
-        drawn = {}
-        if self.hard_captions is not None and not self.is_evaluation:
-            drawn = {"hard_captions": self.hard_captions.draw(text_id, ids["image_id"], text, self._encode_text)}
+        drawn = self.draw_hard_captions(text_id, text)
         return {"image": self.load_image(ids["image_id"]), "text": text, **ids, **drawn}
+
+    def draw_hard_captions(self, text_id: int, text: Any) -> dict[str, Any]:
+        """Return what a pair has of wrong captions in a batch of training. ``text`` is its encoded text."""
+        if self.hard_captions is None or self.is_evaluation:
+            return {}
+        image_id = int(self.text_image_id[text_id])
+        return {"hard_captions": self.hard_captions.draw(text_id, image_id, text, self._encode_text)}
 
     def ids(self, text_id: int) -> dict[str, int]:
         """Return the ids that a pair has in a batch. ``caption_id`` is one of them where images share captions."""

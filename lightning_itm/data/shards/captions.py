@@ -2,9 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from lightning_itm.data.inputs.packed_strings import PackedStrings
 from lightning_itm.data.readers.captions import captions_of_lines, shorten, split_captions
+from lightning_itm.data.readers.hard_captions import hard_captions_of
 from lightning_itm.data.readers.text_files import decode_text, load_json
 
 
@@ -62,6 +68,45 @@ def read_captions(key: str, members: dict[str, bytes | None]) -> tuple[list[str]
         if texts:
             return texts, _ids(facts, texts) if value is facts.get("texts") else None, faults
     return [], None, faults
+
+
+def read_hard_captions(
+    key: str, members: dict[str, bytes | None], num_texts: int
+) -> tuple[list[list[str]] | None, list[Fault]]:
+    """Read the "hard_captions" in the .json of a sample: one list for each text, or a text or a list for all of them.
+
+    Args:
+        key: The key of the sample, for the faults.
+        members: The content of each of its files, by their endings. Only that of ``json`` is read.
+        num_texts: Number of texts of the sample.
+
+    Returns:
+        One list per text, or None if there is none, and what can't be used.
+    """
+    content = members.get("json") or b"{}"
+    if b'"hard_captions"' not in content:
+        return None, []
+    try:
+        value = load_json(content, "it")["hard_captions"]
+        is_nested = isinstance(value, list) and any(isinstance(entry, list) for entry in value)
+        lists = [hard_captions_of(entry, key) for entry in (value if is_nested else [value] * num_texts)]
+    except (ValueError, TypeError, KeyError):  # a .json that can't be read is a fault of its captions already
+        lists = []
+    if len(lists) != num_texts:
+        return None, [Fault("with hard captions that are not one list of texts per caption", key)]
+    return lists, []
+
+
+def pack_hard_captions(lists: Sequence[Sequence[str]]) -> list[Tensor]:
+    """Return the hard captions of all texts as tensors: their UTF-8, where each ends, and how many each text has."""
+    packed = PackedStrings.pack(wrong for some in lists for wrong in some)
+    return [packed.data, packed.end, torch.tensor([len(some) for some in lists])]
+
+
+def unpack_hard_captions(data: Tensor, end: Tensor, counts: Tensor) -> list[list[str]]:
+    """Return the hard captions of each text, from :func:`pack_hard_captions`."""
+    strings = iter(PackedStrings(data, end))
+    return [list(islice(strings, count)) for count in counts.tolist()]
 
 
 def _is_nothing(value: Any) -> bool:

@@ -18,6 +18,7 @@ def write(
     text_column: str = "text",
     delimiter: str | None = None,
     encoding: str | None = None,
+    hard_captions: str | None = None,
     images_per_shard: int = 1000,
 ) -> None:
     """Write image-text pairs into tar shards, with a manifest and an index beside them.
@@ -32,9 +33,11 @@ def write(
         text_column: The column of a table that holds the texts.
         delimiter: The sign between two columns. By default it is told by the header.
         encoding: The encoding of text files, such as cp1252. By default they are UTF-8.
+        hard_captions: The column of captions that are wrong for the image of their row. They are written, too.
         images_per_shard: How many images go into one shard. Make shards of 100 MB to 1 GB.
     """
     columns: dict[str, Any] = {"image_column": image_column, "text_column": text_column, "delimiter": delimiter}
+    columns["hard_captions"] = hard_captions
     # Nothing is too much here, because the writer counts what it leaves out.
     pairs = read_pairs(source, image_root, split=split, encoding=encoding, max_unreadable=1.0, **columns)
     manifest = write_shards(pairs, output, images_per_shard=images_per_shard)

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from lightning_itm.data.inputs.hard_captions import HardCaptionLists
 from lightning_itm.data.inputs.packed_strings import PackedStrings
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
+from lightning_itm.data.shards.captions import unpack_hard_captions
 from lightning_itm.data.shards.index import ShardIndex
 from lightning_itm.data.shards.paths import check_present, is_remote
 from lightning_itm.data.shards.tar import TarMember
@@ -37,10 +39,14 @@ class ShardDataset(ImageTextDataset):
         tokenizer: Turns a list of one text into a tensor `(1, length)`, as open_clip's do. Default: texts stay strings.
         equal_captions: ``"exclude"`` or ``"keep"`` captions of several images, as :class:`~lightning_itm.ImageTextDataset`.
         max_unreadable: The fraction of pairs that may be unreadable in training. Above it, reading ends with an error.
+        hard_captions: Read the wrong captions that a ``.json`` has as ``"hard_captions"``: one list for each text. They are
+            further negatives, as in :class:`~lightning_itm.ImageTextDataset`. An index from before is built anew.
+        num_hard_captions: How many of them are drawn per pair and epoch.
 
     Raises:
         FileNotFoundError: if a local shard does not exist.
-        ValueError: if no sample can be used, or if the shards are remote and ``index`` is not given.
+        ValueError: if no sample can be used, if ``hard_captions`` is set and there is none, or if the shards are remote and
+            ``index`` is not given.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -63,12 +69,18 @@ class ShardDataset(ImageTextDataset):
         tokenizer: Callable[[list[str]], Any] | None = None,
         equal_captions: Literal["exclude", "keep"] = "exclude",
         max_unreadable: float = 0.05,
+        hard_captions: bool = False,
+        num_hard_captions: int = 1,
     ) -> None:
-        self.contents = ShardIndex.open(shards, index)
+        self.contents = ShardIndex.open(shards, index, hard_captions=hard_captions)
         self.images = TarImages(self.contents)
         self.texts, self.text_image_id = self.contents.text, self.contents.text_image_id
         self._set_up(transform, eval_transform, tokenizer, equal_captions, max_unreadable)
         warn_of_faults(self.contents)
+        if hard_captions and self.contents.hard_captions is not None:
+            lists = unpack_hard_captions(*self.contents.hard_captions)
+            parts = self.texts, self.text_image_id, len(self.images)
+            self.hard_captions = HardCaptionLists(lists, *parts, num_hard_captions)
 
     @property
     def is_local(self) -> bool:
@@ -82,6 +94,8 @@ class ShardDataset(ImageTextDataset):
             names, sizes = list(_encoded(contents.key)), contents.size.numpy().tobytes()
             parts = _encoded(contents.text), self.text_image_id, len(names)
             self._identity = set_identity(*parts, image_names=names, image_sizes=sizes)
+            if self.hard_captions is not None:
+                self._identity["hard captions"] = self.hard_captions.digest()
         return self._identity
 
     def load_image(self, image_id: int) -> Any:

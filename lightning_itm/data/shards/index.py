@@ -3,7 +3,7 @@
 import os
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from lightning_itm.data.image import IMAGE_ENDINGS
 from lightning_itm.data.inputs.packed_strings import PackedStrings
-from lightning_itm.data.shards.captions import Fault, count_faults
-from lightning_itm.data.shards.paths import MANIFEST, fetched_again, find_shards, is_remote, read_manifest
+from lightning_itm.data.shards.captions import Fault, count_faults, pack_hard_captions
+from lightning_itm.data.shards.paths import MANIFEST, Source, fetched_again, find_shards, is_remote, other_sizes
 from lightning_itm.data.shards.stamps import (
     changed_shard,
     check_index_is_ours,
@@ -48,6 +48,7 @@ class ShardIndex:
         first_fault: For each kind of fault, the shard and the key of the first sample that has it, and what it has instead.
         seen: What :func:`~lightning_itm.data.shards.stamps.stamp` said of each shard when it was indexed.
         file: The file of the index.
+        hard_captions: Those of each text, of :func:`~lightning_itm.data.shards.captions.pack_hard_captions`.
     """
 
     shards: list[str]
@@ -61,16 +62,18 @@ class ShardIndex:
     first_fault: dict[str, str]
     seen: list[list[Any]] = field(default_factory=list)
     file: str = ""
+    hard_captions: list[Tensor] | None = None
 
     @classmethod
     def open(
-        cls, shards: str | PathLike[str] | Sequence[str | PathLike[str]], path: str | PathLike[str] | None = None
+        cls, shards: Source, path: str | PathLike[str] | None = None, *, hard_captions: bool = False
     ) -> "ShardIndex":
         """Open the index of a set of shards. It is built first if there is none, or if the shards have changed.
 
         Args:
             shards: A folder, a pattern, a path, an address, or a list of these. :func:`find_shards` has the details.
             path: The file of the index. By default, it lies beside the first shard. Remote shards need one.
+            hard_captions: Build it anew if it was built before hard captions were stored.
 
         Raises:
             FileNotFoundError: if a local shard does not exist.
@@ -81,6 +84,7 @@ class ShardIndex:
         found = find_shards(shards)
         file = Path(path) if path is not None else default_index_path(found)
         index = cls._load(file, found, is_named=path is not None) if file.is_file() else None
+        index = None if hard_captions and index and index.hard_captions is None else index
         if index is None:
             seen = [stamp(shard) for shard in found]  # first: what changes while it is read is found later
             built = cls._put_together(found, read_all(found))
@@ -152,6 +156,8 @@ class ShardIndex:
             )
         texts = [text for entry in lists for text in entry]
         text_image_id = torch.repeat_interleave(torch.tensor([len(entry) for entry in lists]))
+        hard = [hard for part in contents for hard in part.hard_captions]
+        wrong = [some for of, texts in zip(hard, lists, strict=True) for some in of or [[]] * len(texts)]  # per text
         ids = [ids for part in contents for ids in part.text_ids]
         if all(entry is not None for entry in ids):
             text_id = torch.tensor([number for entry in ids for number in cast("list[int]", entry)])
@@ -159,6 +165,7 @@ class ShardIndex:
             if torch.equal(text_id.sort().values, torch.arange(len(texts))):
                 order = text_id.argsort()  # (texts,)
                 texts, text_image_id = [texts[index] for index in order.tolist()], text_image_id[order]
+                wrong = [wrong[index] for index in order.tolist()]
         counts = torch.tensor([0, *(len(part.keys) for part in contents)])
         return cls(
             shards,
@@ -170,6 +177,7 @@ class ShardIndex:
             text_image_id,
             faults,
             first_fault,
+            hard_captions=pack_hard_captions(wrong),
         )
 
     def _save(self, path: Path) -> None:
@@ -179,6 +187,7 @@ class ShardIndex:
             "paths": [whole_address(shard) for shard in self.shards],
             "key": [self.key.data, self.key.end],
             "text": [self.text.data, self.text.end],
+            "hard_captions": self.hard_captions,
             **{name: getattr(self, name) for name in STORED},
         }
         part = path.with_name(f".{path.name}-{os.getpid()}-{time.time_ns()}")
@@ -218,6 +227,7 @@ class ShardIndex:
         rest: Any = {name: values[name] for name in STORED} | {
             "text": PackedStrings(*values["text"]),
             "file": str(path),
+            "hard_captions": values.get("hard_captions"),
         }
         return cls(shards, PackedStrings(*values["key"]), **rest)
 
@@ -229,15 +239,9 @@ def read_all(shards: list[str]) -> list[ShardContents]:
     options: dict[str, Any] = {"collate_fn": _read, "num_workers": num_workers, "generator": torch.Generator()}
     loader: Any = DataLoader(cast("Any", shards), batch_size=None, **options)
     contents: list[ShardContents] = list(loader)  # the generator is its own: none of the run's random numbers is used
-    # A shard that was cut off between two samples looks whole. Only the manifest knows its size.
-    sizes = {
-        (folder, entry["name"]): entry["bytes"]
-        for folder in {Path(shard).parent for shard in shards if not is_remote(shard)}
-        for entry in (read_manifest(folder) or {"shards": []})["shards"]
-    }
+    others = other_sizes(shards)
     for shard, part in zip(shards, contents, strict=True):
-        path = Path(shard)
-        if (path.parent, path.name) in sizes and sizes[path.parent, path.name] != path.stat().st_size:
+        if shard in others:
             part.faults.append(Fault(f"(any number) of a shard that has another size than {MANIFEST} says", ""))
     return contents
 

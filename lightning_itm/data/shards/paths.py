@@ -148,6 +148,17 @@ def check_present(shards: Sequence[str], number: int) -> None:
         )
 
 
+def other_sizes(shards: Iterable[str]) -> set[str]:
+    """Return which local shards have another size than their manifest says. A cut between two samples shows nowhere else."""
+    sizes = {
+        (folder, entry["name"]): entry["bytes"]
+        for folder in {Path(shard).parent for shard in shards if not is_remote(shard)}
+        for entry in (read_manifest(folder) or {"shards": []})["shards"]
+    }
+    known = [(shard, sizes.get((Path(shard).parent, Path(shard).name))) for shard in shards]
+    return {shard for shard, size in known if size is not None and size != Path(shard).stat().st_size}
+
+
 def is_shards(source: Source) -> bool:
     """Return whether a source is tar shards: a folder of them, a pattern, an address or a list."""
     if not isinstance(source, str | PathLike):

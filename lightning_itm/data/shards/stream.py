@@ -159,7 +159,8 @@ class ShardStream:
             UnreadablePairError: if the text is empty, or if the image does not open or is no longer in its shard.
         """
         text, ids = self.pairs.load_text(text_id), self.pairs.ids(text_id)
-        sample = {"image": self.pairs.load_data(ids["image_id"], data), "text": text, **ids}
+        drawn = self.pairs.draw_hard_captions(text_id, text)
+        sample = {"image": self.pairs.load_data(ids["image_id"], data), "text": text, **ids, **drawn}
         return sample if self.negatives is None else self.negatives.with_negatives(sample)
 
     def _read_shard(self, shard: int, text_ids: Tensor) -> Iterator[tuple[int, bytes | None]]:

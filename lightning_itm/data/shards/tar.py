@@ -11,7 +11,7 @@ from webdataset import gopen
 from webdataset.tariterators import base_plus_ext
 
 from lightning_itm.data.image import IMAGE_ENDINGS
-from lightning_itm.data.shards.captions import Fault, read_captions
+from lightning_itm.data.shards.captions import Fault, read_captions, read_hard_captions
 from lightning_itm.data.shards.paths import is_remote
 from lightning_itm.data.shards.stamps import changed_shard
 
@@ -76,6 +76,7 @@ class ShardContents:
     sizes: list[int] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
     text_ids: list[list[int] | None] = field(default_factory=list)
+    hard_captions: list[list[list[str]] | None] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     """One entry for each thing that is left out: a sample, or a caption of one."""
 
@@ -86,13 +87,16 @@ def read_shard(shard: str) -> ShardContents:
     for key, members in group_samples(_members(shard, contents), contents.faults):
         # Looked for in the order of the endings: a sample may have a .jpg and a .png of the same picture.
         images = [members[ending] for ending in IMAGE_ENDINGS if ending in members]
-        texts, text_ids, faults = read_captions(key, {ending: content for ending, (_, _, content) in members.items()})
+        content = {ending: content for ending, (_, _, content) in members.items()}
+        texts, text_ids, faults = read_captions(key, content)
         if not images:
             contents.faults.append(Fault("without an image", key))
         elif not texts:
             contents.faults += faults or [Fault("without a caption", key)]
         else:
-            contents.faults += faults
+            hard_captions, hard_faults = read_hard_captions(key, content, len(texts))
+            contents.faults += faults + hard_faults
+            contents.hard_captions.append(hard_captions)
             offset, size, _ = images[0]
             contents.keys.append(key)
             contents.offsets.append(offset)

@@ -24,7 +24,7 @@ FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 def write_shards(
     pairs: ImageTextDataset, folder: str | PathLike[str], *, images_per_shard: int = 1000, prefix: str = ""
 ) -> dict[str, Any]:
-    """Write pairs into tar shards, each image once with all of its texts.
+    """Write pairs into tar shards, each image once with all of its texts, and with their hard captions if there are some.
 
     JPEG, PNG and WebP files are copied byte for byte. Other images become PNG. A ``manifest.json`` beside the shards has the
     number of images, pairs and bytes of each shard, and its SHA-256. An image that does not open is left out, with its texts
@@ -100,6 +100,8 @@ def _write_shard(
                 left_out.append(f"image {image_id}: {error}")
                 continue
             facts = {"image_id": image_id, "text_ids": ids, "texts": [pairs.texts[text_id] for text_id in ids]}
+            if pairs.hard_captions is not None:
+                facts["hard_captions"] = [pairs.hard_captions.of(text_id, image_id) for text_id in ids]
             writer.write({"__key__": f"{image_id:09d}", ending: data, "json": json.dumps(facts).encode()})
             counts = {"images": counts["images"] + 1, "pairs": counts["pairs"] + len(ids)}
     return counts
