@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_itm import ImageTextDataModule, InfoNCELoss, OfflineHardNegativeMining
+from lightning_itm.mining import compose_batches
 
 sys.path.insert(0, "../../examples")  # the small model and the pictures of the example
 from emoji_data import small_pictures
@@ -90,4 +91,5 @@ view = train.evaluation()
 pictures = torch.stack([view[i]["image"] for i in range(len(train))])
 tokens = torch.stack([view[i]["text"] for i in range(len(train))])
 print("random order:", round(hardest(torch.randperm(len(train))), 3))
-print("hard batches:", round(hardest(data.train_order.pairs), 3))
+composed = compose_batches(guarded.table.texts, guarded.table.images, train.text_image_id, group_size=4, batch_size=64)
+print("hard batches:", round(hardest(composed.order), 3))
