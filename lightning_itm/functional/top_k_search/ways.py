@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from math import factorial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ class Guarded(Way):
 
     def find(self, anchors: Tensor, own: OwnKeys | None, limit: Tensor | None) -> tuple[TopK, Tensor | None]:
         """Choose, and compare."""
-        assert limit is not None
+        limit = cast("Tensor", limit)  # there is one, because a guard was given
         num_keys, num_columns = len(self.keys), len(self.low.keys)
         size = len(anchors) * num_columns
         if len(self.buffer) < size:
