@@ -7,6 +7,7 @@ import jsonargparse
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_itm import (
     ImageTextDataModule,
@@ -77,13 +78,26 @@ def test_workers_draw_from_it(start_epoch):
     assert all((min(row[4]) >= 0) == (row[0] >= start_epoch) for row in seen[0])
 
 
+class SaveTable(Callback):
+    def on_train_end(self, trainer, pl_module):
+        (miner,) = (one for one in trainer.callbacks if isinstance(one, OfflineHardNegativeMining))
+        torch.save((miner.table.texts.clone(), miner.table.images.clone()), f"table-{trainer.global_rank}.pt")
+
+
+def written():
+    return read_negatives("mined", tiny_pairs(), COUNTS["texts_per_image"], COUNTS["images_per_text"])
+
+
 @pytest.mark.slow
 @pytest.mark.forks
 def test_two_processes_read_the_same_files():
     mine()
     miner = OfflineHardNegativeMining(**COUNTS, table="mined")
     options = {"devices": 2, "strategy": "ddp_fork", "limit_val_batches": 0}
-    fit(Tiny(QuintupletLoss()), tiny_data(), miner, seed=0, **options)
+    fit(Tiny(QuintupletLoss()), tiny_data(), miner, SaveTable(), seed=0, **options)
+    for rank in range(2):
+        saved = torch.load(f"table-{rank}.pt")
+        assert all(torch.equal(one, other) for one, other in zip(saved, written(), strict=True))
 
 
 @pytest.mark.parametrize("inject", ["samples", "batches"])
