@@ -37,7 +37,7 @@ def info_nce_cost(scores: DirectionScores, *, logit_scale: Float[Tensor, ""]) ->
         every other pair of the batch is a negative. Here ``negative_mask`` leaves out pairs of the same image.
     """
     positive = logit_scale * scores.positive
-    negative = _negative_logits(scores, logit_scale).masked_fill(~scores.negative_mask, -torch.inf)
+    negative = torch.where(scores.negative_mask, _negative_logits(scores, logit_scale), -torch.inf)
     # Not log(e^p + e^n) − p: below 1e-7 that is 0 in float32, without gradient.
     return softplus(negative.logsumexp(dim=1) - positive)
 
@@ -65,7 +65,7 @@ def sigmoid_cost(
     """
     positive = softplus(-(logit_scale * scores.positive + logit_bias))
     negative = softplus(_negative_logits(scores, logit_scale) + logit_bias)
-    return positive + negative.masked_fill(~scores.negative_mask, 0).sum(dim=1)
+    return positive + torch.where(scores.negative_mask, negative, 0).sum(dim=1)
 
 
 def emphasize_hard(scores: DirectionScores, *, hardness: float) -> DirectionScores:

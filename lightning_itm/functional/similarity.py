@@ -145,7 +145,7 @@ def hardest_negative(scores: DirectionScores) -> Float[Tensor, " anchors"]:
     Returns:
         One similarity per anchor. It is −inf for an anchor without any negative.
     """
-    return scores.similarity.masked_fill(~scores.negative_mask, -torch.inf).max(dim=1).values
+    return torch.where(scores.negative_mask, scores.similarity, -torch.inf).max(dim=1).values
 
 
 def full_precision(x: Tensor) -> Tensor:

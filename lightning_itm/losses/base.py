@@ -225,10 +225,19 @@ def both_directions(
     """
     ids: dict[str, Any] = {"anchor_id": anchors.image_id, "candidate_id": candidates.image_id}
     ids |= {"anchor_caption_id": anchors.caption_id, "candidate_caption_id": candidates.caption_id}
+    i2t = direction_scores(anchors.image_embeddings, positives.text_embeddings, candidates.text_embeddings, **ids)
+    if all(_holds_the_same(anchors, others) for others in (positives, candidates)):
+        # One process: products and mask are the same. The mask is laid out as the products are, which is faster.
+        mask = i2t.negative_mask.T.contiguous().T
+        return i2t, i2t._replace(similarity=i2t.similarity.T, negative_mask=mask)
     return (
-        direction_scores(anchors.image_embeddings, positives.text_embeddings, candidates.text_embeddings, **ids),
+        i2t,
         direction_scores(anchors.text_embeddings, positives.image_embeddings, candidates.image_embeddings, **ids),
     )
+
+
+def _holds_the_same(one: EmbeddingPairs, other: EmbeddingPairs) -> bool:
+    return one.image_embeddings is other.image_embeddings and one.text_embeddings is other.text_embeddings
 
 
 def with_hard_captions(scores: DirectionScores, images: Tensor, hard: HardCaptions) -> DirectionScores:

@@ -131,7 +131,8 @@ class InfoNCELoss(ScaledLoss):
 
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the cross-entropy of each anchor with :func:`lightning_itm.functional.info_nce_cost`."""
-        hit = hardest_negative(scores) < scores.positive
+        with torch.no_grad():  # to be logged
+            hit = hardest_negative(scores) < scores.positive
         return DirectionCost(info_nce_cost(self.weigh(scores), logit_scale=self.scale()), {"batch_accuracy": hit})
 
 
@@ -192,7 +193,8 @@ class SigmoidLoss(ScaledLoss):
 
     def direction_cost(self, scores: DirectionScores, selective: Tensor | None) -> DirectionCost:
         """Compute the cost of each anchor with :func:`lightning_itm.functional.sigmoid_cost`."""
-        hit = hardest_negative(scores) < scores.positive
+        with torch.no_grad():  # to be logged
+            hit = hardest_negative(scores) < scores.positive
         cost = sigmoid_cost(self.weigh(scores), logit_scale=self.scale(), logit_bias=self.logit_bias)
         return DirectionCost(cost, {"batch_accuracy": hit})
 

@@ -106,7 +106,7 @@ def test_every_product_of_a_loss_is_float32(loss, autocast):
     with Watch() as watch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss()(pairs, hard=mined)["loss"].backward()
     assert set(watch.seen) == {("torch.float32", True)}
-    assert len(watch.seen) >= 6  # two directions, and two gradients of each
+    assert len(watch.seen) >= 3  # a product for both directions, and two gradients of it
 
 
 @pytest.mark.usefixtures("low_precision")
@@ -126,7 +126,7 @@ def test_every_product_of_the_memory_bank_is_float32():
         with Watch() as watch:
             loss(pairs, memory=memory)["loss"].backward()
         assert set(watch.seen) == {("torch.float32", True)}
-        assert len(watch.seen) >= 13  # 6 of the loss, 1 of the statistics, 4 of the agreement, 2 of the candidates
+        assert len(watch.seen) >= 10  # 3 of the loss, 1 of the statistics, 4 of the agreement, 2 of the candidates
 
 
 @DEVICES
