@@ -11,7 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_itm.captions import captions_of_images
 from lightning_itm.checks import check_choice
 from lightning_itm.embeddings import EmbeddingPairs
-from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank
+from lightning_itm.functional.retrieval import recall_at_k, retrieval_rank, retrieval_ranks
 from lightning_itm.metrics.whole_set import whole_set
 
 _PARTS = ("image_embeddings", "text_embeddings", "image_id", "text_id")
@@ -179,14 +179,22 @@ class ImageTextRetrieval(Metric):
             (values[rows], ids[rows], None if captions is None else captions[rows])
             for (values, ids, captions), rows in ((images, part), (texts, own))
         )
-        ranks = {  # one rank per query, from 0
-            way: retrieval_rank(q, k, query_id=q_id, key_id=k_id, query_captions=q_captions, key_captions=k_captions)
-            for way, (q, q_id, q_captions), (k, k_id, k_captions) in (("i2t", image, text), ("t2i", text, image))
-        }
+        ranks = _ranks(image, text)
         recalls = {f"{way}_r{k}": recall_at_k(rank, k) for way, rank in ranks.items() for k in self.recall_at}
         medians = {f"{way}_median_rank": 1 + rank.float().quantile(0.5) for way, rank in ranks.items()}
         means = {f"{way}_mean_rank": 1 + rank.float().mean() for way, rank in ranks.items()}
         return {**recalls, "rsum": torch.stack(list(recalls.values())).sum(), **medians, **means}
+
+
+def _ranks(image: _Side, text: _Side) -> dict[str, Tensor]:
+    # One rank per query, from 0.
+    if image[2] is None:
+        i2t, t2i = retrieval_ranks(image[0], text[0], query_id=image[1], key_id=text[1])
+        return {"i2t": i2t, "t2i": t2i}
+    return {
+        way: retrieval_rank(q, k, query_id=q_id, key_id=k_id, query_captions=q_captions, key_captions=k_captions)
+        for way, (q, q_id, q_captions), (k, k_id, k_captions) in (("i2t", image, text), ("t2i", text, image))
+    }
 
 
 def _as_pairs(first: EmbeddingPairs | Tensor, others: dict[str, Tensor | None]) -> EmbeddingPairs:
