@@ -5,15 +5,27 @@ from pathlib import Path
 
 import lightning as L
 
-from lightning_itm import ImageTextDataset, OpenCLIPDualEncoder
+from lightning_itm import ImageTextDataset, ImageTextFilesDataModule, OpenCLIPDualEncoder
 from tests.helpers.open_clip_models import CONFIGS, register
 from tests.helpers.pictures import cut_outs
 
 PRETRAINED = '"ViT-B-32", pretrained="laion2b_s34b_b79k"'
+SMALL = ["--model.model_name", "tiny-vit", "--model.pretrained", "null", "--data.num_workers", "0"]
+SMALL += ["--data.batch_size", "16", "--trainer.max_epochs", "1", "--trainer.precision", "32-true"]
+SMALL += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 
 
 def small_model(code):
     return code.replace(PRETRAINED, '"tiny-vit"')
+
+
+def write_checkpoint(folder):
+    """Write the checkpoint of a small model, as a run leaves it."""
+    model = OpenCLIPDualEncoder("tiny-vit")
+    trainer = L.Trainer(accelerator="cpu", max_epochs=0, logger=False, enable_progress_bar=False)
+    train = ImageTextFilesDataModule(train=str(folder / "photos"), val=str(folder / "photos-val"), num_workers=0)
+    trainer.fit(model, datamodule=train)
+    trainer.save_checkpoint(folder / "runs" / "last.ckpt")
 
 
 def write_flickr30k(folder):
