@@ -78,8 +78,9 @@ def contact_sheet(
     widths = [1.0, 3.2, *[1.0] * num_negatives]
     figure = Figure(figsize=(1.35 * sum(widths), 1.5 * len(chosen) + 0.4), layout="constrained")
     axes = figure.subplots(len(chosen), len(widths), width_ratios=widths, squeeze=False)
-    axes[0][1].set_title("its text, and the hardest texts of the image", fontsize=9)
-    axes[0][2].set_title("the hardest images of the text", fontsize=9, loc="left")
+    titles = "image", "its text, and the hardest texts of the image", "the hardest images of the text"
+    for ax, title in zip(axes[0], titles, strict=False):
+        ax.set_title(title, fontsize=9, loc="left", pad=9)
     for row, text_id in zip(axes, chosen, strict=True):
         image_id = int(text_image_id[text_id])
         for ax in row:
@@ -95,17 +96,20 @@ def contact_sheet(
 
 
 def _write(ax: Any, text: str, hardest_texts: list[str]) -> None:
-    text, *hardest_texts = (textwrap.shorten(line, 44, placeholder="…") for line in (text, *hardest_texts))
+    # As many letters as fit. Captions of neighbours often differ at the end only.
+    text = textwrap.shorten(text, 52, placeholder="…")
+    hardest_texts = [textwrap.shorten(line, 64, placeholder="…") for line in hardest_texts]
     # A caption may hold "$", which matplotlib would read as mathematics.
-    style = {"va": "top", "fontsize": 9, "parse_math": False, "transform": ax.transAxes}
-    ax.text(0, 1, text, fontweight="bold", **style)
-    ax.text(0, 0.8, "\n".join(hardest_texts), color="tab:red", **style)
+    style = {"va": "top", "parse_math": False, "transform": ax.transAxes}
+    ax.text(0, 1, text, fontweight="bold", fontsize=9, **style)
+    ax.text(0, 0.82, "\n".join(hardest_texts), color="tab:red", fontsize=8, linespacing=1.4, **style)
 
 
 def _show(ax: Any, pairs: ImageTextDataset, image_id: int) -> None:
     if isinstance(pairs.images, range):  # features, by number: there is nothing to see
         ax.text(0.5, 0.5, f"image {image_id}", ha="center", va="center", fontsize=8, transform=ax.transAxes)
         return
+    ax.set_anchor("N")  # at the height of the texts, whatever its shape
     try:
         ax.imshow(open_rgb(pairs.images[image_id]))
     except UnreadableImageError:

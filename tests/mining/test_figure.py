@@ -50,3 +50,16 @@ def test_nothing_mined():
     table.clear()
     with pytest.raises(ValueError, match="Expected mined negatives to draw, found none"):
         contact_sheet(pairs, table)
+
+
+def test_the_end_of_a_long_text_is_shown_where_it_fits():
+    """Captions of neighbours often differ at the end only."""
+    pairs, table = mined()
+    pairs.texts[:] = [f"{'a walk in the park with ' * 2}dog {number}" for number in range(len(pairs))]
+    figure = contact_sheet(pairs, table, 1, num_negatives=NUM_NEGATIVES)
+    _, hardest = figure.axes[1].texts
+    shown = hardest.get_text().split("\n")
+    assert all("dog" in line for line in shown)
+    assert len(set(shown)) == NUM_NEGATIVES
+    figure.canvas.draw()
+    assert hardest.get_window_extent().x1 < figure.axes[2].get_window_extent().x0, "no text lies on a picture"
