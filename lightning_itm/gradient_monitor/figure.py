@@ -16,6 +16,7 @@ def plot_gradients(curves: dict[str, list[float]], *, low: float, high: float) -
     """
     # Here, because training alone does not need matplotlib. A plain figure has no window, so nothing has to be closed.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 8), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
@@ -26,19 +27,31 @@ def plot_gradients(curves: dict[str, list[float]], *, low: float, high: float) -
     for name in (name for name in curves if name.endswith("_norm")):
         axes[1].plot(steps, curves[name], linewidth=1, label=name.removesuffix("_norm"))
     axes[1].set(ylabel="gradient norm", yscale="log")
-    axes[1].legend(frameon=False, loc="upper right")
     axes[2].plot(steps, curves["level"], color="tab:green", linewidth=1)
-    for value, name in ((low, "on below"), (high, "off above")):
+    for value, name, side in ((low, "on below", "top"), (high, "off above", "bottom")):
         axes[2].axhline(value, color="gray", linestyle=":", linewidth=1)
-        axes[2].annotate(
-            name, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right"
+        axes[2].annotate(  # beside the axes, where no curve is
+            f"{name} {value:g}",
+            (1, value),
+            (4, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va=side,
         )
-    axes[2].set(xlabel="optimizer step", ylabel="level: relative gradient\nof its healthy value", yscale="log")
+    axes[2].set(xlabel="optimizer step", ylabel="level: relative gradient\nby its healthy value", yscale="log")
+    axes[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # it often moves within a power of ten
+    for ax in axes[1:]:
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        for start, end in spans(steps, curves["selective"]):
+        for number, (start, end) in enumerate(spans(steps, curves["selective"])):
             # The span ends where the first step without the rule begins.
-            ax.axvspan(start, end, color="tab:blue", alpha=0.15, linewidth=0)
+            label = "selective negatives on" if ax is axes[0] and number == 0 else None  # once in all legends
+            ax.axvspan(start, end, color="tab:blue", alpha=0.15, linewidth=0, label=label)
+    if any(curves["selective"]):
+        axes[0].legend(frameon=False, loc="upper right")
+    axes[1].legend(frameon=False, loc="upper right", ncols=2)
     return figure
 
 

@@ -57,7 +57,9 @@ def plot_similarities(bank: MemoryBank, sampler: FalseNegativeSampler) -> Any:
     right.axhline(sampler.threshold, color="gray", linewidth=0.8, linestyle=":", label="threshold (right)")
     right.set(ylabel="posterior of a match", yscale="log", ylim=(1e-6, 2))
     lines = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="upper left")
+    # On the right axes, which are drawn later: no line crosses its words.
+    legend = right.legend(lines, [str(line.get_label()) for line in lines], loc="upper left")
+    legend.get_frame().set(edgecolor="none", alpha=0.9)
     axes.spines[["top"]].set_visible(False)
     right.spines[["top"]].set_visible(False)
     return figure

@@ -47,3 +47,19 @@ class TestPlotGradients:
             (patch,) = axes.patches  # a polygon in older versions of matplotlib
             box = axes.transData.inverted().transform_bbox(patch.get_window_extent())
             assert (box.x0, box.x1) == pytest.approx((2, 4))
+
+    def test_says_once_what_the_shade_is(self):
+        axes = plot_gradients({**CURVES, "selective": [1, 0, 1, 0]}, low=0.5, high=0.8).axes
+        words = [text.get_text() for ax in axes if ax.get_legend() for text in ax.get_legend().get_texts()]
+        assert words == ["selective negatives on", "image", "text"]
+
+    def test_without_a_span_there_is_nothing_to_say(self):
+        loss, *_ = plot_gradients({**CURVES, "selective": [0, 0, 0, 0]}, low=0.5, high=0.8).axes
+        assert loss.get_legend() is None
+
+    def test_the_level_has_plain_numbers_also_within_a_power_of_ten(self):
+        figure = plot_gradients({**CURVES, "level": [1.5, 4.0, 6.0, 3.0]}, low=2.5, high=3.5)
+        figure.canvas.draw()
+        shown = {label.get_text() for label in figure.axes[2].get_yticklabels()}
+        assert {"2", "5"} <= shown
+        assert not any("$" in label for label in shown)
