@@ -75,8 +75,8 @@ def contact_sheet(
     if len(mined) == 0:
         raise ValueError("Expected mined negatives to draw, found none. Mine first, or loosen the guards.")
     chosen = mined[torch.randperm(len(mined), generator=torch.Generator().manual_seed(seed))[:n]].tolist()
-    widths = [1.0, 3.2, *[1.0] * num_negatives]
-    figure = Figure(figsize=(1.35 * sum(widths), 1.5 * len(chosen) + 0.4), layout="constrained")
+    widths = [1.0, 3.9, *[1.0] * num_negatives]  # inches: in the column of a page, the letters can still be read
+    figure = Figure(figsize=(sum(widths), 1.1 * len(chosen) + 0.4), layout="constrained")
     axes = figure.subplots(len(chosen), len(widths), width_ratios=widths, squeeze=False)
     titles = "image", "its text, and the hardest texts of the image", "the hardest images of the text"
     for ax, title in zip(axes[0], titles, strict=False):
@@ -102,7 +102,7 @@ def _write(ax: Any, text: str, hardest_texts: list[str]) -> None:
     # A caption may hold "$", which matplotlib would read as mathematics.
     style = {"va": "top", "parse_math": False, "transform": ax.transAxes}
     ax.text(0, 1, text, fontweight="bold", fontsize=9, **style)
-    ax.text(0, 0.82, "\n".join(hardest_texts), color="tab:red", fontsize=8, linespacing=1.4, **style)
+    ax.text(0, 0.76, "\n".join(hardest_texts), color="tab:red", fontsize=8, linespacing=1.4, **style)
 
 
 def _show(ax: Any, pairs: ImageTextDataset, image_id: int) -> None:
