@@ -97,7 +97,7 @@ def contact_sheet(
 
 def _write(ax: Any, text: str, hardest_texts: list[str]) -> None:
     # As many letters as fit. Captions of neighbours often differ at the end only.
-    text = textwrap.shorten(text, 52, placeholder="…")
+    text = textwrap.shorten(text, 50, placeholder="…")
     hardest_texts = [textwrap.shorten(line, 64, placeholder="…") for line in hardest_texts]
     # A caption may hold "$", which matplotlib would read as mathematics.
     style = {"va": "top", "parse_math": False, "transform": ax.transAxes}
