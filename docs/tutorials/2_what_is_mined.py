@@ -9,6 +9,8 @@
 # ```bash
 # pip install -e ".[demo]"
 # ```
+#
+# Pictures: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0.
 
 # %%
 import sys
