@@ -130,12 +130,12 @@ class ShardIndex:
         Raises:
             RuntimeError: if it is so.
         """
-        size, key = int(self.size[image_id]), self.key[image_id]
+        size = int(self.size[image_id])
         others = [self.text[text_id] for text_id in text_ids if self.text[text_id] not in captions]
         if len(data) != size:
-            what = f"{key} of {len(data)} bytes instead of {size}"
+            what = f"{self.key[image_id]} of {len(data)} bytes instead of {size}"
         elif captions and others:  # none where a transfer broke off after the image
-            what = f"the captions {captions} of {key}, and not {others[0]!r}"
+            what = f"the captions {captions} of {self.key[image_id]}, and not {others[0]!r}"
         else:
             return
         raise changed_shard(self.shards[self.shard_of(image_id)], what, self.file)
