@@ -33,11 +33,11 @@ TEXTS_PER_IMAGE = 5
 DRAWS = 20_000
 
 
-def write_manifest(path: Path, num_images: int) -> None:
-    """Write a JSONL of synthetic captions of the length of COCO's, one image a line."""
+def write_manifest(path: Path, num_images: int, texts_per_image: int = TEXTS_PER_IMAGE) -> None:
+    """Write a JSONL of synthetic captions of the length of COCO's, one image per line."""
     with open(path, "w") as file:
         for image in range(num_images):
-            texts = [f"A caption of some ten words or so, number {k} of image {image}." for k in range(TEXTS_PER_IMAGE)]
+            texts = [f"A caption of some ten words or so, number {k} of image {image}." for k in range(texts_per_image)]
             file.write(json.dumps({"image": f"{image:012d}.jpg", "text": texts}) + "\n")
 
 
