@@ -98,7 +98,7 @@ def loader(runs: int) -> None:
     print_versions("pillow", "simplejpeg", "torchvision")
     transform = open_clip_transforms("ViT-B-32")["eval_transform"]
     sources = [as_jpeg(photographs()[i % 4].resize(LARGE, Image.Resampling.BICUBIC)) for i in range(NUM_LARGE)]
-    pairs = ImageTextDataset(sources, [["a photograph"]] * NUM_LARGE, transform=transform)
+    pairs = ImageTextDataset(sources, [[f"photograph {i}"] for i in range(NUM_LARGE)], transform=transform)
 
     def draft(data: bytes, size: int) -> Any:
         image = Image.open(io.BytesIO(data))

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from lightning_itm.functional import top_k_negatives
 from lightning_itm.mining import EncodedPairs, MinedNegatives, find_negatives
 
-K, NUM_KEYS, NUM_ANCHORS, NUM_MINED = 60, 100_000, 1024, 10_000
+K, NUM_KEYS, NUM_ANCHORS, NUM_MINED = 60, 100_000, 1024, 4000
 MARGIN = 0.05  # relative: a negative above 95 % of the positive's similarity is left out
 
 
