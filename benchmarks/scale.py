@@ -172,7 +172,7 @@ def needs(plan: Plan) -> list[tuple[str, str, str]]:
 
 def growth(plan: Plan) -> list[tuple[str, ...]]:
     """Return the second table: embeddings, exact search and training, as the set grows."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for pairs in SIZES:
         larger = Plan(**{**vars(plan), "pairs": pairs})
         sizes = amount(2 * larger.half_bytes()), amount(larger.half_bytes() / plan.gpus)

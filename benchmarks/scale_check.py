@@ -102,7 +102,7 @@ def flops_of_products(image: Tensor, text: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         image @ text.T
         text @ image.T
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def flops_of_search(image: Tensor, text: Tensor) -> int:
@@ -110,7 +110,7 @@ def flops_of_search(image: Tensor, text: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         top_k_negatives(image, text, SMALL.places[0])
         top_k_negatives(text, image, SMALL.places[1])
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def flops_of_towers() -> int:
@@ -119,7 +119,7 @@ def flops_of_towers() -> int:
     image, text = torch.zeros(1, 3, 224, 224, device="meta"), torch.zeros(1, 77, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(image, text)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def saved(state: dict[str, Tensor]) -> int:
