@@ -25,6 +25,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_at_least(least: int, **counts: int | None) -> None:
+    """Raise a ValueError that names the first count below ``least``. ``None`` passes."""
+    for name, value in counts.items():
+        if value is not None and value < least:
+            raise ValueError(f"Expected `{name}` to be at least {least}, got {value}.")
+
+
 def check_tokens(tokens: Any) -> Any:
     """Return what a tokenizer made of one text, without the dimension of the texts.
 

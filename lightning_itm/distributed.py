@@ -36,6 +36,18 @@ def gather(x: Tensor) -> Tensor:
     return gathered
 
 
+def broadcast(x: Tensor, source: int) -> None:
+    """Overwrite a tensor on every rank, in place, with that of one rank. Every rank must call it.
+
+    Args:
+        x: A contiguous tensor, of the same shape and dtype on every rank.
+        source: The rank whose values all get. With one process nothing happens.
+    """
+    if world_size() > 1:
+        # As bytes, which every backend can send, whatever the dtype.
+        dist.broadcast(x.view(torch.uint8), source)
+
+
 def gather_with_gradient(x: Tensor) -> Tensor:
     """Concatenate the tensors of all ranks, and let gradients flow back to the rank that each row came from.
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from lightning_itm import ImageTextDataset
-from lightning_itm.checks import check_choice, check_tokens
+from lightning_itm.checks import check_at_least, check_choice, check_tokens
 
 
 def test_a_choice_passes():
@@ -14,6 +14,12 @@ def test_a_choice_passes():
 def test_the_error_names_value_and_choices():
     with pytest.raises(ValueError, match=r"Expected `reduction` to be one of 'mean', 'sum', got 'max'\."):
         check_choice("reduction", "max", ("mean", "sum"))
+
+
+def test_counts():
+    check_at_least(1, texts_per_image=1, every_n_epochs=None)
+    with pytest.raises(ValueError, match="Expected `rank_min` to be at least 0, got -1"):
+        check_at_least(0, start_epoch=0, rank_min=-1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_itm.callbacks._rows import check_no_results, describe_image, describe_text, whole_files, write_jsonl
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.mining.encode import EncodedRows
+from lightning_itm.mining.encoded import EncodedRows
 
 
 class EmbeddingWriter(Callback):

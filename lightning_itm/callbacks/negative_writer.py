@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_itm.callbacks._rows import negative_files, write_negatives
 from lightning_itm.callbacks.embedding_writer import EmbeddingWriter
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.mining.encode import EncodedPairs, part_of
+from lightning_itm.mining.encode import part_of
+from lightning_itm.mining.encoded import EncodedPairs
 from lightning_itm.mining.search import find_negatives
 
 

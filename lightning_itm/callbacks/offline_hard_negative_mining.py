@@ -9,12 +9,14 @@ from torch.utils.data import Dataset
 
 from lightning_itm.callbacks._figures import log_figure
 from lightning_itm.callbacks._strategies import check_whole_weights
+from lightning_itm.checks import check_at_least
 from lightning_itm.data.position import epoch_to_resume
 from lightning_itm.embeddings import RETURN_EMBEDDINGS
 from lightning_itm.mining.figure import ShowsMined
 from lightning_itm.mining.hard_negative_dataset import pairs_to_mine
-from lightning_itm.mining.mine import Mining, check_at_least, check_ways
+from lightning_itm.mining.mine import Mining
 from lightning_itm.mining.training_embeddings import step_embeddings
+from lightning_itm.mining.ways import check_split, check_ways
 from lightning_itm.mining.written import check_table, make_mining
 
 
@@ -58,6 +60,9 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         table: A folder that ``lightning-itm mine`` or :class:`~lightning_itm.NegativeWriter` wrote for this training set, for
             example with a model that was trained before, as published. It is read once, and nothing is encoded or searched
             in training. Guards belong to that mining, and ``inject="embeddings"`` can't be used. Default: mine in training.
+        split_embeddings: Let each process keep only the embeddings of its own part of the set, in half precision. Typical:
+            False. Turn it on where the embeddings of the whole set do not fit on a device. The search is exact for the rounded
+            embeddings. It can't be used with ``inject="embeddings"``, ``encode="training"`` or ``table``. Not in the paper.
         log_figures: After each mining, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     Logs ``mining/encode_seconds``, ``mining/search_seconds``, ``mining/gap`` (mean similarity of the matching pairs minus that
@@ -95,12 +100,15 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         num_workers: int | None = None,
         seed: int = 0,
         table: str | Path | None = None,
+        split_embeddings: bool = False,
         log_figures: bool = True,
     ) -> None:
         check_at_least(1, texts_per_image=texts_per_image, images_per_text=images_per_text, batch_size=batch_size)
         check_at_least(1, every_n_epochs=every_n_epochs, group_size=group_size)
         check_at_least(0, start_epoch=start_epoch, rank_min=rank_min)
         check_ways(inject, encode)
+        if split_embeddings:
+            check_split(inject, encode, table)
         guards = {"rank_min": rank_min, "max_score": max_score, "absolute_margin": absolute_margin}
         ways: dict[str, Any] = {"inject": inject, "encode": encode, "every_n_epochs": every_n_epochs}
         check_table(table, **ways, guards={**guards, "relative_margin": relative_margin})
@@ -111,7 +119,7 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         self.inject, self.encode, self.log_figures = inject, encode, log_figures
         self._counts = {"texts_per_image": texts_per_image, "images_per_text": images_per_text}
         self._ways = {"coupled_ranks": coupled_ranks, "seed": seed, "group_size": group_size}
-        encoding = {"batch_size": batch_size, "num_workers": num_workers}
+        encoding = {"batch_size": batch_size, "num_workers": num_workers, "split_embeddings": split_embeddings}
         self._options: dict[str, Any] = {**encoding, **guards, "relative_margin": relative_margin}
         self._mining: Mining | None = None
         self._is_fitting = False

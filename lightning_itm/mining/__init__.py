@@ -1,7 +1,8 @@
 """Where negatives come from: the whole training set, encoded, searched, and drawn from with the pairs (AOQ)."""
 
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
-from lightning_itm.mining.encode import EncodedPairs, EncodedRows, encode_pairs
+from lightning_itm.mining.encode import encode_pairs
+from lightning_itm.mining.encoded import EncodedPairs, EncodedRows
 from lightning_itm.mining.figure import contact_sheet
 from lightning_itm.mining.hard_batches import HardBatches, compose_batches
 from lightning_itm.mining.hard_negative_dataset import HardNegativeDataset

@@ -2,12 +2,11 @@
 
 ``OfflineHardNegativeMining`` runs the whole pass with :func:`encode_pairs`. ``EmbeddingWriter`` and ``NegativeWriter`` let
 ``Trainer.predict`` drive the loop, and share with it what is read (:class:`~lightning_itm.data.EvaluationItems`) and how the
-parts are put together (:class:`EncodedRows`).
+parts are put together (:class:`~lightning_itm.mining.EncodedRows`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import lightning as L
@@ -17,62 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lightning_itm.captions import captions_of_images
 from lightning_itm.data.batch import collate_pairs
 from lightning_itm.data.evaluation_items import EvaluationItems, Kind
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.loader import StreamedImages
-from lightning_itm.distributed import gather, world_size
 from lightning_itm.encoder_output import returning_vectors
 from lightning_itm.functional.similarity import unit_norm
-
-
-@dataclass
-class EncodedPairs:
-    """Hold the embeddings of a whole set, in the order of the ids.
-
-    Args:
-        image_embeddings: `(images, dim)`, unit-norm.
-        text_embeddings: `(texts, dim)`, unit-norm.
-        text_image_id: int64 `(texts,)`, the image that each text belongs to.
-        image_is_valid: bool `(images,)`, whether the image could be read. Afterwards false also where none of its texts could.
-        text_is_valid: bool `(texts,)`, whether the text could be read. Afterwards false also where its image could not.
-        caption_id: int64 `(texts,)`, the number of the caption of each text. Default: captions are not compared.
-    """
-
-    image_embeddings: Tensor
-    text_embeddings: Tensor
-    text_image_id: Tensor
-    image_is_valid: Tensor
-    text_is_valid: Tensor
-    caption_id: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        # What is mined is a pair: a text comes with its image, and an image with one of its texts.
-        self.text_is_valid = self.text_is_valid & self.image_is_valid[self.text_image_id]
-        num_readable = torch.bincount(self.text_image_id[self.text_is_valid], minlength=len(self.image_embeddings))
-        self.image_is_valid = num_readable > 0  # (images,)
-
-    def positive(self) -> tuple[Tensor, Tensor]:
-        """Return the similarity of the matching pairs.
-
-        Returns:
-            For each image the mean over its valid texts, `(images,)`, and for each text that with its image, `(texts,)`.
-        """
-        of_text = (self.image_embeddings[self.text_image_id] * self.text_embeddings).sum(dim=1)  # (texts,)
-        num_images, is_valid = len(self.image_embeddings), self.text_is_valid
-        of_valid = torch.where(is_valid, of_text, 0)
-        of_image = of_text.new_zeros(num_images).index_add_(0, self.text_image_id, of_valid)  # (images,), a sum so far
-        num_valid = torch.bincount(self.text_image_id, weights=is_valid.to(of_text.dtype), minlength=num_images)
-        return of_image / num_valid.clamp_min(1).to(of_text.dtype), of_text
-
-    def captions(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the captions of each image, `(images, most)`, filled up with −1, and that of each text, `(texts, 1)`."""
-        if self.caption_id is None:
-            return None, None
-        of_image = captions_of_images(self.caption_id, self.text_image_id, len(self.image_embeddings))
-        return of_image, self.caption_id[:, None]
+from lightning_itm.mining.encoded import Division, EncodedPairs, EncodedRows, OwnRows, SplitPairs, SplitRows
 
 
 class Runner(Protocol):
@@ -99,57 +50,6 @@ class Runner(Protocol):
         """Lightning's plugin, under which inputs are converted and encoded."""
 
 
-class EncodedRows:
-    """Collect the embeddings of all images, or of all texts, batch by batch, and put those of all ranks in order.
-
-    Args:
-        kind: ``"image"`` or ``"text"``, which names the keys of the batches.
-        num_rows: How many there are, on all ranks together. Their ids are below it.
-    """
-
-    def __init__(self, kind: Kind, num_rows: int) -> None:
-        self.kind, self.num_rows = kind, num_rows
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def add(self, batch: Mapping[str, Any]) -> None:
-        """Keep the embeddings of a batch on their device, so that the host waits for nothing.
-
-        Args:
-            batch: A dict with, for images, ``"image"`` (embeddings), ``"image_id"`` and ``"image_is_valid"``.
-        """
-        self._parts.append((batch[self.kind], batch[f"{self.kind}_id"], batch[f"{self.kind}_is_valid"]))
-
-    def in_order(self, *, way_out: str, during: str = "") -> tuple[Tensor, Tensor]:
-        """Gather the rows of all ranks. Every rank must call it, and every rank gets everything.
-
-        Args:
-            way_out: What a user can do about embeddings that are not finite, a sentence for the message.
-            during: What was done meanwhile, such as ``" when mining"``, for the message. Default: nothing.
-
-        Returns:
-            Embeddings `(num_rows, dim)` and validity `(num_rows,)`. The row is the id.
-
-        Raises:
-            ValueError: if an embedding is not finite.
-        """
-        embeddings, ids, is_valid = (_gather_rows(torch.cat(parts)) for parts in zip(*self._parts, strict=True))
-        self._parts = []
-        # The first host read of the pass: all batches are encoded by now.
-        if not bool(embeddings.isfinite().all()):
-            raise ValueError(f"Expected finite {self.kind} embeddings{during}, got NaN or infinity. {way_out}")
-        # Ids that come twice, where ranks were made equal, carry equal rows, so the order of writing does not matter.
-        in_order = embeddings.new_zeros(self.num_rows, embeddings.shape[1]).index_copy_(0, ids, embeddings)
-        return in_order, is_valid.new_zeros(self.num_rows).index_copy_(0, ids, is_valid)
-
-
-def _gather_rows(rows: Tensor) -> Tensor:
-    if world_size() > 1:
-        # Lightning's sampler for `predict` gives some ranks a row more, and a gather takes equal shapes.
-        most = int(gather(torch.tensor([len(rows)], device=rows.device)).max())
-        rows = torch.cat([rows, rows[-1:].repeat_interleave(most - len(rows), dim=0)])  # the last row again
-    return gather(rows)
-
-
 def encode_pairs(
     trainer: Runner, module: Any, pairs: ImageTextDataset, num_texts: int, *, batch_size: int, num_workers: int
 ) -> EncodedPairs:
@@ -173,21 +73,59 @@ def encode_pairs(
         images = _stream(trainer, pairs, **options)
     else:
         num_images = int(text_image_id.max()) + 1
-        images = _loader(trainer, pairs, "image", num_images, **options)
-    texts = _loader(trainer, pairs, "text", num_texts, **options)
+        images = _loader(pairs, "image", num_images, _every_nth(trainer, num_images), **options)
+    texts = _loader(pairs, "text", num_texts, _every_nth(trainer, num_texts), **options)
     # `no_grad`, not `inference_mode`: the loss multiplies these embeddings with tensors that have a gradient.
     with _in_eval_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
-        image_embeddings, image_is_valid = _encode(trainer, module, "image", images, num_images)
-        text_embeddings, text_is_valid = _encode(trainer, module, "text", texts, num_texts)
+        image_embeddings, image_is_valid = _encode(trainer, module, images, EncodedRows("image", num_images))
+        text_embeddings, text_is_valid = _encode(trainer, module, texts, EncodedRows("text", num_texts))
     caption_id = None if pairs.caption_id is None else pairs.caption_id[:num_texts].to(module.device)
     return EncodedPairs(image_embeddings, text_embeddings, text_image_id, image_is_valid, text_is_valid, caption_id)
 
 
-def _loader(
-    trainer: Runner, pairs: ImageTextDataset, kind: Kind, num_rows: int, **options: Any
-) -> DataLoader[dict[str, Any]]:
+def encode_split_pairs(
+    trainer: Runner, module: Any, pairs: ImageTextDataset, num_texts: int, *, batch_size: int, num_workers: int
+) -> SplitPairs:
+    """Encode each image and each text once, like :func:`encode_pairs`. The embeddings stay on the rank that made them.
+
+    Args:
+        trainer: The Trainer, whose precision, device and progress bar are used.
+        module: The :class:`~lightning_itm.DualEncoder`.
+        pairs: The set that is encoded.
+        num_texts: How many of its texts are encoded, with their images.
+        batch_size: Inputs that are encoded at once.
+        num_workers: Worker processes that load the inputs.
+
+    Raises:
+        ValueError: if an embedding is not finite, or the set is of remote shards, which are not read by number.
+    """
+    if isinstance(pairs, ShardDataset) and not pairs.is_local:
+        raise ValueError(
+            f"Expected local shards with `split_embeddings=True`, where each rank encodes its own rows, got "
+            f"{pairs.contents.shards[0]}. Copy the shards, or leave `split_embeddings` out."
+        )
+    text_image_id = pairs.text_image_id[:num_texts].to(module.device)
+    encoded: dict[Kind, tuple[SplitRows, Tensor]] = {}
+    num_rows: dict[Kind, int] = {"image": int(text_image_id.max()) + 1, "text": num_texts}
+    with _in_eval_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+        for kind, num in num_rows.items():
+            division = Division(num, trainer.global_rank, trainer.world_size)
+            own_ids = list(range(division.own.start, division.own.stop))
+            loader = _loader(pairs, kind, num, own_ids, batch_size=batch_size, num_workers=num_workers)
+            encoded[kind] = _encode(trainer, module, loader, OwnRows(kind, division, module.device))
+    (images, image_is_valid), (texts, text_is_valid) = encoded["image"], encoded["text"]
+    caption_id = None if pairs.caption_id is None else pairs.caption_id[:num_texts].to(module.device)
+    return SplitPairs(images, texts, text_image_id, image_is_valid, text_is_valid, caption_id)
+
+
+def _every_nth(trainer: Runner, num_rows: int) -> list[int]:
     num_own = -(-num_rows // trainer.world_size)  # as many on every rank, so the last row may come twice
-    own_rows = [min(i * trainer.world_size + trainer.global_rank, num_rows - 1) for i in range(num_own)]
+    return [min(i * trainer.world_size + trainer.global_rank, num_rows - 1) for i in range(num_own)]
+
+
+def _loader(
+    pairs: ImageTextDataset, kind: Kind, num_rows: int, own_rows: list[int], **options: Any
+) -> DataLoader[dict[str, Any]]:
     items = EvaluationItems(pairs, kind, num_rows)
     return DataLoader(items, sampler=own_rows, collate_fn=collate_pairs, **_options(), **options)
 
@@ -206,10 +144,11 @@ def _options() -> dict[str, Any]:
 
 
 def _encode(
-    trainer: Runner, module: Any, kind: Kind, loader: DataLoader[dict[str, Any]], num_rows: int
-) -> tuple[Tensor, Tensor]:
-    encode, rows = returning_vectors(getattr(module, f"encode_{kind}"), kind), EncodedRows(kind, num_rows)
-    num_batches = -(-num_rows // (trainer.world_size * (loader.batch_size or 1)))
+    trainer: Runner, module: Any, loader: DataLoader[dict[str, Any]], rows: EncodedRows | OwnRows
+) -> tuple[Any, Tensor]:
+    kind = rows.kind
+    encode = returning_vectors(getattr(module, f"encode_{kind}"), kind)
+    num_batches = -(-rows.num_rows // (trainer.world_size * (loader.batch_size or 1)))
     # An iterator: of a loader tqdm makes one more, whose workers would load batches that are never used.
     progress = tqdm(iter(loader), f"Mining: {kind}s", num_batches, leave=False, disable=not _is_progress_shown(trainer))
     for batch in progress:

@@ -12,7 +12,7 @@ from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.resumable_loader import EpochOrder
 from lightning_itm.data.shards.stream import ShardStream
 from lightning_itm.mining.embedded_negatives import EmbeddedNegatives
-from lightning_itm.mining.encode import EncodedPairs
+from lightning_itm.mining.encoded import EncodedPairs, SplitPairs
 from lightning_itm.mining.hard_batches import check_group_size, compose_batches
 from lightning_itm.mining.hard_negative_dataset import (
     HardNegativeDataset,
@@ -74,7 +74,7 @@ class Injection:
             self.awaited.is_pending = True
         self.awaited.announce()
 
-    def begin_epoch(self, epoch: int, encoded: EncodedPairs | None = None) -> dict[str, float]:
+    def begin_epoch(self, epoch: int, encoded: EncodedPairs | SplitPairs | None = None) -> dict[str, float]:
         """Take in what was mined for an epoch, before its first batch is loaded. Return what can be logged.
 
         Args:
@@ -146,9 +146,9 @@ class EmbeddingInjection(Injection):
         self.pairs = pairs_to_mine(self.given, datamodule)
         super().attach(datamodule, trainer)
 
-    def begin_epoch(self, epoch: int, encoded: EncodedPairs | None = None) -> dict[str, float]:
+    def begin_epoch(self, epoch: int, encoded: EncodedPairs | SplitPairs | None = None) -> dict[str, float]:
         """Draw from the new embeddings, if there are any."""
-        if encoded is not None:
+        if isinstance(encoded, EncodedPairs):
             self._draw_from(encoded.image_embeddings, encoded.text_embeddings)
         return {}
 
@@ -212,7 +212,7 @@ class BatchInjection(Injection):
         """The order, which is composed after mining."""
         return self.order
 
-    def begin_epoch(self, epoch: int, encoded: EncodedPairs | None = None) -> dict[str, float]:
+    def begin_epoch(self, epoch: int, encoded: EncodedPairs | SplitPairs | None = None) -> dict[str, float]:
         """Compose the order of an epoch from the table, and publish it."""
         if self.is_fixed and not self.order.is_pending:
             return {}  # with `overfit_batches`, each epoch has the batches of the first

@@ -9,12 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_itm.checks import check_choice
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.mining.encode import EncodedPairs, encode_pairs, part_of
+from lightning_itm.mining.encode import encode_pairs, encode_split_pairs, part_of
+from lightning_itm.mining.encoded import EncodedPairs, SplitPairs
 from lightning_itm.mining.injection import INJECTIONS
 from lightning_itm.mining.negative_table import NegativeTable, check_state, fingerprint
-from lightning_itm.mining.search import find_negatives, padded_rows
+from lightning_itm.mining.search import fill_table
 from lightning_itm.mining.training_embeddings import TrainingEmbeddings
 
 FAST_DEV_RUN_PAIRS = 512
@@ -29,18 +29,20 @@ def mine_into(
     batch_size: int,
     num_workers: int | None,
     training_embeddings: TrainingEmbeddings | None = None,
+    split_embeddings: bool = False,
     **guards: Any,
-) -> tuple[EncodedPairs | None, dict[str, float]]:
+) -> tuple[EncodedPairs | SplitPairs | None, dict[str, float]]:
     """Mine the negatives of a set with a model as it stands, and publish them. Every rank must call it.
 
     Args:
-        table: Where the negatives are written. It says how many are kept, too. If mining fails, it stays as it was.
+        table: Where the negatives are written. It says how many are kept, too. If encoding fails, it stays as it was.
         pairs: The set. With ``fast_dev_run``, its first 512 texts and their images are enough.
         trainer: The Trainer, whose ranks share the work.
         module: The :class:`~lightning_itm.DualEncoder` that encodes.
         batch_size: Inputs that are encoded at once, such as 256.
         num_workers: Worker processes that load the inputs. ``None``: as many as the datamodule has.
         training_embeddings: What the training steps computed, which is then mined, and nothing is encoded.
+        split_embeddings: Let each rank keep its own embeddings only.
         **guards: As :func:`find_negatives` takes them.
 
     Returns:
@@ -54,25 +56,16 @@ def mine_into(
         num_texts = min(len(pairs), FAST_DEV_RUN_PAIRS) if trainer.fast_dev_run else len(pairs)  # type: ignore[attr-defined]
         of_datamodule: int = getattr(trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
         options = {"batch_size": batch_size, "num_workers": of_datamodule if num_workers is None else num_workers}
-        encoded = encode_pairs(trainer, module, pairs, num_texts, **options)
+        encode = encode_split_pairs if split_embeddings else encode_pairs
+        encoded = encode(trainer, module, pairs, num_texts, **options)
     elif training_embeddings.rows is None:
         return None, {}
     else:
         encoded = training_embeddings.encoded()
     between = time.perf_counter()
-    (num_images, texts_per_image), (num_all_texts, images_per_text) = table.shapes
-    mined = find_negatives(encoded, texts_per_image, images_per_text, **part_of(trainer), **guards)
-    texts, images = padded_rows(mined.texts, num_images), padded_rows(mined.images, num_all_texts)
-    # Before the table is written: each place is compared with what stood there.
-    num_changed = int((texts != table.texts).sum()) + int((images != table.images).sum())
-    table.publish(texts, images)
-    return encoded, {
-        "mining/encode_seconds": between - start,
-        "mining/search_seconds": time.perf_counter() - between,
-        "mining/gap": mined.gap,
-        "mining/rejected_share": mined.rejected_fraction,
-        "mining/changed_share": num_changed / (texts.numel() + images.numel()),
-    }
+    measured = fill_table(table, encoded, **part_of(trainer), **guards)
+    seconds = {"mining/encode_seconds": between - start, "mining/search_seconds": time.perf_counter() - between}
+    return encoded, {**seconds, **measured}
 
 
 @dataclass
@@ -230,21 +223,3 @@ class Mining:
         self.progress.epoch = min(self.progress.epoch, epoch)  # older versions counted an epoch that was broken off
         if not (self.progress.is_before(epoch) and self.progress.must_mine(epoch, is_due)):
             self.table.is_pending = False
-
-
-def check_ways(inject: str, encode: str) -> None:
-    """Raise a ValueError if what was mined can't reach the steps in this way, or the embeddings can't be had so."""
-    check_choice("inject", inject, tuple(INJECTIONS))
-    check_choice("encode", encode, ("pass", "training"))
-    if (inject, encode) == ("embeddings", "training"):
-        raise ValueError(
-            "Expected `encode='pass'` with `inject='embeddings'`, got 'training': a pair that training has not seen yet "
-            "has no embedding to draw. Use `inject='batches'`, which needs none."
-        )
-
-
-def check_at_least(least: int, **counts: int | None) -> None:
-    """Raise a ValueError that names the first count below ``least``. ``None`` passes."""
-    for name, value in counts.items():
-        if value is not None and value < least:
-            raise ValueError(f"Expected `{name}` to be at least {least}, got {value}.")

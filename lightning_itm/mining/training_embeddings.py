@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_itm.embeddings import RETURN_EMBEDDINGS
 from lightning_itm.functional.similarity import unit_norm
-from lightning_itm.mining.encode import EncodedPairs
+from lightning_itm.mining.encoded import EncodedPairs
 
 
 class TrainingEmbeddings:

@@ -9,11 +9,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_itm.callbacks._rows import check_no_results, negative_files, write_negatives
+from lightning_itm.checks import check_at_least
 from lightning_itm.data.pairs import ImageTextDataset
-from lightning_itm.mining.encode import EncodedPairs, encode_pairs, part_of
+from lightning_itm.mining.encode import encode_pairs, encode_split_pairs, part_of
+from lightning_itm.mining.encoded import ReadablePairs, SplitPairs
 from lightning_itm.mining.hard_negative_dataset import pairs_to_mine
-from lightning_itm.mining.mine import check_at_least
-from lightning_itm.mining.search import MinedNegatives, find_negatives
+from lightning_itm.mining.search import MinedNegatives, find_negatives, find_split_negatives
 from lightning_itm.randomness import random_streams_kept
 from lightning_itm.standalone.encoders import Encoders, PrecisionName, WithoutTrainer, plugin_of
 
@@ -32,6 +33,7 @@ def mine(
     precision: PrecisionName = "32-true",
     batch_size: int = 256,
     num_workers: int = 0,
+    split_embeddings: bool = False,
     output: str | PathLike[str] | None = None,
     format: Literal["jsonl", "parquet"] = "jsonl",
     show_progress: bool = False,
@@ -66,6 +68,9 @@ def mine(
             whose weights are bfloat16.
         batch_size: Inputs that are encoded at once. No gradient is kept, so it can be larger than in training.
         num_workers: Worker processes that load the inputs. 0: the process itself.
+        split_embeddings: Let each process keep only the embeddings of its own part of the set, in half precision. Typical:
+            False. Turn it on where several processes mine a set whose embeddings do not fit on one device. The search is exact
+            for the rounded embeddings. Not in the paper.
         output: The folder for the files ``texts_of_images`` and ``images_of_texts``, which it must not hold already. Default:
             nothing is written. See :class:`~lightning_itm.NegativeWriter`.
         format: The form of the files: ``"jsonl"``, or ``"parquet"``, which is smaller and needs pyarrow.
@@ -105,16 +110,21 @@ def mine(
     guards |= {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
     loading = {"batch_size": batch_size, "num_workers": num_workers}
     with random_streams_kept():
-        encoded = encode_pairs(runner, encoders, pairs, len(pairs), **loading)
+        encode = encode_split_pairs if split_embeddings else encode_pairs
+        encoded = encode(runner, encoders, pairs, len(pairs), **loading)
     _warn_of_unreadable(encoded)
-    mined = _on_cpu(find_negatives(encoded, texts_per_image, images_per_text, **part_of(runner), **guards))
+    counts, options = (texts_per_image, images_per_text), {**part_of(runner), **guards}
+    if isinstance(encoded, SplitPairs):
+        mined = find_split_negatives(encoded, *counts, **options)
+    else:
+        mined = _on_cpu(find_negatives(encoded, *counts, **options))
     if folder is not None and runner.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         write_negatives(folder, pairs, mined, format)
     return mined
 
 
-def _warn_of_unreadable(encoded: EncodedPairs) -> None:
+def _warn_of_unreadable(encoded: ReadablePairs) -> None:
     left_out = {"images": encoded.image_is_valid, "texts": encoded.text_is_valid}
     counts = [f"{int((~valid).sum())} of {len(valid)} {kind}" for kind, valid in left_out.items()]
     if not all(bool(valid.all()) for valid in left_out.values()):

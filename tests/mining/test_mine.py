@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lightning_itm.mining import NegativeTable
-from lightning_itm.mining.mine import FAST_DEV_RUN_PAIRS, check_at_least, mine_into
+from lightning_itm.mining.mine import FAST_DEV_RUN_PAIRS, mine_into
 from tests.helpers.tiny import NUM_IMAGES, SILENT, Tiny, tiny_data, tiny_pairs
 
 OPTIONS = {"batch_size": 8, "num_workers": 0}
@@ -59,9 +59,3 @@ def test_workers_are_as_many_as_the_datamodule_has():
 
     mine_into(empty_table(), tiny_pairs(), trainer, Watched(), batch_size=8, num_workers=None)
     assert len(seen[0] - before) == 1
-
-
-def test_counts():
-    check_at_least(1, texts_per_image=1, every_n_epochs=None)
-    with pytest.raises(ValueError, match="Expected `rank_min` to be at least 0, got -1"):
-        check_at_least(0, start_epoch=0, rank_min=-1)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from lightning_itm.distributed import gather
 from lightning_itm.functional import TopK, top_k_negatives
 from lightning_itm.functional.top_k_search.top_k import score_ceiling
-from lightning_itm.mining.encode import EncodedPairs
+from lightning_itm.mining.encoded import EncodedPairs
 
 NUM_SAMPLED_ANCHORS = 256
 ANCHORS_AT_ONCE = 16_384  # between two ticks of the progress bar
@@ -81,9 +81,8 @@ def find_negatives(
     mined_images, rejected_images = _search(texts, images, of_text, images_per_text, **split)
     # What can't be read, or was not seen yet, has an embedding that says nothing.
     mined_texts, mined_images = _of(mined_texts, pairs.image_is_valid), _of(mined_images, pairs.text_is_valid)
-    # Column 0 has the hardest. An anchor without any has −inf there, and no gap.
-    gap = torch.cat([of_image - mined_texts.scores[:, 0], of_text - mined_images.scores[:, 0]])
-    measured = float(gap[gap.isfinite()].mean()), (rejected_texts + rejected_images) / 2
+    gap = mean_gap(of_image - mined_texts.scores[:, 0], of_text - mined_images.scores[:, 0])  # column 0 has the hardest
+    measured = gap, (rejected_texts + rejected_images) / 2
     return MinedNegatives(mined_texts.index, mined_images.index, mined_texts.scores, mined_images.scores, *measured)
 
 
@@ -131,17 +130,42 @@ def _of(mined: TopK, anchor_is_valid: Tensor) -> TopK:
 
 def _rejected_fraction(anchors: _Side, keys: _Side, positive: Tensor, k: int, **guards: Any) -> float:
     """Measure on some anchors which fraction of the hardest ``k`` the guards reject."""
-    rank_min = guards.pop("rank_min", 0)
-    some = slice(None, None, max(1, len(positive) // NUM_SAMPLED_ANCHORS))
-    ceiling = score_ceiling(positive[some], **guards)
-    if ceiling is None and rank_min == 0:
+    some = sampled_anchors(len(positive))
+    if not has_guards(**guards):
         return 0.0
-    free = _top_k(anchors.of(some), keys, k).scores  # (some, k)
-    is_there = free.isfinite()
+    return rejected_by_guards(_top_k(anchors.of(some), keys, k).scores, positive[some], **guards)
+
+
+def sampled_anchors(num_anchors: int) -> slice:
+    """Return some anchors, spread over all, on which it is measured what guards reject."""
+    return slice(None, None, max(1, num_anchors // NUM_SAMPLED_ANCHORS))
+
+
+def has_guards(rank_min: int = 0, **limits: float | None) -> bool:
+    """Return whether a guard is given that can reject something."""
+    return rank_min > 0 or any(limit is not None for limit in limits.values())
+
+
+def rejected_by_guards(free: Tensor, positive: Tensor, rank_min: int = 0, **limits: float | None) -> float:
+    """Return which fraction of the hardest negatives the guards reject.
+
+    Args:
+        free: Similarities of the hardest negatives that are found without guards, `(anchors, k)`, −inf where there is none.
+        positive: Similarity of each anchor and its positive, `(anchors,)`.
+        rank_min: How many the guard of this name leaves out.
+        **limits: The other guards.
+    """
+    ceiling, is_there = score_ceiling(positive, **limits), free.isfinite()
     is_rejected = torch.zeros_like(is_there) if ceiling is None else free > ceiling.expand(len(free))[:, None]
     # `rank_min` skips among those that the other guards let pass.
     skipped = (is_there & ~is_rejected).sum(dim=1).clamp_max(rank_min)
     return float(((is_rejected & is_there).sum() + skipped.sum()) / is_there.sum().clamp_min(1))
+
+
+def mean_gap(*gaps: Tensor) -> float:
+    """Return the mean over the anchors that have one. An anchor without a negative has the score −inf, and no gap."""
+    gap = torch.cat(gaps)
+    return float(gap[gap.isfinite()].mean())
 
 
 def padded_rows(index: Tensor, num_rows: int) -> Tensor:
