@@ -119,6 +119,7 @@ def _running_top_k(anchors: list[_Anchors], keys: _Side, k: int, rank_min: int =
     for block, embeddings in keys.rows.blocks():
         kept = keys.is_valid[block].nonzero().squeeze(1)  # what can't be read is left out
         rows = embeddings.float() if len(kept) == len(embeddings) else embeddings[kept].float()
+        del embeddings  # while the next block comes, this one must not be held twice
         kept = kept + block.start  # ids
         options, is_first = keys.options("key", kept), block.start == 0
         for number, group in enumerate(anchors):
@@ -129,6 +130,7 @@ def _running_top_k(anchors: list[_Anchors], keys: _Side, k: int, rank_min: int =
                 best.append(found)
             else:
                 best[number] = _better(best[number], found)
+        del rows
     # `rank_min` leaves out the hardest of all, not those of each block.
     return [TopK(scores[:, rank_min:], index[:, rank_min:]) for scores, index in best]
 
