@@ -10,6 +10,7 @@ line is the search with all embeddings on each process, in float32, of the same 
 """
 
 import argparse
+import multiprocessing
 import resource
 import tempfile
 import time
@@ -26,7 +27,7 @@ from lightning_itm.mining import EncodedPairs, find_negatives
 from lightning_itm.mining.encoded import Division, SplitPairs, SplitRows
 from lightning_itm.mining.search import search_split_pairs
 
-COUNTS = {"texts_per_image": 60, "images_per_text": 10}
+TEXTS_PER_IMAGE, IMAGES_PER_TEXT = 60, 10
 
 
 def own_rows(division: Division, dim: int, seed: int) -> Tensor:
@@ -64,15 +65,16 @@ def search(rank: int, world_size: int, is_whole: bool, folder: str, options: dic
     divisions = {name: Division(size, rank, world_size) for name, size in sizes.items()}
     own = {name: own_rows(divisions[name], options["dim"], seed) for seed, name in enumerate(sizes)}
     if is_whole:
-        mined = find_negatives(EncodedPairs(own.pop("images").float(), own.pop("texts").float(), *rest), **COUNTS)
+        pairs = EncodedPairs(own.pop("images").float(), own.pop("texts").float(), *rest)
+        mined = find_negatives(pairs, TEXTS_PER_IMAGE, IMAGES_PER_TEXT)
         rows = {"images": digest(mined.images), "texts": digest(mined.texts)}
     else:
-        parts = (SplitRows(own[name], divisions[name]) for name in sizes)
+        images, texts = (SplitRows(own[name], divisions[name]) for name in sizes)
 
         def write(name: str, part: slice, found: TopK) -> None:
             rows[name][part] = digest(found.index)
 
-        search_split_pairs(SplitPairs(*parts, *rest), **COUNTS, write=write)
+        search_split_pairs(SplitPairs(images, texts, *rest), TEXTS_PER_IMAGE, IMAGES_PER_TEXT, write)
     result = {
         "beyond": peak() - before,
         "seconds": time.perf_counter() - start,
@@ -86,8 +88,13 @@ def search(rank: int, world_size: int, is_whole: bool, folder: str, options: dic
 def measure(world_size: int, is_whole: bool, options: dict[str, Any]) -> tuple[float, float, list[Any]]:
     """Return the highest memory and the seconds of a search on so many processes, and the tables of all."""
     with tempfile.TemporaryDirectory() as folder:
-        # Each process begins anew: a fork would have the memory of this one.
-        torch.multiprocessing.spawn(search, (world_size, is_whole, folder, options), nprocs=world_size)  # type: ignore[no-untyped-call]
+        context = multiprocessing.get_context("spawn")  # each begins anew: a fork would have the memory of this one
+        arguments = [(rank, world_size, is_whole, folder, options) for rank in range(world_size)]
+        processes = [context.Process(target=search, args=part) for part in arguments]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
         results = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(world_size)]
     most, longest = (max(result[name] for result in results) for name in ("beyond", "seconds"))
     return most, longest, [result["rows"] for result in results]
