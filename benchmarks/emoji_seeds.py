@@ -1,9 +1,10 @@
 """The main job with several seeds: mean and standard deviation of every row.
 
 Split, epochs and learning rates are those of examples/emoji_from_scratch.py and were set before these runs were looked at. The
-seed is that of the weights and of the order. About five minutes a seed on two cores.
+seed is that of the weights and of the order. About five minutes per seed on two cores. Options that are not listed go to the
+example, such as its numbers of epochs.
 
-    python benchmarks/emoji_seeds.py --seeds 0 1 2
+    python benchmarks/emoji_seeds.py --seeds 0 1 2 --epochs 10 --finetune-epochs 4
 """
 
 import argparse

@@ -150,13 +150,13 @@ EMOJI_SEARCH: dict[str, tuple[Any, ...]] = {
 }
 TOWERS = {"learning_rate": 1e-4, "weight_decay": 0.05, "epochs": 3}
 TOWER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (5e-5, 1e-4, 2e-4), "temperature": (None, 0.07)}
-HEADS = {"learning_rate": 1e-3, "weight_decay": 0.05, "dropout": 0.5, "hidden": 512, "epochs": 8}
+HEADS = {"learning_rate": 1e-3, "weight_decay": 0.05, "dropout": 0.5, "hidden": 0, "temperature": 0.03, "epochs": 16}
 HEAD_SEARCH: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (3e-4, 1e-3, 3e-3),
-    "dropout": (0.2, 0.5),
+    "learning_rate": (3e-4, 1e-3, 3e-3, 1e-2),
+    "dropout": (0.0, 0.2, 0.5, 0.7),
     "hidden": (0, 512),
     "epochs": (4, 8, 16),
-    "temperature": (0.03, None),
+    "temperature": (0.015, 0.03, None),
     "weight_decay": (0.05, 0.5),
 }
 GRID = {"learning_rate": 5e-4, "weight_decay": 0.1, "epochs": 8}
