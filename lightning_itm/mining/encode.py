@@ -21,6 +21,7 @@ from lightning_itm.data.evaluation_items import EvaluationItems, Kind
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.loader import StreamedImages
+from lightning_itm.distributed import broadcast
 from lightning_itm.encoder_output import returning_vectors
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.mining.encoded import Division, EncodedPairs, EncodedRows, OwnRows, SplitPairs, SplitRows
@@ -76,7 +77,7 @@ def encode_pairs(
         images = _loader(pairs, "image", num_images, _every_nth(trainer, num_images), **options)
     texts = _loader(pairs, "text", num_texts, _every_nth(trainer, num_texts), **options)
     # `no_grad`, not `inference_mode`: the loss multiplies these embeddings with tensors that have a gradient.
-    with _in_eval_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+    with torch.no_grad(), _as_for_evaluation(trainer, module), trainer.precision_plugin.forward_context():
         image_embeddings, image_is_valid = _encode(trainer, module, images, EncodedRows("image", num_images))
         text_embeddings, text_is_valid = _encode(trainer, module, texts, EncodedRows("text", num_texts))
     caption_id = None if pairs.caption_id is None else pairs.caption_id[:num_texts].to(module.device)
@@ -107,7 +108,7 @@ def encode_split_pairs(
     text_image_id = pairs.text_image_id[:num_texts].to(module.device)
     encoded: dict[Kind, tuple[SplitRows, Tensor]] = {}
     num_rows: dict[Kind, int] = {"image": int(text_image_id.max()) + 1, "text": num_texts}
-    with _in_eval_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+    with torch.no_grad(), _as_for_evaluation(trainer, module), trainer.precision_plugin.forward_context():
         for kind, num in num_rows.items():
             division = Division(num, trainer.global_rank, trainer.world_size)
             own_ids = list(range(division.own.start, division.own.stop))
@@ -171,12 +172,23 @@ def _is_progress_shown(trainer: Runner) -> bool:
 
 
 @contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+def _as_for_evaluation(trainer: Runner, module: nn.Module) -> Iterator[None]:
     # Part by part: a user may keep some of them in eval mode while the rest is trained.
     flags = [(part, part.training) for part in module.modules()]
+    # Batch statistics are each rank's own until the next step, before which DDP takes those of rank 0, as a checkpoint does.
+    # With its own, each rank would encode with another model, and a resumed run would mine another table.
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()] if trainer.world_size > 1 else []
     module.eval()
     try:
+        for buffer, own in kept:
+            of_first = own.clone(
+                memory_format=torch.contiguous_format
+            ).flatten()  # one that holds a number has no shape
+            broadcast(of_first, 0)
+            buffer.copy_(of_first.view(buffer.shape))
         yield
     finally:
+        for buffer, own in kept:
+            buffer.copy_(own)
         for part, flag in flags:
             part.training = flag

@@ -115,11 +115,11 @@ class Linear(Tiny):
 
 
 class Noisy(Tiny):
-    """Without batch statistics, which are each rank's own until the next step."""
+    """With batch statistics, which are each rank's own until the next step, and with dropout."""
 
     def __init__(self):
         super().__init__(InfoNCELoss())
-        self.image_encoder = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.Dropout(0.3))
+        self.image_encoder = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.BatchNorm1d(16), nn.Dropout(0.3))
 
 
 class Save(Callback):
@@ -137,9 +137,9 @@ class Save(Callback):
         torch.save({"tables": self.tables, "weights": weights}, f"{self.name}-{trainer.global_rank}.pt")
 
 
-def train(model, name, devices, ckpt_path=None, batch_size=4, **options):
+def train(model, name, devices, ckpt_path=None, batch_size=4, split=True, **options):
     L.seed_everything(0 if ckpt_path is None else 1, verbose=False)
-    miner = OfflineHardNegativeMining(**TABLE, **BATCHES, split_embeddings=True, batch_size=7)
+    miner = OfflineHardNegativeMining(**TABLE, **BATCHES, split_embeddings=split, batch_size=7)
     saving = ModelCheckpoint(".", "{step}", save_top_k=-1, every_n_train_steps=3)
     strategy = {"devices": devices, "strategy": "ddp_fork" if devices > 1 else "auto", "limit_val_batches": 0}
     options = {**SILENT, "enable_checkpointing": True, "max_epochs": 3, **strategy, **options}
@@ -163,14 +163,42 @@ def test_two_processes_mine_the_tables_of_one():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
 @pytest.mark.parametrize("at_step", [6, 9], ids=["end of an epoch", "in the middle"])
-def test_two_processes_go_on_where_they_stopped(at_step):
-    """Dropout and noise of both ranks: all weights bit for bit."""
-    whole = train(Noisy(), "whole", 2)
-    resumed = train(Noisy(), "resumed", 2, ckpt_path=f"step={at_step}.ckpt")
+@pytest.mark.parametrize("split", [True, False])
+def test_two_processes_go_on_where_they_stopped(at_step, split):
+    """Dropout, noise and batch statistics of both ranks: all weights bit for bit."""
+    whole = train(Noisy(), "whole", 2, split=split)
+    resumed = train(Noisy(), "resumed", 2, ckpt_path=f"step={at_step}.ckpt", split=split)
     for one, other in zip(whole, resumed, strict=True):
         assert one["weights"].keys() == other["weights"].keys()
         assert all(torch.equal(one["weights"][name], value) for name, value in other["weights"].items())
         assert all(torch.equal(a, b) for a, b in zip(one["tables"][-1], other["tables"][-1], strict=True))
+
+
+def _encode_in_process(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = Noisy()
+    statistics = model.image_encoder[2]
+    statistics.running_mean.fill_(rank)
+    statistics.num_batches_tracked.fill_(5 + rank)
+    mined = mine(model, tiny_pairs(), **TABLE, batch_size=7)
+    assert (statistics.running_mean == rank).all()
+    assert statistics.num_batches_tracked == 5 + rank
+    torch.save((mined.texts, mined.text_scores), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.forks
+def test_all_ranks_encode_with_the_statistics_of_the_first(tmp_path):
+    run_in_processes(_encode_in_process, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    torch.manual_seed(0)
+    alone = Noisy()
+    alone.image_encoder[2].running_mean.fill_(0)
+    expected = mine(alone, tiny_pairs(), **TABLE, batch_size=7)
+    for texts, scores in (first, second):
+        assert torch.equal(texts, expected.texts)
+        torch.testing.assert_close(scores, expected.text_scores)
 
 
 def _rows_in_process(rank, folder):
@@ -192,12 +220,16 @@ def _rows_in_process(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.forks
-def test_ranks_without_rows_and_an_error_of_one_rank(tmp_path):
+def run_in_processes(function, folder):
     context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rows_in_process, args=(rank, tmp_path)) for rank in range(2)]
+    processes = [context.Process(target=function, args=(rank, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+@pytest.mark.forks
+def test_ranks_without_rows_and_an_error_of_one_rank(tmp_path):
+    run_in_processes(_rows_in_process, tmp_path)
