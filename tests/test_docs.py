@@ -130,6 +130,9 @@ def test_extras_that_are_shown_exist():
 def test_the_readme_is_short_and_its_links_lead_somewhere():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 150
+    first = CODE.findall(readme)[0][1]  # from a table of one's own to a model that open_clip loads
+    assert len([line for line in first.splitlines() if line.strip()]) <= 15
+    assert 'train="train.csv"' in first
     links = LINK.findall(readme)
     assert len(links) >= 15
     assert not [link for link in links if not (ROOT / link).exists()]
