@@ -131,9 +131,9 @@ class TestUnreadablePairs:
         enough, too_few = UnreadablePairs(30, 2 / 3), UnreadablePairs(30, 0.6)
         list(DataLoader(Reports(enough), num_workers=num_workers))
         assert len(enough) == 20
-        with pytest.raises(
-            RuntimeError, match=r"at most 60\.0% of the 30 pairs .*got 19, the pairs 1, 2, 4, 5, 7 among"
-        ):
+        # One worker may count the last pair before another one has said that they are too many.
+        message = r"at most 60\.0% of the 30 pairs .*got (19|20), the pairs 1, 2, 4, 5, 7 among"
+        with pytest.raises(RuntimeError, match=message):
             list(DataLoader(Reports(too_few), num_workers=num_workers))
 
     def test_the_first_is_a_warning_and_the_others_are_counted(self):
