@@ -11,12 +11,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lightning_itm import ImageTextDataModule, ImageTextDataset, InfoNCELoss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from pretrained_towers import DIM as DIM
 from pretrained_towers import SIDE as SIDE
-from pretrained_towers import Towers as Towers
+from pretrained_towers import Towers as PretrainedTowers
+
+
+class Towers(PretrainedTowers):
+    """Have the text tower work in bfloat16, which halves its time on a CPU that has it."""
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Encode token ids `(pairs, context_length)`."""
+        with torch.autocast(text.device.type, torch.bfloat16):
+            return super().encode_text(text).float()
 
 
 @functools.cache

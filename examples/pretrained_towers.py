@@ -13,12 +13,13 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_itm import OpenCLIPDualEncoder
 
 SIDE, DIM = 96, 256  # SIDE: of photographs, in pixels
+PADDING = 0  # the token id of BERT's [PAD]
 HEAD_RATE_FACTOR = 3.0  # heads learn three times as fast as towers
 
 
@@ -63,7 +64,7 @@ class Towers(OpenCLIPDualEncoder):
     def __init__(self, loss: nn.Module, side: int = SIDE, **knobs: Any) -> None:
         super().__init__(add_model(side), loss=loss, warmup_steps=20, **knobs)
         self._load_image_weights()
-        trunk = self.model.visual.trunk
+        trunk = self.model.visual.trunk.to(memory_format=torch.channels_last)  # nearly twice as fast, also on a CPU
         frozen = [trunk.conv_stem, trunk.bn1, *trunk.blocks[:2], self.model.text.transformer.embeddings]
         for part in frozen:
             part.requires_grad_(False)
@@ -75,6 +76,10 @@ class Towers(OpenCLIPDualEncoder):
             if value.shape != other.shape:
                 raise ValueError(f"Expected {name} to have the shape {tuple(value.shape)}, got {tuple(other.shape)}.")
             value.copy_(other)
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Encode token ids `(pairs, context_length)`. What is padding in all of them is left out."""
+        return super().encode_text(text[:, (text != PADDING).any(dim=0)])
 
     def heads(self) -> nn.ModuleDict:
         """Return the two linear layers after the towers."""
