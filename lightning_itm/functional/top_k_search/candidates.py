@@ -1,7 +1,6 @@
 """What every way of the search needs: products in two precisions, the choice of candidates, and their comparison."""
 
 import copy
-import functools
 import warnings
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -118,25 +117,31 @@ def compare(
 
 
 def most_extreme(scores: Tensor, k: int, *, largest: bool = True) -> Tensor:
-    """Return where the k largest, or smallest, of each row are, in the order of their places.
+    """Return where the k largest, or smallest, of each row are, in the order of their places."""
+    return _most_extreme(scores, k, largest=largest).sort(dim=1).values
 
-    They lie in the k groups of columns with the most extreme values, and a maximum is cheaper than a selection.
+
+def _most_extreme(scores: Tensor, k: int, *, largest: bool) -> Tensor:
+    """Return the places in any order.
+
+    The k most extreme lie in the k groups of columns with the most extreme values. A maximum is cheaper than a selection, so
+    these groups are found in the same way.
     """
-    select = functools.partial(torch.topk, dim=1, largest=largest, sorted=False)
     num_groups = scores.shape[1] // _GROUP
     if num_groups <= k:
-        return select(scores, k).indices.sort(dim=1).values
+        return torch.topk(scores, k, dim=1, largest=largest, sorted=False).indices
     grouped = scores[:, : num_groups * _GROUP].view(
         len(scores), _GROUP, num_groups
     )  # a group: every num_groups-th column
+    extremes = grouped.amax(dim=1) if largest else grouped.amin(dim=1)
     # (rows, k): the groups that can hold one of the k most extreme.
-    group = select(grouped.amax(dim=1) if largest else grouped.amin(dim=1), k).indices
+    group = _most_extreme(extremes, k, largest=largest)
     candidates = grouped.gather(2, group[:, None, :].expand(-1, _GROUP, -1)).flatten(1)
-    rest = scores[:, num_groups * _GROUP :]
-    place = select(torch.cat([candidates, rest], dim=1), k).indices
+    candidates = torch.cat([candidates, scores[:, num_groups * _GROUP :]], dim=1)
+    place = torch.topk(candidates, k, dim=1, largest=largest, sorted=False).indices
     in_group = num_groups * (place // k) + group.gather(1, place % k)
     in_rest = num_groups * _GROUP + place - _GROUP * k
-    return torch.where(place < _GROUP * k, in_group, in_rest).sort(dim=1).values
+    return torch.where(place < _GROUP * k, in_group, in_rest)
 
 
 def hardest_first(scores: Tensor, index: Tensor) -> TopK:
@@ -208,6 +213,6 @@ def to_bfloat16(keys: Tensor, num_ones: int = 0) -> LowKeys:
     return LowKeys(low, centre)
 
 
-_GROUP = 16
+_GROUP = 8
 MAX_ROWS = 512  # more do not make the products faster, and their scores leave the cache
 _GATHER_BYTES = 256 << 20
