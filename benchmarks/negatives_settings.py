@@ -148,8 +148,8 @@ EMOJI_SEARCH: dict[str, tuple[Any, ...]] = {
     "weight_decay": (0.1, 0.3, 1.0, 3.0),
     "epochs": (12, 18, 36),
 }
-TOWERS = {"learning_rate": 1e-4, "weight_decay": 0.05, "epochs": 3}
-TOWER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (5e-5, 1e-4, 2e-4), "temperature": (None, 0.07)}
+TOWERS = {"learning_rate": 4e-4, "weight_decay": 0.05, "epochs": 3}
+TOWER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (1e-4, 2e-4, 4e-4, 8e-4), "temperature": (None, 0.07)}
 HEADS = {"learning_rate": 1e-3, "weight_decay": 0.05, "dropout": 0.5, "hidden": 0, "temperature": 0.03, "epochs": 16}
 HEAD_SEARCH: dict[str, tuple[Any, ...]] = {
     "learning_rate": (3e-4, 1e-3, 3e-3, 1e-2),
