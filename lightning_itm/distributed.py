@@ -1,11 +1,13 @@
 """Gather tensors from all ranks, with or without gradient."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -46,6 +48,30 @@ def broadcast(x: Tensor, source: int) -> None:
     if world_size() > 1:
         # As bytes, which every backend can send, whatever the dtype.
         dist.broadcast(x.view(torch.uint8), source)
+
+
+def of_first_rank(make: Callable[[], T]) -> T:
+    """Return on every rank what a function returns on rank 0, where alone it is called. Every rank must call this.
+
+    Args:
+        make: A function without arguments. What it returns is pickled.
+
+    Raises:
+        ValueError: on every rank, if the function raises one.
+    """
+    if world_size() == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            made[0] = make()
+        except ValueError as error:  # the others must not wait for what never comes
+            made[1] = str(error)
+    dist.broadcast_object_list(made, src=0)
+    if made[1] is not None:
+        raise ValueError(made[1])
+    found: T = made[0]
+    return found
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning_itm.checks import check_choice
 from lightning_itm.mining.injection import INJECTIONS
+from lightning_itm.mining.search.faiss_index import check_index
 
 
 def check_ways(inject: str, encode: str) -> None:
@@ -37,3 +38,31 @@ def check_split(inject: str, encode: str, table: Any) -> None:
         )
     if table is not None:
         raise ValueError("Expected no `split_embeddings` with `table`, which needs no embeddings. Leave one out.")
+
+
+def check_search(search: str, faiss_index: str | None, *, split_embeddings: bool = False) -> None:
+    """Raise if a set can't be searched so.
+
+    Args:
+        search: How the negatives are found.
+        faiss_index: The index that is named, or ``None``.
+        split_embeddings: Whether each rank keeps the embeddings of its own part alone.
+
+    Raises:
+        ValueError: if the options do not go together, or FAISS has no such index.
+        ImportError: if FAISS is needed and not installed.
+    """
+    check_choice("search", search, ("exact", "faiss"))
+    if search == "exact":
+        if faiss_index is not None:
+            raise ValueError(
+                f"Expected `search='faiss'` with `faiss_index`, got 'exact' and {faiss_index!r}. Give `search='faiss'`, or "
+                "leave `faiss_index` out."
+            )
+        return
+    if split_embeddings:
+        raise ValueError(
+            "Expected `split_embeddings=False` with `search='faiss'`, got True: each rank has an index of the whole set. "
+            "Use `search='exact'`, which works with parts."
+        )
+    check_index(faiss_index)

@@ -20,8 +20,9 @@ def fill_table(table: NegativeTable, encoded: EncodedPairs | SplitPairs, **optio
         **options: Those of :func:`~lightning_itm.mining.find_negatives`.
 
     Returns:
-        What can be logged.
+        What can be logged. The recall is there where an index was searched.
     """
+    recall: dict[str, float] = {}
     (num_images, texts_per_image), (num_texts, images_per_text) = table.shapes
     if isinstance(encoded, SplitPairs):
         gap, rejected, num_changed = _fill_by_parts(table, encoded, **options)
@@ -32,10 +33,12 @@ def fill_table(table: NegativeTable, encoded: EncodedPairs | SplitPairs, **optio
         num_changed = int((texts != table.texts).sum()) + int((images != table.images).sum())
         table.publish(texts, images)
         gap, rejected = mined.gap, mined.rejected_fraction
+        recall = {"mining/recall": mined.recall} if options.get("search") == "faiss" else {}
     return {
         "mining/gap": gap,
         "mining/rejected_share": rejected,
         "mining/changed_share": num_changed / (table.texts.numel() + table.images.numel()),
+        **recall,
     }
 
 
@@ -53,7 +56,7 @@ def _fill_by_parts(table: NegativeTable, encoded: SplitPairs, **options: Any) ->
         table.texts.shape[1],
         table.images.shape[1],
         lambda name, rows, found: write(name, rows, found.index.cpu()),
-        **_without_rank(options),
+        **_without_whole(options),
     )
     for name, num_searched in (("texts", len(encoded.image_is_valid)), ("images", len(encoded.text_is_valid))):
         write(name, slice(num_searched, None), -1)  # a trial run searches fewer
@@ -74,10 +77,11 @@ def find_split_negatives(
         index[name][rows], scores[name][rows] = found.index.cpu(), found.scores.cpu()
 
     counts = texts_per_image, images_per_text
-    gap, rejected = search_split_pairs(encoded, *counts, write, with_scores=True, **_without_rank(options))
+    gap, rejected = search_split_pairs(encoded, *counts, write, with_scores=True, **_without_whole(options))
     return MinedNegatives(index["texts"], index["images"], scores["texts"], scores["images"], gap, rejected)
 
 
-def _without_rank(options: dict[str, Any]) -> dict[str, Any]:
-    # Split embeddings know their ranks.
-    return {name: value for name, value in options.items() if name not in ("rank", "world_size")}
+def _without_whole(options: dict[str, Any]) -> dict[str, Any]:
+    # Split embeddings know their ranks, and have no index.
+    whole = "rank", "world_size", "search", "faiss_index"
+    return {name: value for name, value in options.items() if name not in whole}

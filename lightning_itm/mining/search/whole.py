@@ -1,9 +1,10 @@
 """Search the hardest negatives among the embeddings of a whole set."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
@@ -12,9 +13,11 @@ from lightning_itm.distributed import gather
 from lightning_itm.functional import TopK, top_k_negatives
 from lightning_itm.functional.top_k_search.top_k import score_ceiling
 from lightning_itm.mining.encoded import EncodedPairs
+from lightning_itm.mining.search.approximate import IndexedKeys, sampled_valid, shared_fraction
 
 NUM_SAMPLED_ANCHORS = 256
 ANCHORS_AT_ONCE = 16_384  # between two ticks of the progress bar
+LEAST_RECALL = 0.8  # below it, a warning says what to do
 
 
 @dataclass
@@ -28,6 +31,8 @@ class MinedNegatives:
         image_scores: Cosine similarities of ``images`` and their text, −inf where there is none.
         gap: Mean similarity of the matching pairs minus that of the hardest negatives. Below 0, negatives win.
         rejected_fraction: Fraction of the hardest candidates that a guard left out, in [0, 1].
+        recall: Fraction of what the exact search mines that was mined, in [0, 1], measured on up to 1,000 anchors of each
+            side, with the guards. 1 with the exact search.
     """
 
     texts: Tensor
@@ -36,6 +41,7 @@ class MinedNegatives:
     image_scores: Tensor
     gap: float
     rejected_fraction: float
+    recall: float = 1.0
 
 
 def find_negatives(
@@ -46,6 +52,8 @@ def find_negatives(
     rank: int = 0,
     world_size: int = 1,
     is_shown: bool = False,
+    search: Literal["exact", "faiss"] = "exact",
+    faiss_index: str | None = None,
     **guards: Any,
 ) -> MinedNegatives:
     """Search the hardest texts of every image and the hardest images of every text. Each rank searches for a part of them.
@@ -59,6 +67,8 @@ def find_negatives(
         rank: The number of this process, from 0.
         world_size: The number of processes that search together.
         is_shown: Draw a progress bar.
+        search: ``"exact"``, or ``"faiss"``: only the keys that an index of FAISS finds are compared, exactly.
+        faiss_index: The index, as :class:`~lightning_itm.OfflineHardNegativeMining` takes it.
         **guards: ``rank_min``, ``max_score``, ``absolute_margin`` and ``relative_margin``, as
             :func:`~lightning_itm.functional.top_k_negatives` takes them. They leave out likely false negatives.
 
@@ -76,13 +86,20 @@ def find_negatives(
     image_id, (image_captions, text_captions) = torch.arange(len(of_image), device=of_image.device), pairs.captions()
     images = _Side(pairs.image_embeddings, pairs.image_is_valid, image_id, image_captions)
     texts = _Side(pairs.text_embeddings, pairs.text_is_valid, pairs.text_image_id, text_captions)
-    split = {"rank": rank, "world_size": world_size, "is_shown": is_shown, **guards}
-    mined_texts, rejected_texts = _search(images, texts, of_image, texts_per_image, **split)
-    mined_images, rejected_images = _search(texts, images, of_text, images_per_text, **split)
+    indexing = {"is_indexed": search == "faiss", "faiss_index": faiss_index}
+    split = {"rank": rank, "world_size": world_size, "is_shown": is_shown, **indexing, **guards}
+    mined_texts, *of_texts = _search(images, texts, of_image, texts_per_image, **split)
+    mined_images, *of_images = _search(texts, images, of_text, images_per_text, **split)
     # What can't be read, or was not seen yet, has an embedding that says nothing.
     mined_texts, mined_images = _of(mined_texts, pairs.image_is_valid), _of(mined_images, pairs.text_is_valid)
     gap = mean_gap(of_image - mined_texts.scores[:, 0], of_text - mined_images.scores[:, 0])  # column 0 has the hardest
-    measured = gap, (rejected_texts + rejected_images) / 2
+    rejected, recall = ((one + other) / 2 for one, other in zip(of_texts, of_images, strict=True))
+    measured = gap, rejected, recall
+    if recall < LEAST_RECALL:
+        rank_zero_warn(
+            f"The index found {recall:.0%} of what the exact search mines, with `faiss_index={faiss_index!r}`. Let it look "
+            "into more lists, such as 'IVF4096,Flat nprobe=512', name an index that rounds less, or use `search='exact'`."
+        )
     return MinedNegatives(mined_texts.index, mined_images.index, mined_texts.scores, mined_images.scores, *measured)
 
 
@@ -100,25 +117,49 @@ class _Side(NamedTuple):
 
 
 def _search(
-    anchors: _Side, keys: _Side, positive: Tensor, k: int, *, rank: int, world_size: int, is_shown: bool, **guards: Any
-) -> tuple[TopK, float]:
+    anchors: _Side,
+    keys: _Side,
+    positive: Tensor,
+    k: int,
+    *,
+    rank: int,
+    world_size: int,
+    is_shown: bool,
+    is_indexed: bool,
+    faiss_index: str | None,
+    **guards: Any,
+) -> tuple[TopK, float, float]:
     kept = keys.is_valid.nonzero().squeeze(1)  # what can't be read is left out
     keys, num_anchors = keys.of(kept), len(positive)
-    num_own = -(-num_anchors // world_size)  # as many on every rank, so the last anchor may come several times
-    own_rows = (torch.arange(num_own, device=kept.device) + rank * num_own).clamp_max(num_anchors - 1)
+    indexed = IndexedKeys(keys.embeddings, faiss_index) if is_indexed else None
+    own_rows = _own_rows(torch.arange(num_anchors, device=kept.device), rank, world_size)
     parts = [
-        _top_k(anchors.of(rows), keys, k, positive=positive[rows], **guards)
+        _top_k(anchors.of(rows), keys, k, indexed, positive=positive[rows], **guards)
         for rows in tqdm(own_rows.split(ANCHORS_AT_ONCE), "Mining: search", leave=False, disable=not is_shown)
     ]
     # Own rows are consecutive, so the gathered rows are in the order of the anchors, and the repeated ones are at the end.
     scores, index = (gather(torch.cat(part))[:num_anchors] for part in zip(*parts, strict=True))
+    recall = 1.0
+    if is_indexed:
+        some = sampled_valid(anchors.is_valid)
+        own = _own_rows(some, rank, world_size)
+        exact = _top_k(anchors.of(own), keys, k, positive=positive[own], **guards)
+        recall = shared_fraction(index[some], gather(exact.index)[: len(some)])
     index = torch.where(index < 0, -1, kept[index.clamp_min(0)])  # (anchors, k), ids of the whole set again
-    return TopK(scores, index), _rejected_fraction(anchors, keys, positive, k, **guards)
+    return TopK(scores, index), _rejected_fraction(anchors, keys, positive, k, **guards), recall
 
 
-def _top_k(anchors: _Side, keys: _Side, k: int, **options: Any) -> TopK:
+def _own_rows(rows: Tensor, rank: int, world_size: int) -> Tensor:
+    """Return the part of a rank, as many rows on every rank, so that the last row may come several times."""
+    num_own = -(-len(rows) // world_size)
+    return rows[(torch.arange(num_own, device=rows.device) + rank * num_own).clamp_max(len(rows) - 1)]
+
+
+def _top_k(anchors: _Side, keys: _Side, k: int, indexed: IndexedKeys | None = None, **options: Any) -> TopK:
     options |= {"anchor_id": anchors.image_id, "key_id": keys.image_id}
     options |= {"anchor_captions": anchors.captions, "key_captions": keys.captions}
+    if indexed is not None:
+        return indexed.top_k_negatives(anchors.embeddings, k, **options)
     return top_k_negatives(anchors.embeddings, keys.embeddings, k, **options)
 
 

@@ -76,7 +76,7 @@ def check_table(folder: Any, *, inject: str, encode: str, every_n_epochs: int | 
         inject: How the negatives reach the steps.
         encode: How the embeddings are had that are mined.
         every_n_epochs: How often a set is mined.
-        guards: What leaves out likely false negatives.
+        guards: What leaves out likely false negatives, and how negatives are found.
 
     Raises:
         ValueError: if one of them can't be followed.
@@ -95,7 +95,7 @@ def check_table(folder: Any, *, inject: str, encode: str, every_n_epochs: int | 
             f"Expected no `every_n_epochs` with `table`, which is the same in each epoch, got {every_n_epochs}. Leave it out."
         )
     for name, value in guards.items():
-        if value not in (0, None, "auto"):
+        if value not in (0, None, "auto", "exact"):
             raise ValueError(
                 f"Expected no `{name}` with `table`, got {value}. The files have what was left after mining. Give it to "
                 "`lightning-itm mine`."
