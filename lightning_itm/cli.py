@@ -108,6 +108,8 @@ class Trainer(L.Trainer):
         max_score: float | None = None,
         absolute_margin: float | None = None,
         relative_margin: float | None = None,
+        search: Literal["exact", "faiss"] = "exact",
+        faiss_index: str | None = None,
     ) -> None:
         """Write the hardest texts of every image and the hardest images of every text of a set, with their similarities.
 
@@ -125,11 +127,14 @@ class Trainer(L.Trainer):
             max_score: Drop negatives whose cosine similarity is higher than this, such as 0.9. Default: keep all.
             absolute_margin: Drop negatives more similar than the positive minus this, such as 0.05. Default: keep all.
             relative_margin: Drop negatives more similar than positive - this * abs(positive), such as 0.05. Default: keep all.
+            search: "exact", or "faiss" for sets where that takes too long: candidates come from an index of FAISS.
+            faiss_index: A factory string of FAISS, and after a space what it sets for the search: "IVF4096,PQ64 nprobe=64".
         """
         # These four drop what is probably a false negative. They are not in the paper.
-        guards = {"rank_min": rank_min, "max_score": max_score}
+        guards: dict[str, Any] = {"rank_min": rank_min, "max_score": max_score}
         guards |= {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
-        writer = NegativeWriter(output, texts_per_image, images_per_text, format=format, **guards)
+        searching: dict[str, Any] = {"search": search, "faiss_index": faiss_index}
+        writer = NegativeWriter(output, texts_per_image, images_per_text, format=format, **searching, **guards)
         options = {"return_predictions": False, "ckpt_path": ckpt_path, "weights_only": weights_only}
         self._predict_with(writer, split, model, datamodule, **options)
 

@@ -9,6 +9,7 @@ import pytest
 OPTIONAL = (
     "transformers",
     "peft",
+    "faiss",
     "datasets",
     "onnx",
     "onnxscript",
@@ -43,6 +44,10 @@ USES = {
     "lora": (
         "peft",
         "from lightning_itm.models.pretrained.lora import import_peft\nimport_peft()",
+    ),
+    "faiss": (
+        "faiss",
+        "from lightning_itm import OfflineHardNegativeMining\nOfflineHardNegativeMining(search='faiss')",
     ),
     "datasets": ("datasets", "from lightning_itm import ImageTextDataset\nImageTextDataset.from_huggingface([])"),
     "onnx": (

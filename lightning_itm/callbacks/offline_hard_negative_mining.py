@@ -16,7 +16,7 @@ from lightning_itm.mining.figure import ShowsMined
 from lightning_itm.mining.hard_negative_dataset import pairs_to_mine
 from lightning_itm.mining.mine import Mining
 from lightning_itm.mining.training_embeddings import step_embeddings
-from lightning_itm.mining.ways import check_split, check_ways
+from lightning_itm.mining.ways import check_search, check_split, check_ways
 from lightning_itm.mining.written import check_table, make_mining
 
 
@@ -63,12 +63,17 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         split_embeddings: Let each process keep only the embeddings of its own part of the set, in half precision. Typical:
             False. Turn it on where the embeddings of the whole set do not fit on a device. The search is exact for the rounded
             embeddings. It can't be used with ``inject="embeddings"``, ``encode="training"`` or ``table``. Not in the paper.
+        search: ``"exact"``, or ``"faiss"`` for sets where that takes too long: candidates come from an index of FAISS (extra
+            ``[faiss]``), and are then compared exactly. Not in the paper.
+        faiss_index: The index: a factory string of FAISS, and after a space what ``faiss.ParameterSpace`` sets for the search,
+            such as ``"IVF4096,PQ64 nprobe=64"``. Default: 4 √n lists of uncompressed keys, a sixteenth of which is searched.
         log_figures: After each mining, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     Logs ``mining/encode_seconds``, ``mining/search_seconds``, ``mining/gap`` (mean similarity of the matching pairs minus that
     of the hardest negatives), ``mining/rejected_share`` (the fraction that a guard dropped) and ``mining/changed_share`` (the
     fraction of the table that differs from the one before). With ``inject="batches"`` also ``mining/compose_seconds`` and
-    ``mining/grouped_share`` (the fraction of pairs that share their group with another).
+    ``mining/grouped_share`` (the fraction of pairs that share their group with another). With ``search="faiss"`` also
+    ``mining/recall`` (the fraction of the exact search's table, guards included, that was found for a sample of anchors).
 
     Raises:
         ValueError: if a count is too small, groups do not fit into batches, a checkpoint or table is of another set, or an
@@ -101,6 +106,8 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         seed: int = 0,
         table: str | Path | None = None,
         split_embeddings: bool = False,
+        search: Literal["exact", "faiss"] = "exact",
+        faiss_index: str | None = None,
         log_figures: bool = True,
     ) -> None:
         check_at_least(1, texts_per_image=texts_per_image, images_per_text=images_per_text, batch_size=batch_size)
@@ -109,9 +116,10 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         check_ways(inject, encode)
         if split_embeddings:
             check_split(inject, encode, table)
+        check_search(search, faiss_index, split_embeddings=split_embeddings)
         guards = {"rank_min": rank_min, "max_score": max_score, "absolute_margin": absolute_margin}
         ways: dict[str, Any] = {"inject": inject, "encode": encode, "every_n_epochs": every_n_epochs}
-        check_table(table, **ways, guards={**guards, "relative_margin": relative_margin})
+        check_table(table, **ways, guards={**guards, "relative_margin": relative_margin, "search": search})
         if relative_margin == "auto":
             relative_margin = 0.05 if inject == "batches" else None
         self.dataset, self.start_epoch, self.folder = dataset, start_epoch, table
@@ -120,7 +128,8 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         self._counts = {"texts_per_image": texts_per_image, "images_per_text": images_per_text}
         self._ways = {"coupled_ranks": coupled_ranks, "seed": seed, "group_size": group_size}
         encoding = {"batch_size": batch_size, "num_workers": num_workers, "split_embeddings": split_embeddings}
-        self._options: dict[str, Any] = {**encoding, **guards, "relative_margin": relative_margin}
+        searching = {**guards, "relative_margin": relative_margin, "search": search, "faiss_index": faiss_index}
+        self._options: dict[str, Any] = {**encoding, **searching}
         self._mining: Mining | None = None
         self._is_fitting = False
 

@@ -15,6 +15,7 @@ from lightning_itm.mining.encode import encode_pairs, encode_split_pairs, part_o
 from lightning_itm.mining.encoded import ReadablePairs, SplitPairs
 from lightning_itm.mining.hard_negative_dataset import pairs_to_mine
 from lightning_itm.mining.search import MinedNegatives, find_negatives, find_split_negatives
+from lightning_itm.mining.ways import check_search
 from lightning_itm.randomness import random_streams_kept
 from lightning_itm.standalone.encoders import Encoders, PrecisionName, WithoutTrainer, plugin_of
 
@@ -34,6 +35,8 @@ def mine(
     batch_size: int = 256,
     num_workers: int = 0,
     split_embeddings: bool = False,
+    search: Literal["exact", "faiss"] = "exact",
+    faiss_index: str | None = None,
     output: str | PathLike[str] | None = None,
     format: Literal["jsonl", "parquet"] = "jsonl",
     show_progress: bool = False,
@@ -71,18 +74,24 @@ def mine(
         split_embeddings: Let each process keep only the embeddings of its own part of the set, in half precision. Typical:
             False. Turn it on where several processes mine a set whose embeddings do not fit on one device. The search is exact
             for the rounded embeddings. Not in the paper.
+        search: ``"exact"``, or ``"faiss"`` for sets where that takes too long: candidates come from an index of FAISS (extra
+            ``[faiss]``), and are then compared exactly. Not in the paper.
+        faiss_index: The index, as :class:`~lightning_itm.OfflineHardNegativeMining` takes it, such as
+            ``"IVF4096,PQ64 nprobe=64"``. Default: one that fits the number of keys.
         output: The folder for the files ``texts_of_images`` and ``images_of_texts``, which it must not hold already. Default:
             nothing is written. See :class:`~lightning_itm.NegativeWriter`.
         format: The form of the files: ``"jsonl"``, or ``"parquet"``, which is smaller and needs pyarrow.
         show_progress: Show progress bars.
 
     Returns:
-        The ids and the similarities of what was mined, on the CPU, the hardest first.
+        The ids and the similarities of what was mined, on the CPU, the hardest first. ``recall`` says which fraction of the
+        exact search's result an index found.
 
     Raises:
         TypeError: if the model is none of these, or returns neither tensors nor arrays.
-        ValueError: if an argument is out of its range, if what the model returns does not fit the batch, or is not finite, or
-            if the weights are not on ``device``.
+        ImportError: if FAISS is needed and not installed.
+        ValueError: if an argument is out of its range, if FAISS has no such index, if what the model returns does not fit the
+            batch, or is not finite, or if the weights are not on ``device``.
         FileExistsError: if ``output`` holds such files already.
         MisconfigurationException: if ``dataset`` holds no pairs, or fewer than two images.
 
@@ -101,6 +110,7 @@ def mine(
     """
     check_at_least(1, texts_per_image=texts_per_image, images_per_text=images_per_text, batch_size=batch_size)
     check_at_least(0, rank_min=rank_min, num_workers=num_workers)
+    check_search(search, faiss_index, split_embeddings=split_embeddings)
     folder = None if output is None else Path(output)
     if folder is not None:
         check_no_results(folder, negative_files(format))
@@ -113,7 +123,10 @@ def mine(
         encode = encode_split_pairs if split_embeddings else encode_pairs
         encoded = encode(runner, encoders, pairs, len(pairs), **loading)
     _warn_of_unreadable(encoded)
-    counts, options = (texts_per_image, images_per_text), {**part_of(runner), **guards}
+    counts, options = (
+        (texts_per_image, images_per_text),
+        {**part_of(runner), "search": search, "faiss_index": faiss_index, **guards},
+    )
     if isinstance(encoded, SplitPairs):
         mined = find_split_negatives(encoded, *counts, **options)
     else:
