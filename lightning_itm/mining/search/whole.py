@@ -145,7 +145,8 @@ def _search(
         own = _own_rows(some, rank, world_size)
         exact = _top_k(anchors.of(own), keys, k, positive=positive[own], **guards)
         recall = shared_fraction(index[some], gather(exact.index)[: len(some)])
-    index = torch.where(index < 0, -1, kept[index.clamp_min(0)])  # (anchors, k), ids of the whole set again
+    if len(kept):
+        index = torch.where(index < 0, -1, kept[index.clamp_min(0)])  # (anchors, k), ids of the whole set again
     return TopK(scores, index), _rejected_fraction(anchors, keys, positive, k, **guards), recall
 
 
