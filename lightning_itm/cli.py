@@ -128,7 +128,7 @@ class Trainer(L.Trainer):
             absolute_margin: Drop negatives more similar than the positive minus this, such as 0.05. Default: keep all.
             relative_margin: Drop negatives more similar than positive - this * abs(positive), such as 0.05. Default: keep all.
             search: "exact", or "faiss" for sets where that takes too long: candidates come from an index of FAISS.
-            faiss_index: A factory string of FAISS, and after a space what it sets for the search: "IVF4096,PQ64 nprobe=64".
+            faiss_index: A factory string of FAISS, then a space and what it sets for the search: "IVF4096,PQ64x4fs nprobe=64".
         """
         # These four drop what is probably a false negative. They are not in the paper.
         guards: dict[str, Any] = {"rank_min": rank_min, "max_score": max_score}

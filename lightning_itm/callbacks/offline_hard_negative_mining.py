@@ -66,7 +66,7 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         search: ``"exact"``, or ``"faiss"`` for sets where that takes too long: candidates come from an index of FAISS (extra
             ``[faiss]``), and are then compared exactly. Not in the paper.
         faiss_index: The index: a factory string of FAISS, and after a space what ``faiss.ParameterSpace`` sets for the search,
-            such as ``"IVF4096,PQ64 nprobe=64"``. Default: 4 √n lists of uncompressed keys, a sixteenth of which is searched.
+            such as ``"IVF4096,PQ64x4fs nprobe=64"``. Default: one that fits the size, such as ``"IVF4000,Flat nprobe=63"``.
         log_figures: After each mining, send :meth:`plot` to the loggers that take it: TensorBoard, W&B, MLflow and Comet.
 
     Logs ``mining/encode_seconds``, ``mining/search_seconds``, ``mining/gap`` (mean similarity of the matching pairs minus that

@@ -77,7 +77,7 @@ def mine(
         search: ``"exact"``, or ``"faiss"`` for sets where that takes too long: candidates come from an index of FAISS (extra
             ``[faiss]``), and are then compared exactly. Not in the paper.
         faiss_index: The index, as :class:`~lightning_itm.OfflineHardNegativeMining` takes it, such as
-            ``"IVF4096,PQ64 nprobe=64"``. Default: one that fits the number of keys.
+            ``"IVF4096,PQ64x4fs nprobe=64"``. Default: one that fits the number of keys.
         output: The folder for the files ``texts_of_images`` and ``images_of_texts``, which it must not hold already. Default:
             nothing is written. See :class:`~lightning_itm.NegativeWriter`.
         format: The form of the files: ``"jsonl"``, or ``"parquet"``, which is smaller and needs pyarrow.

@@ -75,7 +75,7 @@ def test_the_default_has_enough_keys_per_list(num_keys):
     name, _, parameters = default_index(num_keys).partition(" ")
     num_lists, nprobe = int(name.removeprefix("IVF").removesuffix(",Flat")), int(parameters.removeprefix("nprobe="))
     assert num_keys >= 39 * num_lists
-    assert 1 <= nprobe <= num_lists / 8
+    assert 1 <= nprobe <= num_lists / 16
     check_index(default_index(num_keys))
 
 

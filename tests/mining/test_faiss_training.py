@@ -45,7 +45,7 @@ def test_embeddings_of_the_training_steps():
 
 def test_a_trial_run_needs_no_lists():
     mining = OfflineHardNegativeMining(**TABLE, search="faiss", faiss_index="IVF4096,Flat")
-    assert fit(Tiny(), tiny_data(), mining, fast_dev_run=True).metrics["mining/recall"] == 1
+    assert fit(Tiny(warmup_steps=0), tiny_data(), mining, fast_dev_run=True).metrics["mining/recall"] == 1
 
 
 def test_the_writer_and_the_function_give_the_table_of_the_search():

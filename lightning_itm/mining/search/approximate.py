@@ -120,7 +120,7 @@ def shared_fraction(found: Tensor, expected: Tensor) -> float:
 
     Args:
         found: Ids `(anchors, k)`, −1 where there is none. No id comes twice in a row.
-        expected: The same, in any order.
+        expected: Ids that the exact search mined, `(anchors, k)`, in any order.
 
     Example:
         >>> import torch

@@ -41,18 +41,18 @@ def import_faiss() -> Any:
 def default_index(num_keys: int) -> str:
     """Return the index that is taken where none is named: an inverted file of uncompressed keys.
 
-    It has 4 √keys lists, or fewer where FAISS would have too few keys per list to train them. A sixteenth of them is looked
-    into per anchor.
+    It has 4 √keys lists, or fewer where FAISS would have too few keys per list to train them. Per anchor, as many lists are
+    searched as the square root of their number.
 
     Example:
         >>> from lightning_itm.mining.search.faiss_index import default_index
         >>> default_index(1_000_000), default_index(5_000)
-        ('IVF4000,Flat nprobe=250', 'Flat')
+        ('IVF4000,Flat nprobe=63', 'Flat')
     """
     if num_keys < LEAST_KEYS:
         return "Flat"
     num_lists = min(4 * math.isqrt(num_keys), num_keys // LEAST_POINTS)
-    return f"IVF{num_lists},Flat nprobe={num_lists // 16}"
+    return f"IVF{num_lists},Flat nprobe={math.isqrt(num_lists)}"
 
 
 def check_index(name: str | None) -> None:
@@ -87,7 +87,7 @@ class FaissIndex:
     Args:
         keys: float32 `(keys, dim)`, unit-norm, the same on every rank. At least one.
         name: A factory string of FAISS, and after a space what ``faiss.ParameterSpace`` sets for the search, such as
-            ``"IVF4096,PQ64 nprobe=64"``. Default: :func:`default_index`.
+            ``"IVF4096,PQ64x4fs nprobe=64"``. Default: :func:`default_index`.
 
     Attributes:
         most: Most neighbours that can be asked for per anchor.
