@@ -51,7 +51,7 @@ def make_pairs(num: int, dim: int, seed: int = 0) -> EncodedPairs:
         rows = normalize(pairs + SIDE_NOISE * draw(num, INNER_DIM), dim=1) @ into
         sides.append(normalize(rows + APART * draw(1, dim), dim=1))
     is_valid = torch.ones(num, dtype=torch.bool)
-    return EncodedPairs(*sides, torch.arange(num), is_valid, is_valid)
+    return EncodedPairs(sides[0], sides[1], torch.arange(num), is_valid, is_valid)
 
 
 class Seconds(NamedTuple):
