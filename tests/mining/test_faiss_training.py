@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-from lightning_itm import InfoNCELoss, NegativeWriter, OfflineHardNegativeMining, QuintupletLoss, mine
+from lightning_itm import InfoNCELoss, OfflineHardNegativeMining, QuintupletLoss, mine
+from lightning_itm.cli import Trainer
 from lightning_itm.mining import encode_pairs, find_negatives
 from tests.helpers.fit import fit
 from tests.helpers.tiny import NUM_IMAGES, SILENT, Tiny, tiny_data, tiny_pairs
@@ -48,7 +49,7 @@ def test_a_trial_run_needs_no_lists():
     assert fit(Tiny(warmup_steps=0), tiny_data(), mining, fast_dev_run=True).metrics["mining/recall"] == 1
 
 
-def test_the_writer_and_the_function_give_the_table_of_the_search():
+def test_the_command_and_the_function_give_the_table_of_the_search():
     model = Tiny()
     mined = mine(model, tiny_pairs(), output="ours", batch_size=4, **TABLE, **INDEX)
     encoded = encode_pairs(L.Trainer(**SILENT), model, tiny_pairs(), NUM_TEXTS, batch_size=4, num_workers=0)
@@ -56,8 +57,7 @@ def test_the_writer_and_the_function_give_the_table_of_the_search():
     assert torch.equal(mined.texts, expected.texts.int())
     assert torch.equal(mined.images, expected.images.int())
     assert mined.recall == expected.recall < 1
-    writer = NegativeWriter("theirs", **TABLE, **INDEX)
-    L.Trainer(callbacks=[writer], **SILENT).predict(model, datamodule=tiny_data(), return_predictions=False)
+    Trainer(**SILENT).mine(model, tiny_data(), output="theirs", **TABLE, **INDEX)  # by NegativeWriter
     for name in ("texts_of_images", "images_of_texts"):
         assert Path("ours", f"{name}.jsonl").read_bytes() == Path("theirs", f"{name}.jsonl").read_bytes()
 
