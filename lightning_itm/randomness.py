@@ -7,7 +7,8 @@ process's own streams, saved and restored (:func:`random_streams`).
 import hashlib
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -57,18 +58,19 @@ def seeded(*key: int) -> Iterator[None]:
         ...     bool(first == torch.rand(()))
         True
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     # A hash, since seeds that are close to each other start streams that are alike. `hash()` differs between processes.
     seed = _hash(repr(key).encode())
-    with torch.random.fork_rng(devices=[]):  # the CPU's alone: a worker must not touch CUDA
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # NumPy takes 32 bits
+    # PyTorch's stream of the CPU alone: a worker must not touch CUDA.
+    python_state, torch_state = random.getstate(), torch.default_generator.get_state()
+    with _another_numpy_stream():
         try:
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # NumPy takes 32 bits
             yield
         finally:
             random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            torch.default_generator.set_state(torch_state)
 
 
 def random_streams() -> dict[str, Any]:
@@ -127,6 +129,36 @@ def part_random_streams(rank: int, *key: int) -> None:
         np.random.seed(seed % 2**32)
 
 
+@contextmanager
+def _another_numpy_stream() -> Iterator[None]:
+    """Give NumPy another generator, which is to be seeded, and put its own back. NumPy copies the state of one slowly."""
+    has_normal, normal = _kept_normal()  # forgotten where the generator changes
+    own, other = np.random.mtrand.get_bit_generator(), _UNUSED.pop() if _UNUSED else np.random.MT19937(0)
+    np.random.mtrand.set_bit_generator(other)
+    try:
+        yield
+    finally:
+        np.random.mtrand.set_bit_generator(own)
+        if has_normal:  # seldom: after an odd number of them
+            np.random.set_state({**own.state, "has_gauss": has_normal, "gauss": normal})
+        _UNUSED.append(other)
+
+
+def _kept_normal() -> tuple[int, float]:
+    """Return whether NumPy's stream has a normal number left, of the two that it makes at once, and that number."""
+    stream: Any = np.random.mtrand._rand
+    own = np.random.mtrand.get_bit_generator()
+    # `get_state` asks this attribute for the words, too. NumPy's private name: where it is another, all words are copied.
+    with suppress(AttributeError):
+        stream._bit_generator = SimpleNamespace(state={"bit_generator": "without words"})
+    try:
+        state: Any = np.random.get_state(legacy=False)
+    finally:
+        with suppress(AttributeError):
+            stream._bit_generator = own
+    return state["has_gauss"], state["gauss"]
+
+
 def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
@@ -150,3 +182,4 @@ def _signed(value: int) -> int:
 
 
 _GAMMA = 0x9E3779B97F4A7C15
+_UNUSED: list[np.random.MT19937] = []  # generators for :func:`seeded`, as many as were nested

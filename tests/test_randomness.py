@@ -1,4 +1,6 @@
 import random
+from contextlib import contextmanager
+from hashlib import blake2b
 
 import numpy as np
 import pytest
@@ -32,7 +34,52 @@ def draw():
     return float(torch.rand(())), random.random(), float(np.random.rand())
 
 
+def draw_all():
+    """Draw from each stream, from NumPy's and Python's also a normal number, of which they make two at once."""
+    return (
+        *draw(),
+        float(torch.randn(())),
+        float(np.random.standard_normal()),
+        random.gauss(0, 1),
+        np.random.get_state()[2],
+    )
+
+
+@contextmanager
+def slow_seeded(*key):
+    """Save all states, seed, and restore them."""
+    states, seed = random_streams(), int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    yield
+    restore_random_streams(states)
+
+
 class TestSeeded:
+    @pytest.mark.parametrize("num_drawn", [0, 1, 2])
+    def test_equals_a_slow_version(self, num_drawn):
+        """Within, after it, one within another, and where a normal number is left of two."""
+        state, drawn = random_streams(), []
+        for way in (slow_seeded, seeded):
+            restore_random_streams(state)
+            found = [draw_all() for _ in range(num_drawn)]
+            for epoch in range(3):
+                with way(5, epoch):
+                    found += [draw_all() for _ in range(num_drawn + 1)]
+                    with way(5, epoch, 7):
+                        found.append(draw_all())
+                    found.append(draw_all())
+                found += [draw_all() for _ in range(num_drawn)]
+            drawn.append(found)
+        assert drawn[0] == drawn[1]
+
+    def test_the_generators_are_the_same_afterwards(self):
+        own = np.random.get_bit_generator()
+        with seeded(3), seeded(4):
+            assert np.random.get_bit_generator() is not own
+        assert np.random.get_bit_generator() is own
+
     def test_every_part_of_the_key_counts(self):
         drawn = []
         for key in ((0, 0), (0, 1), (1, 0), (0, 0, 0)):
