@@ -12,7 +12,7 @@ from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.evaluation_items import TextsOfImages
 from lightning_itm.data.pairs import ImageTextDataset, UnreadablePairError
 from lightning_itm.data.shards.stream import ShardStream
-from lightning_itm.mining.negative_table import NegativeTable, draw_from_rows
+from lightning_itm.mining.negative_table import NegativeTable, draw_from_row
 
 
 class HardNegativeDataset(Dataset[dict[str, Any]]):
@@ -108,14 +108,13 @@ class HardNegativeDataset(Dataset[dict[str, Any]]):
         Returns:
             The id of a text and that of an image, −1 where there is none.
         """
-        # Both numbers are always drawn, so that later draws do not depend on `coupled_ranks`. float64: n · u is then exact.
-        first, second = torch.rand(2).double().split(1)  # (1,) each
-        text_id, image_id = draw_from_rows(texts[None], images[None], first, second, coupled_ranks=self.coupled_ranks)
-        return int(text_id), int(image_id)
+        # Both numbers are always drawn, so that later draws do not depend on `coupled_ranks`.
+        first, second = torch.rand(2).tolist()
+        return draw_from_row(texts, images, first, second, coupled_ranks=self.coupled_ranks)
 
     def _random_text(self, image_id: int) -> int:
-        index = torch.randint(int(self.texts_of.count[image_id]), ())
-        return int(self.texts_of.text_id(torch.tensor(image_id), index))
+        index = int(torch.randint(int(self.texts_of.count[image_id]), ()))
+        return int(self.texts_of.order[int(self.texts_of.start[image_id]) + index])
 
 
 def pairs_to_mine(given: Any, datamodule: Any) -> ImageTextDataset:

@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 from lightning_itm import HardNegativeDataset
 from lightning_itm.data import collate_pairs
 from lightning_itm.mining import NegativeTable, draw_from_rows
-from lightning_itm.mining.negative_table import check_state, fingerprint
+from lightning_itm.mining.negative_table import check_state, draw_from_row, fingerprint
 from tests.helpers.tiny import NUM_IMAGES, tiny_pairs
 
 NUM_TEXTS = 2 * NUM_IMAGES
@@ -67,6 +67,8 @@ class TestDrawFromRows:
         lists = (part.tolist() for part in (*rows, *numbers))
         expected = [slow_draw(*values, coupled_ranks) for values in zip(*lists, strict=True)]
         assert list(zip(text_id.tolist(), image_id.tolist(), strict=True)) == expected
+        one_by_one = zip(*rows, *numbers.tolist(), strict=True)
+        assert [draw_from_row(*values, coupled_ranks=coupled_ranks) for values in one_by_one] == expected
         assert (text_id < 0).any()
 
     def test_published_ranks(self):
