@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import open_clip
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -98,7 +98,9 @@ def open_clip_transforms(
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # `exif_transpose` copies every image
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         tops = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0)
         return _to_8_bits(np.asarray(image, dtype=np.float64), tops).convert("RGB")
