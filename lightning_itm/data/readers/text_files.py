@@ -1,6 +1,5 @@
 """Open text files in the encoding that they are in, and JSON without guesses."""
 
-import io
 import json
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, lookup
@@ -49,7 +48,8 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
     Raises:
         UnicodeError: if they are in another encoding. By default, it is told by the first two, as in :func:`open_text`.
     """
-    return io.TextIOWrapper(io.BytesIO(data), encoding=encoding or text_encoding(data[:2])).read()
+    text = data.decode(encoding or text_encoding(data[:2]))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def text_encoding(start: bytes, encoding: str | None = None) -> str:
