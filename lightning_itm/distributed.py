@@ -1,6 +1,6 @@
 """Gather tensors from all ranks, with or without gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +72,31 @@ def of_first_rank(make: Callable[[], T]) -> T:
         raise ValueError(made[1])
     found: T = made[0]
     return found
+
+
+def broadcast_all(tensors: Iterable[Tensor], source: int) -> None:
+    """Overwrite tensors of any shape and stride on every rank, in place, with those of one rank. Every rank must call it."""
+    for tensor in tensors:
+        # A copy, because one that holds a number has no shape, and one with strides no bytes in a row.
+        of_source = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
+        broadcast(of_source, source)
+        tensor.detach().copy_(of_source.view(tensor.shape))
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Overwrite tensors on every rank, in place, with their mean over the ranks. Every rank must call it.
+
+    Args:
+        tensors: Floating-point tensors, of the same shapes and dtypes on every rank.
+    """
+    if world_size() == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in of_dtype])  # one collective for all of them
+        dist.all_reduce(flat)
+        for tensor, mean in zip(of_dtype, (flat / world_size()).split([one.numel() for one in of_dtype]), strict=True):
+            tensor.copy_(mean.view(tensor.shape))
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
@@ -11,10 +10,11 @@ from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.position import mend_broken_epoch
 from lightning_itm.losses.contrastive import InfoNCELoss
 from lightning_itm.losses.settings import loss_settings, make_loss
+from lightning_itm.models.equal_replicas import EqualReplicas
 from lightning_itm.randomness import part_random_streams, random_streams, restore_random_streams, stream_key
 
 
-class ResumableModule(L.LightningModule):
+class ResumableModule(EqualReplicas):
     """Save the random streams in checkpoints, so that a resumed run draws what the uninterrupted one would have drawn.
 
     A checkpoint also names the class of the module, and the settings of its loss where it is one of ours.

@@ -1,0 +1,121 @@
+"""Weights that FSDP2 (``fully_shard``) splits over the ranks: which these are, and how they are whole for a moment.
+
+FSDP2 gathers the weights of a module when its ``forward`` is called, and splits them again afterwards or in the backward pass.
+In between, each parameter is a ``DTensor``, of which a rank holds a part. All ranks must call such a module equally often,
+because each call waits for the others.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+
+
+@functools.cache
+def _fsdp2() -> Any:
+    """Return ``torch.distributed.fsdp`` where it has FSDP2, which is from torch 2.6 on. None elsewhere."""
+    if not torch.distributed.is_available():
+        return None
+    import torch.distributed.fsdp as fsdp
+
+    return fsdp if hasattr(fsdp, "FSDPModule") else None
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Return whether this rank holds a part of the tensor only."""
+    if _fsdp2() is None:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def sharded_modules(module: nn.Module) -> list[Any]:
+    """Return the parts of a module, or itself, that ``fully_shard`` was called with. Their weights may be whole by now."""
+    fsdp = _fsdp2()
+    return [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
+
+
+def split_again(module: nn.Module) -> None:
+    """Let each rank keep its part of the weights only. After a pass without gradient, FSDP2 itself keeps some whole."""
+    for part in sharded_modules(module):
+        part.reshard()
+
+
+def whole_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module with weights that are split, which are not. Without such weights: none."""
+    if not sharded_modules(module):
+        return []
+    split_again(module)
+    return [one for one in (*module.parameters(), *module.buffers()) if not is_part(one)]
+
+
+def gathering(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an encoder that gathers the weights of its module, as ``forward`` does.
+
+    Args:
+        encode: A function. If it is a method of a module that ``fully_shard`` was called with, such as ``encode_image``, FSDP2
+            would not gather the parameters that the module holds directly. Other functions are returned as they are.
+    """
+    fsdp, owner, name = _fsdp2(), getattr(encode, "__self__", None), getattr(encode, "__name__", "")
+    if fsdp is None or not isinstance(owner, fsdp.FSDPModule) or name in vars(owner):  # the last: registered already
+        return encode
+    fsdp.register_fsdp_forward_method(owner, name)
+    gathers: Callable[..., Any] = getattr(owner, name)
+    delattr(owner, name)  # the module stays as the user made it
+    return gathers
+
+
+def whole_norms(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norms of whole tensors. Every rank must call it, with the same tensors.
+
+    Args:
+        norms: The L2 norm of what this rank holds of each tensor, scalars.
+        tensors: The tensors.
+    """
+    whole, groups = list(norms), dict[Any, list[int]]()
+    for index, tensor in enumerate(tensors):
+        if is_part(tensor):
+            of: Any = tensor
+            groups.setdefault((of.device_mesh, of.placements), []).append(index)
+    for (mesh, placements), indices in groups.items():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        # As float64: the square of a norm that vanishes is below what float32 holds.
+        squares = torch.stack([norms[index] for index in indices]).double().square()
+        sums = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+        reduced = DTensor.from_local(squares, mesh, sums, run_check=False).full_tensor().sqrt()
+        for index, norm in zip(indices, reduced.to(norms[0].dtype).unbind(), strict=True):
+            whole[index] = norm
+    return whole
+
+
+def check_parallel_over_data(trainer: L.Trainer) -> None:
+    """Refuse tensor parallelism, and an FSDP2 that is older than its public names.
+
+    Args:
+        trainer: The Trainer of the run, whose processes are started by now.
+
+    Raises:
+        MisconfigurationException: if several ranks must see the same data.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if _fsdp2() is None:
+        raise MisconfigurationException(
+            f"Expected torch 2.6 or newer with ModelParallelStrategy, got {torch.__version__}, which has no public "
+            "`torch.distributed.fsdp.fully_shard`. Use 'ddp', or a newer torch."
+        )
+    size = strategy.device_mesh["tensor_parallel"].size()
+    if size > 1:
+        raise MisconfigurationException(
+            f"Expected ModelParallelStrategy(tensor_parallel_size=1), got {size}: pairs are divided over all ranks, and those "
+            "of one tensor parallel group would need the same. Split the weights with `fully_shard` alone: "
+            f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1."
+        )
