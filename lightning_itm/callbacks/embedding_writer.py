@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_itm.callbacks._rows import check_no_results, describe_image, describe_text, whole_files, write_jsonl
+from lightning_itm.callbacks._strategies import check_equal_batches
 from lightning_itm.data.datamodule import ImageTextDataModule
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.mining.encoded import EncodedRows
@@ -62,6 +63,7 @@ class EmbeddingWriter(Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the rows of an earlier run."""
+        check_equal_batches(trainer, pl_module.device)
         # In the order of the datamodule's loaders. Here, so that a run that broke off leaves nothing behind.
         pairs: ImageTextDataset = trainer.datamodule.predict_pairs()  # type: ignore[attr-defined]
         self._rows = [EncodedRows("image", len(pairs.images)), EncodedRows("text", len(pairs.texts))]

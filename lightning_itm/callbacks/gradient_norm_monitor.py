@@ -4,16 +4,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_itm.callbacks._figures import log_figure
-from lightning_itm.callbacks._strategies import check_whole_weights
+from lightning_itm.callbacks._monitor_checks import check_can_be_watched
 from lightning_itm.data.batch import check_batch
 from lightning_itm.distributed import gather
 from lightning_itm.gradient_monitor.figure import plot_gradients
 from lightning_itm.gradient_monitor.switch import GradientSwitch, measure_gradient, restored_switch
+from lightning_itm.sharded_weights import split_again
 
 VERSION = 2  # of the callback's state
 ROWS_AT_ONCE = 256  # The history is stacked when it has more rows than this, or each step would keep a small tensor.
@@ -67,7 +67,7 @@ class GradientNormMonitor(Callback):
         ValueError: if an argument is out of its range, if all parameters are frozen, or if a checkpoint has other towers or is
             of a newer version.
         MisconfigurationException: if the loss has no selective rule, if the module is not a ``DualEncoder``, if it steps its
-            optimizers itself, or if the strategy shards the weights.
+            optimizers itself, or if the strategy is FSDP1 or DeepSpeed.
 
     References:
         The selective rule: arXiv 2303.00181 (2023), where it is always on. Turning it on and off is not in the paper.
@@ -100,29 +100,14 @@ class GradientNormMonitor(Callback):
         self._is_fitting = stage == "fit"
         if not self._is_fitting:
             return
-        check_whole_weights(trainer, "the norms are of the whole gradient")
-        if not hasattr(pl_module, "towers"):
-            raise MisconfigurationException(
-                f"Expected a `DualEncoder`, got {type(pl_module).__name__}. "
-                "A module of another class needs a method `towers()`, which says what is watched."
-            )
-        loss = getattr(pl_module, "loss", None)
-        if not getattr(loss, "has_selective_rule", False):
-            raise MisconfigurationException(
-                f"Expected a loss with a selective rule to switch, got {type(loss).__name__}. "
-                "Use `TripletLoss(negatives='hardest')` or 'selective', or `QuintupletLoss` around one."
-            )
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"Expected automatic optimization, got a {type(pl_module).__name__} that steps its optimizers itself: no step "
-                "would say which gradients belong to it. Leave `automatic_optimization` True."
-            )
-        self._restored, self._history, self._measured = None, [], None
+        check_can_be_watched(trainer, pl_module)
+        self.switch, self._restored, self._history, self._measured = None, None, [], None
         self._loss, self._num_batches = None, 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start with the rule off, or go on with the state of a checkpoint."""
         # Here, not in `setup`: the parameters are on their device now, and other callbacks have frozen what they freeze.
+        split_again(pl_module)  # gradients come to the parts
         modules: dict[str, nn.Module] = pl_module.towers()  # type: ignore[operator]
         self.towers = {name: [*module.parameters()] for name, module in modules.items()}
         trained = {name for name, parameters in self.towers.items() if any(one.requires_grad for one in parameters)}
@@ -132,11 +117,15 @@ class GradientNormMonitor(Callback):
                 "Leave one tower unlocked."
             )
         self.switch = GradientSwitch(len(self.towers), **self.options).to(pl_module.device)
+        self._take_restored()
+
+    def _take_restored(self) -> None:
         restored, self._restored = self._restored, None
         if restored is None:
             return
-        self.switch.load_state_dict(restored_switch(restored, list(self.towers), VERSION))
-        self._history = [restored["history"].to(pl_module.device)] if len(restored["history"]) else []
+        switch = self._switch()
+        switch.load_state_dict(restored_switch(restored, list(self.towers), VERSION))
+        self._history = [restored["history"].to(switch.is_on.device)] if len(restored["history"]) else []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -233,6 +222,8 @@ class GradientNormMonitor(Callback):
         """Keep the state for ``on_fit_start``. A checkpoint that is loaded for evaluation is ignored."""
         if self._is_fitting and state_dict:
             self._restored = state_dict
+            if self.switch is not None:  # strategies that shard the weights restore after `on_fit_start`
+                self._take_restored()
 
     def _margin(self, pl_module: Any, num_anchors: int) -> float:
         """Return the margin of the hinge in the units of the loss, which a collapsed model has as its loss."""

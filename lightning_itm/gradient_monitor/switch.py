@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_itm.sharded_weights import is_part, whole_norms
+
 HEALTHY = (3.0, 300.0)
 """The bounds of the healthy value of a tower's relative gradient κ. Between them, the value is learnt from healthy steps."""
 MEMORY = 100
@@ -176,7 +178,8 @@ def measure_gradient(parameters: list[nn.Parameter], device: torch.device | None
     """Measure how large the gradient of a tower is, alone and relative to its weights.
 
     Args:
-        parameters: The parameters of the tower, after the backward pass. Those without a gradient are left out.
+        parameters: The parameters of the tower, after the backward pass. Those without a gradient are left out. Where FSDP2
+            splits them over the ranks, the norms are of the whole tensors, and every rank must call this function.
         device: The device of the result, where no parameter has a gradient. Default: the CPU.
 
     Returns:
@@ -189,17 +192,20 @@ def measure_gradient(parameters: list[nn.Parameter], device: torch.device | None
     # Biases often start at zero, where the product says nothing. But a tower may train biases alone: then they count.
     matrices = [parameter for parameter in trained if parameter.ndim >= 2] or trained
     others = [parameter for parameter in trained if parameter.ndim < 2] if matrices is not trained else []
-    of_matrices = _norms([one.grad for one in matrices])  # (matrices,)
-    sensitivity, norm = (of_matrices * _norms(matrices)).max(), of_matrices.norm()
+    # All at once: where weights are split over the ranks, the ranks meet for each call.
+    norms = _norms([*(one.grad for one in matrices), *matrices, *(one.grad for one in others)])
+    of_matrices, of_weights, of_others = norms.split([len(matrices), len(matrices), len(others)])
+    sensitivity, norm = (of_matrices * of_weights).max(), of_matrices.norm()
     if others:
-        norm = torch.hypot(norm, _norms([one.grad for one in others]).norm())
-    return torch.stack([norm, sensitivity])
+        norm = torch.hypot(norm, of_others.norm())
+    return torch.stack([norm, sensitivity]).to(device)
 
 
 def _norms(tensors: list[Any]) -> Tensor:
     is_half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
     dtype = torch.float32 if is_half else None  # squares of half precision overflow
-    return torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors], 2, dtype)).float()
+    own = [tensor.to_local() if is_part(tensor) else tensor for tensor in (one.detach() for one in tensors)]
+    return torch.stack(whole_norms(torch._foreach_norm(own, 2, dtype), tensors)).float()
 
 
 def restored_switch(state: dict[str, Any], towers: list[str], version: int) -> dict[str, Any]:
