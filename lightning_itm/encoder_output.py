@@ -5,17 +5,38 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_itm.sharded_weights import gathering
+
 Kind = Literal["image", "text"]
 
 
 def returning_vectors(encode: Callable[[Any], Any], kind: Kind) -> Callable[[Any], Tensor]:
     """Return the same encoder with its output checked, as :func:`vectors_of` does it.
 
+    Where FSDP2 splits weights over the ranks, the encoder gathers those that its own module holds directly.
+
     Args:
         encode: ``encode_image`` or ``encode_text`` of a :class:`~lightning_itm.DualEncoder`.
         kind: ``"image"`` or ``"text"``, for the message.
+
+    Raises:
+        RuntimeError: at a call, if the encoder meets weights that are split.
     """
-    return lambda inputs: vectors_of(encode(inputs), kind)
+    gathers = gathering(encode)
+
+    def checked(inputs: Any) -> Tensor:
+        try:
+            return vectors_of(gathers(inputs), kind)
+        except RuntimeError as error:
+            if "DTensor" not in str(error):
+                raise
+            raise RuntimeError(
+                f"Expected `encode_{kind}` to call modules that gather their weights, got weights that FSDP2 has split: "
+                f"{error} Only a call of the module that `fully_shard` got gathers them, as in `self.{kind}_encoder(inputs)`. "
+                "For another method of it, use `torch.distributed.fsdp.register_fsdp_forward_method(module, 'method')`."
+            ) from error
+
+    return checked
 
 
 def vectors_of(output: Any, kind: Kind) -> Tensor:

@@ -8,9 +8,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import Dataset
 
 from lightning_itm.callbacks._figures import log_figure
-from lightning_itm.callbacks._strategies import check_whole_weights
+from lightning_itm.callbacks._strategies import check_reachable_weights
 from lightning_itm.checks import check_at_least
 from lightning_itm.data.position import epoch_to_resume
+from lightning_itm.distributed import broadcast_all
 from lightning_itm.embeddings import RETURN_EMBEDDINGS
 from lightning_itm.mining.figure import ShowsMined
 from lightning_itm.mining.hard_negative_dataset import pairs_to_mine
@@ -18,6 +19,7 @@ from lightning_itm.mining.mine import Mining
 from lightning_itm.mining.training_embeddings import step_embeddings
 from lightning_itm.mining.ways import check_search, check_split, check_ways
 from lightning_itm.mining.written import check_table, make_mining
+from lightning_itm.sharded_weights import whole_tensors
 
 
 class OfflineHardNegativeMining(ShowsMined, Callback):
@@ -78,7 +80,7 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
     Raises:
         ValueError: if a count is too small, groups do not fit into batches, a checkpoint or table is of another set, or an
             embedding is not finite.
-        MisconfigurationException: if there are no pairs to mine, no batch would be reached, or the weights are sharded.
+        MisconfigurationException: if there are no pairs to mine, no batch would be reached, or it is FSDP1 or DeepSpeed.
 
     References:
         *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669. It mines once, with a model
@@ -146,7 +148,7 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         if not self._is_fitting:
             return
         if self.folder is None:
-            check_whole_weights(trainer, "mining encodes with the whole module")
+            check_reachable_weights(trainer, "mining encodes with the whole module")
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         pairs, ways = pairs_to_mine(self.dataset, datamodule), {"inject": self.inject, "encode": self.encode}
         counts: dict[str, Any] = {"counts": self._counts, "ways": self._ways}
@@ -173,8 +175,13 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mine for the first epoch, or go on with the restored table."""
         # Checkpoints are restored by now. `on_train_epoch_start` is too late: workers load the first batches before it.
+        self._attached().injection.announce()
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        broadcast_all(whole_tensors(pl_module), 0)  # all ranks encode with the same weights
         mining = self._attached()
-        mining.injection.announce()
         epoch = trainer.current_epoch if mining.first_epoch is None else mining.first_epoch
         has_all = mining.resume(pl_module.device)
         has_steps = trainer.limit_train_batches != 0 and epoch != trainer.max_epochs
@@ -183,7 +190,10 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
         mining.table.is_pending = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the first mining."""
+        """Mine for the first epoch under FSDP2, and log the first mining."""
+        # Strategies that shard the weights restore a checkpoint after `on_fit_start`. Until here, workers wait.
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer, pl_module)
         self._log(pl_module)  # in `on_fit_start`, where it was done, Lightning takes no logs
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -21,10 +21,11 @@ from lightning_itm.data.evaluation_items import EvaluationItems, Kind
 from lightning_itm.data.pairs import ImageTextDataset
 from lightning_itm.data.shards.dataset import ShardDataset
 from lightning_itm.data.shards.loader import StreamedImages
-from lightning_itm.distributed import broadcast
+from lightning_itm.distributed import broadcast_all
 from lightning_itm.encoder_output import returning_vectors
 from lightning_itm.functional.similarity import unit_norm
 from lightning_itm.mining.encoded import Division, EncodedPairs, EncodedRows, OwnRows, SplitPairs, SplitRows
+from lightning_itm.sharded_weights import split_again
 
 
 class Runner(Protocol):
@@ -111,8 +112,7 @@ def encode_split_pairs(
     with torch.no_grad(), _as_for_evaluation(trainer, module), trainer.precision_plugin.forward_context():
         for kind, num in num_rows.items():
             division = Division(num, trainer.global_rank, trainer.world_size)
-            own_ids = list(range(division.own.start, division.own.stop))
-            loader = _loader(pairs, kind, num, own_ids, batch_size=batch_size, num_workers=num_workers)
+            loader = _loader(pairs, kind, num, _own_rows(division), batch_size=batch_size, num_workers=num_workers)
             encoded[kind] = _encode(trainer, module, loader, OwnRows(kind, division, module.device))
     (images, image_is_valid), (texts, text_is_valid) = encoded["image"], encoded["text"]
     caption_id = None if pairs.caption_id is None else pairs.caption_id[:num_texts].to(module.device)
@@ -122,6 +122,14 @@ def encode_split_pairs(
 def _every_nth(trainer: Runner, num_rows: int) -> list[int]:
     num_own = -(-num_rows // trainer.world_size)  # as many on every rank, so the last row may come twice
     return [min(i * trainer.world_size + trainer.global_rank, num_rows - 1) for i in range(num_own)]
+
+
+def _own_rows(division: Division) -> list[int]:
+    own = division.own
+    most = max(division.start(rank + 1) - division.start(rank) for rank in range(division.world_size))
+    # As many on every rank, because a call of an encoder may wait for the other ranks: the last row comes again. A rank that
+    # has none encodes the first row of the set, which is not kept.
+    return [min(own.start + i, own.stop - 1) for i in range(most)] if own.stop > own.start else [0] * most
 
 
 def _loader(
@@ -180,14 +188,10 @@ def _as_for_evaluation(trainer: Runner, module: nn.Module) -> Iterator[None]:
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()] if trainer.world_size > 1 else []
     module.eval()
     try:
-        for buffer, own in kept:
-            of_first = own.clone(
-                memory_format=torch.contiguous_format
-            ).flatten()  # one that holds a number has no shape
-            broadcast(of_first, 0)
-            buffer.copy_(of_first.view(buffer.shape))
+        broadcast_all((buffer for buffer, _ in kept), 0)
         yield
     finally:
+        split_again(module)
         for buffer, own in kept:
             buffer.copy_(own)
         for part, flag in flags:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_itm.checks import check_choice
 from lightning_itm.distributed import world_size
+from lightning_itm.sharded_weights import gathering
 
 Encode = Callable[[Any], Any]
 PrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
@@ -32,7 +33,7 @@ class Encoders(nn.Module):
 
     def __init__(self, model: Any, device: str | torch.device | None) -> None:
         super().__init__()
-        self._encode = _pair_of(model)
+        self._encode = [gathering(encode) for encode in _pair_of(model)]
         # Only for their modes. Held by a list, so that nothing of the model is renamed or registered twice.
         found = [part for encode in self._encode for part in _modules_of(encode)]
         self.parts = nn.ModuleList(found)

@@ -74,6 +74,8 @@ class OwnRows:
         embeddings, places = batch[self.kind], batch[f"{self.kind}_id"] - self.division.own.start
         if self._rows.ndim == 1:  # only now the width is known
             self._rows = self._rows.new_zeros(self._num_own, embeddings.shape[1])
+        if self._num_own == 0:
+            return  # the batch is a stand-in, so that this rank calls the encoder as often as the others
         self._rows.index_copy_(0, places, embeddings.half())
         self._is_valid.index_copy_(0, places, batch[f"{self.kind}_is_valid"])
 
