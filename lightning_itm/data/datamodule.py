@@ -133,7 +133,7 @@ class ImageTextDataModule(L.LightningDataModule):
         loader = ResumableLoader(
             ordered, self.batch_size, sampler=sampler, drop_last=self.drop_last, **self._loader_options()
         )
-        loader.before_first = self._require_awaited
+        loader.before_first, loader.starts_late = self._require_awaited, trainer.strategy.restore_checkpoint_after_setup
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:

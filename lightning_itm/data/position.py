@@ -23,7 +23,8 @@ in whichever process, and after a resume. What is left to know is the position: 
 Two surprises. Workers fetch the first batches as soon as the iterator is made, which for the first epoch is before
 `on_train_epoch_start`. If `configure_optimizers` asks for `trainer.estimated_stepping_batches`, it is even made before
 `on_fit_start`, when Lightning has not restored its own counts. So no hook is early enough to tell a loader its epoch. Both
-loaders, ``ResumableLoader`` and ``StreamLoader``, ask :meth:`Position.next_batch` when their iterator is made.
+loaders, ``ResumableLoader`` and ``StreamLoader``, ask :meth:`Position.next_batch` when their iterator is made. Strategies that
+shard the weights restore everything after `on_fit_start`. There, both ask when the first batch is asked for.
 
 **What a resume skips.** A checkpoint of
 

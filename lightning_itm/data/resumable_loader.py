@@ -140,12 +140,18 @@ class ResumableLoader(DataLoader[Any]):
 
     Attributes:
         before_first: A function that is called before the first batch of each iterator is asked for. It may raise.
+        starts_late: Whether workers start when the first batch is asked for. Set it where the position may be restored after
+            an iterator is made, as with strategies that shard the weights.
     """
 
     before_first: Callable[[], None] | None = None
+    starts_late = False
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()  # here, so that workers start before the first batch is asked for
+        start = super().__iter__
+        batches = (
+            _started_late(start) if self.starts_late else start()
+        )  # now: workers start before the first batch is asked for
         return batches if self.before_first is None else _checked(batches, self.before_first)
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,6 +160,10 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing, because the sampler asks the datamodule for the position."""
+
+
+def _started_late(start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    yield from start()
 
 
 def _checked(batches: Iterator[Any], before_first: Callable[[], None]) -> Iterator[Any]:

@@ -81,7 +81,7 @@ def _resume(rank, way, strategy):
         L.seed_everything(0 if ckpt_path is None else 1, verbose=False)
         mining, keep, monitor = OfflineHardNegativeMining(**TABLE, **WAYS[way]), Keep(), GradientNormMonitor()
         saving = ModelCheckpoint(name, "{step}", save_top_k=-1, every_n_train_steps=3)
-        options = {"enable_checkpointing": True, "max_epochs": 3, "ckpt_path": ckpt_path}
+        options = {"enable_checkpointing": True, "max_epochs": 3, "ckpt_path": ckpt_path, "num_workers": 1}
         model = Noisy(TripletLoss(0.3))
         _, state = train(strategy, model, mining, keep, monitor, saving, **options)
         torch.save((keep.tables[-1], state, monitor.curves()), f"{name}-{rank}.pt")

@@ -68,11 +68,11 @@ class Keep(Callback):
         self.tables.append((table.texts.clone(), table.images.clone()))
 
 
-def train(name, model, *callbacks, ckpt_path=None, **options):
+def train(name, model, *callbacks, ckpt_path=None, num_workers=0, **options):
     """Fit in one of the two processes, with the strategy of this name. Return the Trainer and the whole weights."""
     options = {**SILENT, "max_epochs": 2, "num_sanity_val_steps": 0, **options}
     trainer = L.Trainer(devices=2, strategy=strategy(name), callbacks=list(callbacks), **options)
-    trainer.fit(model, datamodule=tiny_data(), ckpt_path=ckpt_path)
+    trainer.fit(model, datamodule=tiny_data(num_workers=num_workers), ckpt_path=ckpt_path)
     return trainer, weights(model)
 
 
