@@ -340,7 +340,7 @@ class TestBadInput:
     def test_sharded_weights(self):
         trainer = L.Trainer(**SILENT)
         trainer._accelerator_connector.strategy = FSDPStrategy()  # by itself it starts on CUDA alone
-        with pytest.raises(Exception, match="whose ranks hold all weights, got FSDPStrategy"):
+        with pytest.raises(Exception, match="whose ranks hold all weights, or FSDP2, got FSDPStrategy"):
             GradientNormMonitor().setup(trainer, Tiny(TripletLoss()), "fit")
 
     def test_a_checkpoint_with_other_towers(self, tmp_path):
