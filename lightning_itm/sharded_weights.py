@@ -76,7 +76,7 @@ def whole_norms(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tens
 
     Args:
         norms: The L2 norm of what this rank holds of each tensor, scalars.
-        tensors: The tensors.
+        tensors: The tensors that the norms are of. Those that no rank shares keep their norm.
     """
     whole, groups = list(norms), dict[Any, list[int]]()
     for index, tensor in enumerate(tensors):

@@ -67,7 +67,7 @@ class GradientNormMonitor(Callback):
         ValueError: if an argument is out of its range, if all parameters are frozen, or if a checkpoint has other towers or is
             of a newer version.
         MisconfigurationException: if the loss has no selective rule, if the module is not a ``DualEncoder``, if it steps its
-            optimizers itself, or if the strategy is FSDP1 or DeepSpeed.
+            optimizers itself, or if the strategy is FSDP1, DeepSpeed or tensor parallel.
 
     References:
         The selective rule: arXiv 2303.00181 (2023), where it is always on. Turning it on and off is not in the paper.

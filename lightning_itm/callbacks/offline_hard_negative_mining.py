@@ -80,7 +80,8 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
     Raises:
         ValueError: if a count is too small, groups do not fit into batches, a checkpoint or table is of another set, or an
             embedding is not finite.
-        MisconfigurationException: if there are no pairs to mine, no batch would be reached, or it is FSDP1 or DeepSpeed.
+        MisconfigurationException: if there are no pairs to mine, no batch would be reached, or the strategy is
+            FSDP1, DeepSpeed or tensor parallel.
 
     References:
         *Adaptive Offline Quintuplet Loss for Image-Text Matching*, ECCV 2020, arXiv 2003.03669. It mines once, with a model
