@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lightning_itm import mine
 from lightning_itm.encoder_output import returning_vectors
 from lightning_itm.gradient_monitor import measure_gradient
 from lightning_itm.sharded_weights import is_part, sharded_modules
-from tests.helpers.sharded import in_two_processes
+from tests.helpers.sharded import fully_shard, in_two_processes, needs_fsdp2
 from tests.helpers.tiny import tiny_pairs
 
 TABLE = {"texts_per_image": 3, "images_per_text": 3, "batch_size": 2}
+pytestmark = [pytest.mark.forks, needs_fsdp2]
 
 
 class Encoders(nn.Module):
@@ -61,7 +61,6 @@ def _mine(rank):
     assert len(sharded_modules(model)) == 0
 
 
-@pytest.mark.forks
 def test_is_mined_in_a_loop_of_ones_own():
     in_two_processes(_mine)
 
@@ -71,7 +70,7 @@ def _measure(rank):
     whole, parts = Encoders().double(), Encoders().double()
     parts.load_state_dict(whole.state_dict())
     parts.split()
-    register_fsdp_forward_method(parts, "encode_image")
+    torch.distributed.fsdp.register_fsdp_forward_method(parts, "encode_image")
     images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
     whole.encode_image(images).square().mean().mul(1e-25).backward()  # both halves, whose squares float32 would lose
     parts.encode_image(images[2 * rank :][:2]).square().mean().mul(1e-25).backward()
@@ -80,7 +79,6 @@ def _measure(rank):
     assert measure_gradient([*parts.text_encoder.parameters()]).tolist() == [-1, -1]
 
 
-@pytest.mark.forks
 def test_gradients_are_measured_whole():
     in_two_processes(_measure)
 
@@ -95,6 +93,5 @@ def _encode_wrongly(rank):
         returning_vectors(model.encode_image, "image")(torch.rand(2, 3, 3, 3))
 
 
-@pytest.mark.forks
 def test_a_call_that_gathers_nothing_is_explained():
     in_two_processes(_encode_wrongly)

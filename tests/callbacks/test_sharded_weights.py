@@ -8,10 +8,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from lightning_itm import GradientNormMonitor, InfoNCELoss, OfflineHardNegativeMining, TripletLoss
-from tests.helpers.sharded import Keep, Split, in_two_processes, train
+from tests.helpers.sharded import Keep, Split, fully_shard, in_two_processes, needs_fsdp2, train
 
 TABLE = {"texts_per_image": 5, "images_per_text": 4, "batch_size": 7}
 WAYS = {
@@ -21,7 +20,7 @@ WAYS = {
     "training": {"inject": "batches", "encode": "training", "group_size": 2},
     "split": {"inject": "batches", "split_embeddings": True, "group_size": 2},
 }
-pytestmark = [pytest.mark.forks, pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")]
+pytestmark = [needs_fsdp2, pytest.mark.forks, pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")]
 
 
 def _mine(rank, way):

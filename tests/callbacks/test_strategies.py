@@ -11,7 +11,7 @@ from lightning_itm import (
     TripletLoss,
 )
 from lightning_itm.callbacks._strategies import check_reachable_weights, check_whole_weights
-from tests.helpers.sharded import Split, in_two_processes, strategy
+from tests.helpers.sharded import Split, in_two_processes, needs_fsdp2, strategy
 from tests.helpers.tiny import SILENT, Tiny, tiny_data
 
 
@@ -51,6 +51,7 @@ def _fit_tensor_parallel(rank):
             trainer.fit(Split(TripletLoss()), datamodule=tiny_data())
 
 
+@needs_fsdp2
 @pytest.mark.forks
 def test_tensor_parallel_ranks_are_refused():
     in_two_processes(_fit_tensor_parallel)
@@ -70,6 +71,7 @@ def _predict(rank):
                 trainer.predict(Split(), datamodule=data, return_predictions=False)
 
 
+@needs_fsdp2
 @pytest.mark.forks
 def test_ranks_that_predict_unequal_batches_are_refused():
     in_two_processes(_predict)

@@ -3,14 +3,18 @@
 import os
 
 import lightning as L
+import pytest
 import torch
+import torch.distributed.fsdp
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from tests.helpers.tiny import SILENT, Tiny, tiny_data
+
+fully_shard = getattr(torch.distributed.fsdp, "fully_shard", None)
+needs_fsdp2 = pytest.mark.skipif(fully_shard is None, reason="FSDP2 has its public name from torch 2.6 on")
 
 
 class Split(Tiny):
