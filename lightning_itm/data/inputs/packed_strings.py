@@ -23,11 +23,6 @@ class PackedStrings(Sequence[str]):
 
     def __init__(self, data: Tensor, end: Tensor) -> None:
         self.data, self.end = data, end
-        # The same memory, because each question to a tensor costs a microsecond.
-        self._bytes, self._ends = memoryview(cast("Any", data.numpy())), end.numpy()
-
-    def __reduce__(self) -> Any:
-        return PackedStrings, (self.data, self.end)  # a process that gets them maps them, and has views of its own
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "PackedStrings":
@@ -40,17 +35,18 @@ class PackedStrings(Sequence[str]):
         return len(self.end)
 
     def __iter__(self) -> Iterator[str]:
-        start = 0
+        # Ten times as fast as one index after the other, each of which reads two tensors.
+        data, start = memoryview(cast("Any", self.data.numpy())), 0
         for end in self.end.tolist():
-            yield str(self._bytes[start:end], "utf-8", "surrogatepass")
+            yield str(data[start:end], "utf-8", "surrogatepass")
             start = end
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[other] for other in range(*index.indices(len(self)))]
-        num = len(self._ends)
+        num = len(self.end)  # once: each question to a tensor costs a microsecond
         if not -num <= index < num:
             raise IndexError(f"Expected an index below {num}, got {index}.")
-        index = int(index) % num
-        start = self._ends.item(index - 1) if index else 0
-        return str(self._bytes[start : self._ends.item(index)], "utf-8", "surrogatepass")
+        index %= num
+        start, end = self.end[index - 1 : index + 1].tolist() if index else (0, int(self.end[0]))
+        return str(memoryview(cast("Any", self.data.numpy()))[start:end], "utf-8", "surrogatepass")
