@@ -1,5 +1,6 @@
 """Open text files in the encoding that they are in, and JSON without guesses."""
 
+import io
 import json
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, lookup
@@ -48,8 +49,7 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
     Raises:
         UnicodeError: if they are in another encoding. By default, it is told by the first two, as in :func:`open_text`.
     """
-    text = data.decode(encoding or text_encoding(data[:2]))
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return io.TextIOWrapper(io.BytesIO(data), encoding=encoding or text_encoding(data[:2])).read()
 
 
 def text_encoding(start: bytes, encoding: str | None = None) -> str:
