@@ -5,7 +5,6 @@ In between, each parameter is a ``DTensor``, of which a rank holds a part. All r
 because each call waits for the others.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,30 +14,26 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+_FSDP2: Any = None
+"""``torch.distributed.fsdp`` where it has FSDP2, which is from torch 2.6 on."""
+_PART: tuple[Any, ...] = ()
+if torch.distributed.is_available():
+    import torch.distributed.fsdp as _fsdp
 
-@functools.cache
-def _fsdp2() -> Any:
-    """Return ``torch.distributed.fsdp`` where it has FSDP2, which is from torch 2.6 on. None elsewhere."""
-    if not torch.distributed.is_available():
-        return None
-    import torch.distributed.fsdp as fsdp
+    if hasattr(_fsdp, "FSDPModule"):
+        from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    return fsdp if hasattr(fsdp, "FSDPModule") else None
+        _FSDP2, _PART = _fsdp, (DTensor,)
 
 
 def is_part(tensor: Tensor) -> bool:
     """Return whether this rank holds a part of the tensor only."""
-    if _fsdp2() is None:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, _PART)
 
 
 def sharded_modules(module: nn.Module) -> list[Any]:
     """Return the parts of a module, or itself, that ``fully_shard`` was called with. Their weights may be whole by now."""
-    fsdp = _fsdp2()
-    return [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
+    return [] if _FSDP2 is None else [part for part in module.modules() if isinstance(part, _FSDP2.FSDPModule)]
 
 
 def split_again(module: nn.Module) -> None:
@@ -62,10 +57,12 @@ def gathering(encode: Callable[..., Any]) -> Callable[..., Any]:
         encode: A function. If it is a method of a module that ``fully_shard`` was called with, such as ``encode_image``, FSDP2
             would not gather the parameters that the module holds directly. Other functions are returned as they are.
     """
-    fsdp, owner, name = _fsdp2(), getattr(encode, "__self__", None), getattr(encode, "__name__", "")
-    if fsdp is None or not isinstance(owner, fsdp.FSDPModule) or name in vars(owner):  # the last: registered already
+    owner, name = getattr(encode, "__self__", None), getattr(encode, "__name__", "")
+    if (
+        _FSDP2 is None or not isinstance(owner, _FSDP2.FSDPModule) or name in vars(owner)
+    ):  # the last: registered already
         return encode
-    fsdp.register_fsdp_forward_method(owner, name)
+    _FSDP2.register_fsdp_forward_method(owner, name)
     gathers: Callable[..., Any] = getattr(owner, name)
     delattr(owner, name)  # the module stays as the user made it
     return gathers
@@ -84,8 +81,6 @@ def whole_norms(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tens
             of: Any = tensor
             groups.setdefault((of.device_mesh, of.placements), []).append(index)
     for (mesh, placements), indices in groups.items():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
         # As float64: the square of a norm that vanishes is below what float32 holds.
         squares = torch.stack([norms[index] for index in indices]).double().square()
         sums = [Partial() if placement.is_shard() else Replicate() for placement in placements]
@@ -93,6 +88,31 @@ def whole_norms(norms: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tens
         for index, norm in zip(indices, reduced.to(norms[0].dtype).unbind(), strict=True):
             whole[index] = norm
     return whole
+
+
+def clip_gradients(gradients: Sequence[Tensor], most: float, *, by_value: bool = False) -> None:
+    """Clip gradients in place, of which some may be split over the ranks and some not. Every rank must call it.
+
+    Args:
+        gradients: Those of all parameters that the optimizer trains. Whole ones are the same on every rank.
+        most: The L2 norm that all of them together may have, or the largest absolute value of an element.
+        by_value: Clip each element.
+
+    References:
+        ``torch.nn.utils.clip_grad_norm_``, which takes gradients that are all split, or all whole.
+    """
+    if not gradients:
+        return
+    shared: list[Any] = list(gradients)
+    own = [one.to_local() if is_part(one) else one for one in shared]
+    if by_value:
+        for part in own:
+            part.clamp_(-most, most)
+        return
+    norms = whole_norms(torch._foreach_norm(own, 2, torch.float32), gradients)
+    factor = (most / (torch.stack(norms).norm() + 1e-6)).clamp_max(1)
+    for part in own:
+        part.mul_(factor.to(part.dtype))
 
 
 def check_parallel_over_data(trainer: L.Trainer) -> None:
@@ -107,7 +127,7 @@ def check_parallel_over_data(trainer: L.Trainer) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         return
-    if _fsdp2() is None:
+    if _FSDP2 is None:
         raise MisconfigurationException(
             f"Expected torch 2.6 or newer with ModelParallelStrategy, got {torch.__version__}, which has no public "
             "`torch.distributed.fsdp.fully_shard`. Use 'ddp', or a newer torch."

@@ -91,6 +91,47 @@ def test_measures_what_ddp_measures():
             assert values == pytest.approx(expected[name], rel=1e-5), name
 
 
+class Clipped(Split):
+    """With one tower that is not split. It keeps the norms of the gradients before and after they are clipped."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.norms = []
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.image_encoder, mesh=self.device_mesh["data_parallel"])
+
+    def configure_gradient_clipping(self, *args, **kwargs):
+        before = self.whole_gradients()
+        super().configure_gradient_clipping(*args, **kwargs)
+        self.norms.append((before, self.whole_gradients()))
+
+    def whole_gradients(self):
+        gradients = (one.grad for one in self.parameters())
+        return [(one.full_tensor() if hasattr(one, "full_tensor") else one).clone() for one in gradients]
+
+
+def _clip(rank, algorithm, most):
+    for name in ("ddp", "fsdp2"):
+        L.seed_everything(0, verbose=False)
+        model = Clipped(InfoNCELoss())
+        train(name, model, gradient_clip_val=most, gradient_clip_algorithm=algorithm, max_epochs=1)
+        torch.save(model.norms, f"{name}-{rank}.pt")
+
+
+@pytest.mark.parametrize(("algorithm", "most"), [("norm", 0.05), ("value", 0.01)])
+def test_clips_what_ddp_clips(algorithm, most):
+    """In the first step, before which the weights are equal bit for bit."""
+    in_two_processes(_clip, algorithm, most)
+    before, after = torch.load("ddp-0.pt")[0]
+    assert sum(one.norm() ** 2 for one in before) ** 0.5 > 2 * sum(one.norm() ** 2 for one in after) ** 0.5
+    for rank in range(2):
+        for step in zip(*torch.load(f"fsdp2-{rank}.pt")[0], before, after, strict=True):
+            torch.testing.assert_close(step[0], step[2], atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(step[1], step[3], atol=1e-6, rtol=1e-4)
+
+
 class Noisy(Split):
     """With dropout, so that the random streams of both ranks count."""
 
