@@ -58,18 +58,23 @@ def of_first_rank(make: Callable[[], T]) -> T:
 
     Raises:
         ValueError: on every rank, if the function raises one.
+        RuntimeError: on the other ranks, if the function raises any other error, which goes on on rank 0.
     """
     if world_size() == 1:
         return make()
     made: list[Any] = [None, None]
+    raised: Exception | None = None
     if dist.get_rank() == 0:
         try:
             made[0] = make()
-        except ValueError as error:  # the others must not wait for what never comes
-            made[1] = str(error)
+        except Exception as error:  # the others must not wait for what never comes
+            raised, made[1] = error, (isinstance(error, ValueError), str(error))
     dist.broadcast_object_list(made, src=0)
+    if raised is not None:
+        raise raised
     if made[1] is not None:
-        raise ValueError(made[1])
+        is_of_value, message = made[1]
+        raise ValueError(message) if is_of_value else RuntimeError(f"Rank 0 failed: {message}")
     found: T = made[0]
     return found
 

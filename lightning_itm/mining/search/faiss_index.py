@@ -56,7 +56,9 @@ def default_index(num_keys: int) -> str:
 
 
 def check_index(name: str | None) -> None:
-    """Raise if FAISS is not installed, or can't read the name of an index. That is known before anything is encoded.
+    """Raise if FAISS is not installed, or can't read the name of an index, before anything is encoded.
+
+    What depends on the keys is told when they are there. A few kinds of index fail only then, too, such as ``LSH``.
 
     Args:
         name: A factory string, and after a space the parameters of the search. ``None``: the default is taken.
@@ -132,16 +134,22 @@ class FaissIndex:
             )
         if index.is_trained:
             return index
+        centres: Any = None
         if lists is not None and self.is_on_gpu:  # the centres of the lists take most of the time
-            flat = self._faiss.IndexFlatIP(lists.d)
-            lists.clustering_index = self._faiss.index_cpu_to_gpu(self._resources, self._gpu, flat)
+            centres = self._faiss.index_cpu_to_gpu(self._resources, self._gpu, self._faiss.IndexFlatIP(lists.d))
+            lists.clustering_index = centres
+            centres.this.own(True)  # the assignment gave it away to an index that never frees it
         most = TRAINING_POINTS * max(256, num_lists)
         if len(keys) > most:
             keys = keys[torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))[:most].to(keys.device)]
         # FAISS seeds all that it draws. But threads link the nodes of a graph in no fixed order.
         num_threads = 1 if self._has_graph else torch.get_num_threads()
         with _explained(self.name, keys), _threads(self._faiss, num_threads):
-            index.train(keys.cpu().numpy())
+            try:
+                index.train(keys.cpu().numpy())
+            finally:
+                if centres is not None:
+                    lists.clustering_index = None
         return index
 
     def _on_gpu(self, index: Any) -> Any:
@@ -198,6 +206,8 @@ def _explained(name: str, keys: Tensor | None = None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not str(error).startswith("Error in "):
+            raise  # it is none of FAISS: PyTorch may be out of memory
         reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error), flags=re.DOTALL)
         what = "" if keys is None else f" for {len(keys)} keys of width {keys.shape[1]}"
         raise ValueError(

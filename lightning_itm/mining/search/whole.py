@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
+from lightning_itm.checks import check_choice
 from lightning_itm.distributed import gather
 from lightning_itm.functional import TopK, top_k_negatives
 from lightning_itm.functional.top_k_search.top_k import score_ceiling
@@ -86,6 +87,7 @@ def find_negatives(
     image_id, (image_captions, text_captions) = torch.arange(len(of_image), device=of_image.device), pairs.captions()
     images = _Side(pairs.image_embeddings, pairs.image_is_valid, image_id, image_captions)
     texts = _Side(pairs.text_embeddings, pairs.text_is_valid, pairs.text_image_id, text_captions)
+    check_choice("search", search, ("exact", "faiss"))
     indexing = {"is_indexed": search == "faiss", "faiss_index": faiss_index}
     split = {"rank": rank, "world_size": world_size, "is_shown": is_shown, **indexing, **guards}
     mined_texts, *of_texts = _search(images, texts, of_image, texts_per_image, **split)
