@@ -18,7 +18,7 @@ from lightning_itm import (
 )
 from lightning_itm.data import collate_pairs
 from tests.helpers.pictures import captions, cut_outs
-from tests.helpers.tiny import AUGMENTED, NUM_IMAGES, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
+from tests.helpers.tiny import AUGMENTED, NUM_IMAGES, PLAIN, SILENT, Linear, Tiny, tiny_data, tiny_pairs, tokenize
 
 EPOCHS = 3
 NUM_TEXTS, STEPS_PER_EPOCH = 2 * NUM_IMAGES, 12
@@ -452,17 +452,6 @@ def test_two_processes_mine_the_table_of_one(has_equal_captions):
     expected = torch.load("table-1-0.pt")
     for rank in range(2):
         assert all(torch.equal(a, b) for a, b in zip(torch.load(f"table-2-{rank}.pt"), expected, strict=True))
-
-
-class Linear(Tiny):
-    """Without batch statistics, dropout and noise, which differ between ranks."""
-
-    def __init__(self):
-        super().__init__(InfoNCELoss(), warmup_steps=0)
-        self.image_encoder = nn.Sequential(nn.Flatten(), nn.Linear(768, 16))
-
-    def encode_image(self, image):
-        return self.image_encoder(image)
 
 
 class SaveOrders(Callback):

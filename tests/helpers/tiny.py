@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-from lightning_itm import DualEncoder, ImageTextDataModule, ImageTextDataset
+from lightning_itm import DualEncoder, ImageTextDataModule, ImageTextDataset, InfoNCELoss
 from tests.helpers.pictures import captions, cut_outs
 
 NUM_IMAGES = 23
@@ -33,6 +33,17 @@ class Tiny(DualEncoder):
 
     def encode_text(self, text):
         return self.text_encoder(text)
+
+
+class Linear(Tiny):
+    """Without batch statistics, dropout and noise, which differ between ranks."""
+
+    def __init__(self):
+        super().__init__(InfoNCELoss(), warmup_steps=0)
+        self.image_encoder = nn.Sequential(nn.Flatten(), nn.Linear(768, 16))
+
+    def encode_image(self, image):
+        return self.image_encoder(image)
 
 
 def tiny_pairs(num_images=NUM_IMAGES, **kwargs):

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_itm import ImageTextDataset, InfoNCELoss, OfflineHardNegativeMining, ShardDataset, mine
@@ -12,9 +12,10 @@ from lightning_itm.mining.encode import encode_split_pairs
 from lightning_itm.mining.encoded import Division, OwnRows
 from lightning_itm.mining.mine import FAST_DEV_RUN_PAIRS, mine_into
 from tests.helpers.fit import fit
+from tests.helpers.mined import SaveMined
 from tests.helpers.pictures import captions, cut_outs
 from tests.helpers.shards import TRANSFORMS, img2dataset_sample, write_tar
-from tests.helpers.tiny import AUGMENTED, NUM_IMAGES, PLAIN, SILENT, Tiny, tiny_data, tiny_pairs, tokenize
+from tests.helpers.tiny import AUGMENTED, NUM_IMAGES, PLAIN, SILENT, Linear, Tiny, tiny_data, tiny_pairs, tokenize
 
 NUM_TEXTS = 2 * NUM_IMAGES
 TABLE = {"texts_per_image": 12, "images_per_text": 8}
@@ -103,38 +104,12 @@ def test_remote_shards_are_refused(tmp_path):
         mine(Tiny(), shards, split_embeddings=True, **TABLE)
 
 
-class Linear(Tiny):
-    """Without batch statistics, dropout and noise, which differ between ranks."""
-
-    def __init__(self):
-        super().__init__(InfoNCELoss(), warmup_steps=0)
-        self.image_encoder = nn.Sequential(nn.Flatten(), nn.Linear(768, 16))
-
-    def encode_image(self, image):
-        return self.image_encoder(image)
-
-
 class Noisy(Tiny):
     """With batch statistics, which are each rank's own until the next step, and with dropout."""
 
     def __init__(self):
         super().__init__(InfoNCELoss())
         self.image_encoder = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.BatchNorm1d(16), nn.Dropout(0.3))
-
-
-class Save(Callback):
-    """Save the tables of all epochs and the weights of each rank at the end."""
-
-    def __init__(self, name):
-        self.name, self.tables = name, []
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        table = next(part for part in trainer.callbacks if isinstance(part, OfflineHardNegativeMining)).table
-        self.tables.append((table.texts.clone(), table.images.clone()))
-
-    def on_train_end(self, trainer, pl_module):
-        weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        torch.save({"tables": self.tables, "weights": weights}, f"{self.name}-{trainer.global_rank}.pt")
 
 
 def train(model, name, devices, ckpt_path=None, batch_size=4, split=True, **options):
@@ -144,7 +119,7 @@ def train(model, name, devices, ckpt_path=None, batch_size=4, split=True, **opti
     strategy = {"devices": devices, "strategy": "ddp_fork" if devices > 1 else "auto", "limit_val_batches": 0}
     options = {**SILENT, "enable_checkpointing": True, "max_epochs": 3, **strategy, **options}
     data = tiny_data(batch_size=batch_size)
-    L.Trainer(callbacks=[miner, Save(name), saving], **options).fit(
+    L.Trainer(callbacks=[miner, SaveMined(name), saving], **options).fit(
         model, datamodule=data, ckpt_path=ckpt_path, weights_only=True
     )
     return [torch.load(f"{name}-{rank}.pt") for rank in range(devices)]
