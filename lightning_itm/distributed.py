@@ -1,6 +1,6 @@
 """Gather tensors from all ranks, with or without gradient."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -81,27 +81,35 @@ def of_first_rank(make: Callable[[], T]) -> T:
 
 def broadcast_all(tensors: Iterable[Tensor], source: int) -> None:
     """Overwrite tensors of any shape and stride on every rank, in place, with those of one rank. Every rank must call it."""
-    for tensor in tensors:
-        # A copy, because one that holds a number has no shape, and one with strides no bytes in a row.
-        of_source = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
-        broadcast(of_source, source)
-        tensor.detach().copy_(of_source.view(tensor.shape))
+    _together(tensors, lambda flat: broadcast(flat, source))
 
 
-def average(tensors: Sequence[Tensor]) -> None:
+def average(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors on every rank, in place, with their mean over the ranks. Every rank must call it.
 
     Args:
         tensors: Floating-point tensors, of the same shapes and dtypes on every rank.
     """
+
+    def mean(flat: Tensor) -> None:
+        dist.all_reduce(flat)
+        flat /= world_size()
+
+    _together(tensors, mean)
+
+
+def _together(tensors: Iterable[Tensor], collective: Callable[[Tensor], None]) -> None:
+    """Call a collective that works in place once for all tensors of a dtype and device."""
     if world_size() == 1:
         return
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        of_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.flatten() for tensor in of_dtype])  # one collective for all of them
-        dist.all_reduce(flat)
-        for tensor, mean in zip(of_dtype, (flat / world_size()).split([one.numel() for one in of_dtype]), strict=True):
-            tensor.copy_(mean.view(tensor.shape))
+    kinds = dict[Any, list[Tensor]]()
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+    for of_kind in kinds.values():
+        flat = torch.cat([tensor.flatten() for tensor in of_kind])
+        collective(flat)
+        for tensor, part in zip(of_kind, flat.split([one.numel() for one in of_kind]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
