@@ -11,7 +11,6 @@ from lightning_itm.callbacks._figures import log_figure
 from lightning_itm.callbacks._strategies import check_reachable_weights
 from lightning_itm.checks import check_at_least
 from lightning_itm.data.position import epoch_to_resume
-from lightning_itm.distributed import broadcast_all
 from lightning_itm.embeddings import RETURN_EMBEDDINGS
 from lightning_itm.mining.figure import ShowsMined
 from lightning_itm.mining.hard_negative_dataset import pairs_to_mine
@@ -19,7 +18,6 @@ from lightning_itm.mining.mine import Mining
 from lightning_itm.mining.training_embeddings import step_embeddings
 from lightning_itm.mining.ways import check_search, check_split, check_ways
 from lightning_itm.mining.written import check_table, make_mining
-from lightning_itm.sharded_weights import whole_tensors
 
 
 class OfflineHardNegativeMining(ShowsMined, Callback):
@@ -181,7 +179,6 @@ class OfflineHardNegativeMining(ShowsMined, Callback):
             self._begin(trainer, pl_module)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        broadcast_all(whole_tensors(pl_module), 0)  # all ranks encode with the same weights
         mining = self._attached()
         epoch = trainer.current_epoch if mining.first_epoch is None else mining.first_epoch
         has_all = mining.resume(pl_module.device)
