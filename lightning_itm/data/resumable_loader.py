@@ -149,9 +149,8 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         start = super().__iter__
-        batches = (
-            _started_late(start) if self.starts_late else start()
-        )  # now: workers start before the first batch is asked for
+        # Workers start now, before the first batch is asked for, unless the position may still change.
+        batches = _started_late(start) if self.starts_late else start()
         return batches if self.before_first is None else _checked(batches, self.before_first)
 
     def state_dict(self) -> dict[str, Any]:
