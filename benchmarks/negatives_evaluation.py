@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_itm import ImageTextDataset, ImageTextRetrieval
 from lightning_itm.data import EvaluationItems, collate_pairs
@@ -14,6 +14,8 @@ from lightning_itm.data.evaluation_items import KINDS
 from lightning_itm.embeddings import EmbeddingPairs
 from lightning_itm.functional import recall_at_k, retrieval_rank
 from lightning_itm.functional.similarity import unit_norm
+
+ENCODED_AT_ONCE = 50
 
 
 class Evaluate(Callback):
@@ -47,12 +49,16 @@ class Evaluate(Callback):
 
 @torch.no_grad()
 def embed_set(model: Any, pairs: ImageTextDataset) -> EmbeddingPairs:
-    """Encode each image and each text of a set once."""
+    """Encode each image and each text of a set once, short texts together, in batches that fit a processor's cache."""
     model.eval()
     rows = {}
     for kind in KINDS:
-        loader = DataLoader(EvaluationItems(pairs, kind), 250, collate_fn=collate_pairs)
-        rows[kind] = torch.cat([unit_norm(getattr(model, f"encode_{kind}")(batch[kind])).float() for batch in loader])
+        items = EvaluationItems(pairs, kind)
+        length = torch.tensor([len(text) for text in pairs.texts] if kind == "text" else [0] * len(items))
+        order = length.argsort(stable=True)
+        loader = DataLoader(Subset(items, order.tolist()), ENCODED_AT_ONCE, collate_fn=collate_pairs)
+        found = torch.cat([unit_norm(getattr(model, f"encode_{kind}")(batch[kind])).float() for batch in loader])
+        rows[kind] = torch.empty_like(found).index_copy_(0, order, found)
     owner = pairs.text_image_id
     return EmbeddingPairs(rows["image"][owner], rows["text"], owner, torch.arange(len(owner)))
 

@@ -127,6 +127,7 @@ def tower_model(loss: nn.Module, folder: Path | None, **knobs: Any) -> Any:
 LONGER = ("InfoNCE, 1.5 x", "InfoNCE, 2 x")
 HARD = ("hardness 3", "hardness 9", "batches of 4", "batches of 16", "batches of 4, training", "bank 4096")
 PAIRS = ("batches of 4, hardness 3", "bank 4096, hardness 3", "bank 4096, batches of 4")
+TOWER_METHODS = ("InfoNCE", "hardness 3", "batches of 4, mined once", "bank 512", "hardness 9", "InfoNCE, 1.5 x")
 MINED = ("samples", "embeddings")
 HINGES = ("sigmoid", "hardest", "selective", "selective, FNE", "AOQ")
 ICON_METHODS = ("InfoNCE", *HARD, *LONGER, *PAIRS, *MINED, *HINGES)
@@ -183,7 +184,7 @@ SETTINGS: dict[str, Setting] = {
             )
             for batch_size in (32, 128)
         ),
-        Setting("flickr8k", tower_data, tower_model, TOWERS, TOWER_SEARCH, SMALL_METHODS, {}, trained_heads, None, 0.2),
+        Setting("flickr8k", tower_data, tower_model, TOWERS, TOWER_SEARCH, TOWER_METHODS, {}, trained_heads, None, 0.2),
         Setting("icons", icon_data(128), icon_model, ICONS, ICON_SEARCH, ICON_METHODS, clip=2.0),
         Setting("icons-512", icon_data(512), icon_model, ICONS, ICON_SEARCH, ICON_METHODS, clip=2.0),
         Setting(
