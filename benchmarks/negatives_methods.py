@@ -88,6 +88,7 @@ METHODS: dict[str, Method] = {
     "embeddings": Method(callbacks=mining(inject="embeddings", relative_margin=0.05)),
     "batches of 4, every 2nd epoch": Method(callbacks=batches(start_epoch=1, every_n_epochs=2)),
     "batches of 4, mined once": Method(callbacks=batches(every_n_epochs=None, batch_size=50)),
+    "batches of 4, every 4th epoch": Method(callbacks=batches(every_n_epochs=4)),
     "batches of 4, hardness 9": Method(hardness(9.0), batches()),
     "bank 4096, hardness 9": Method(hardness(9.0), bank()),
     "batches of 4, hardness 3": Method(hardness(3.0), batches()),

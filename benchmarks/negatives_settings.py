@@ -131,6 +131,7 @@ LONGER = ("InfoNCE, 1.5 x", "InfoNCE, 2 x")
 HARD = ("hardness 3", "hardness 9", "batches of 4", "batches of 16", "batches of 4, training", "bank 4096")
 PAIRS = ("batches of 4, hardness 3", "bank 4096, hardness 3", "bank 4096, batches of 4")
 TOWER_METHODS = ("InfoNCE", "hardness 3", "batches of 4, mined once", "bank 512", "hardness 9", "InfoNCE, 1.5 x")
+HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4", "batches of 4, every 4th epoch", "bank 512", "InfoNCE, 1.5 x")
 MINED = ("samples", "embeddings")
 HINGES = ("sigmoid", "hardest", "selective", "selective, FNE", "AOQ")
 ICON_METHODS = ("InfoNCE", *HARD, *LONGER, *PAIRS, *MINED, *HINGES)
@@ -163,7 +164,7 @@ HEAD_SEARCH: dict[str, tuple[Any, ...]] = {
     "temperature": (0.015, 0.03, None),
     "weight_decay": (0.05, 0.5),
 }
-GRID_KNOBS: dict[str, Any] = {"learning_rate": 5e-4, "weight_decay": 0.1}
+GRID_KNOBS: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1}
 GRID_EPOCHS = 8
 GRID = {**GRID_KNOBS, "epochs": GRID_EPOCHS}
 GRID_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (5e-4, 1e-3, 2e-3)}
@@ -208,18 +209,19 @@ SETTINGS: dict[str, Setting] = {
                 f"heads-{size}",
                 later("flickr8k_features", "head_data", size),
                 head_model,
-                HEADS,
+                {**HEADS, "learning_rate": rate},
                 HEAD_SEARCH,
-                SMALL_METHODS,
+                HEAD_METHODS,
+                fraction=fraction,
             )
-            for size in (16, 128)
+            for size, rate, fraction in ((16, 1e-3, 0.25), (128, 1e-3, 1.0))
         ),
         Setting("grid", grid_data, grid_model, GRID, GRID_SEARCH, GRID_METHODS, clip=2.0, fraction=GRID_FRACTION),
         Setting(
             "grid-converged",
             grid_data,
             grid_model,
-            {**GRID, "learning_rate": 3e-4, "epochs": 2},
+            {**GRID, "learning_rate": 1e-4, "epochs": 2},
             {"learning_rate": (1e-4, 3e-4, 1e-3)},
             GRID_START_METHODS,
             start=lambda folder, _seed: _grid_start(folder, 0),
