@@ -137,7 +137,7 @@ HINGES = ("sigmoid", "hardest", "selective", "selective, FNE", "AOQ")
 ICON_METHODS = ("InfoNCE", *HARD, *LONGER, *PAIRS, *MINED, *HINGES)
 SMALL_METHODS = ("InfoNCE", *(name.replace("4096", "512") for name in HARD), *LONGER, "sigmoid", *MINED)
 GRID_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE", "InfoNCE, 2 x", "hardness 9", "batches of 4")
-GRID_START_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE", "AOQ", "AOQ, embeddings", "batches of 4")
+GRID_START_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE", "AOQ", "batches of 4", "hardness 9")
 
 ICONS = {"learning_rate": 1e-2, "weight_decay": 0.3, "epochs": 6}
 ICON_SEARCH: dict[str, tuple[Any, ...]] = {
@@ -209,12 +209,12 @@ SETTINGS: dict[str, Setting] = {
                 f"heads-{size}",
                 later("flickr8k_features", "head_data", size),
                 head_model,
-                {**HEADS, "learning_rate": rate},
+                HEADS,
                 HEAD_SEARCH,
                 HEAD_METHODS,
                 fraction=fraction,
             )
-            for size, rate, fraction in ((16, 1e-3, 0.25), (128, 1e-3, 1.0))
+            for size, fraction in ((16, 0.25), (128, 1.0))
         ),
         Setting("grid", grid_data, grid_model, GRID, GRID_SEARCH, GRID_METHODS, clip=2.0, fraction=GRID_FRACTION),
         Setting(
@@ -222,7 +222,7 @@ SETTINGS: dict[str, Setting] = {
             grid_data,
             grid_model,
             {**GRID, "learning_rate": 1e-4, "epochs": 2},
-            {"learning_rate": (1e-4, 3e-4, 1e-3)},
+            FURTHER_SEARCH,
             GRID_START_METHODS,
             start=lambda folder, _seed: _grid_start(folder, 0),
             clip=2.0,
