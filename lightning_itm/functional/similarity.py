@@ -25,6 +25,8 @@ class DirectionScores(NamedTuple):
     """What the contrastive losses add to the logits of the candidates. ``None`` adds nothing."""
     is_certain: Bool[Tensor, "anchors candidates"] | None = None
     """True where a negative is known to be wrong, so that no guard against likely matches leaves it out."""
+    is_stored: bool = False
+    """Whether positives and candidates were embedded earlier. Such scores train the towers, and no scale or bias of a loss."""
 
 
 def unit_norm(embeddings: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:

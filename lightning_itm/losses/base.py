@@ -73,7 +73,8 @@ class PairLoss(nn.Module, ABC):
         Args:
             scores: The similarities of the anchors to their positives and to the candidates: those of the batch, of a memory
                 bank, or mined ones. Where ``scores.log_weight`` is given, it is to be added to the logits of the candidates. A
-                loss that ignores it treats likely false negatives like the others.
+                loss that ignores it treats likely false negatives like the others. Where ``scores.is_stored`` is True, what
+                the loss itself has learned, such as a temperature, should be held constant.
             selective: Where the selective rule applies, bool `(anchors,)`, or None, as in :meth:`forward`.
         """
 
@@ -90,7 +91,9 @@ class PairLoss(nn.Module, ABC):
         """
         scores = direction.scores()
         weights, diagnostics = memory.sampler.weights(scores, margin=None)
-        scores = scores._replace(negative_mask=scores.negative_mask & (weights > 0), log_weight=weights.log())
+        scores = scores._replace(
+            negative_mask=scores.negative_mask & (weights > 0), log_weight=weights.log(), is_stored=True
+        )
         stored = self.direction_cost(self.balance(scores), None).cost
         return self.with_memory(batch, stored, memory, diagnostics)
 
@@ -184,7 +187,7 @@ class PairLoss(nn.Module, ABC):
         costs = [self.direction_cost(scores, selective) for scores in (i2t_scores, t2i_scores)]
         if hard is not None and hard.positive is not None and mined is not None:
             for number, scores in enumerate(both_directions(pairs, hard.positive, mined)):
-                stored = self.direction_cost(scores, None).cost
+                stored = self.direction_cost(scores._replace(is_stored=True), None).cost
                 costs[number] = costs[number]._replace(cost=costs[number].cost + stored)
         if memory is not None:
             memory.observe(pairs, candidates)

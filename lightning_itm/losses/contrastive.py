@@ -79,6 +79,14 @@ class ScaledLoss(PairLoss):
             self.logit_scale.clamp_(0, self.max_logit_scale)
         return self.logit_scale.exp()
 
+    def held(self, value: Tensor, scores: DirectionScores) -> Tensor:
+        """Return the scale, or a bias, as a constant for stored scores, so that only the batch trains it.
+
+        A memory bank has many more negatives than a batch, and would sharpen the scale until the towers fit the training set
+        alone. Not in the papers.
+        """
+        return value.detach() if scores.is_stored else value
+
     def reduce(self, i2t: DirectionCost, t2i: DirectionCost, *, num_anchors: int) -> dict[str, Tensor]:
         """Average, or sum, the costs, and log the factor ``logit_scale``."""
         outputs = super().reduce(i2t, t2i, num_anchors=num_anchors)
@@ -133,7 +141,8 @@ class InfoNCELoss(ScaledLoss):
         """Compute the cross-entropy of each anchor with :func:`lightning_itm.functional.info_nce_cost`."""
         with torch.no_grad():  # to be logged
             hit = hardest_negative(scores) < scores.positive
-        return DirectionCost(info_nce_cost(self.weigh(scores), logit_scale=self.scale()), {"batch_accuracy": hit})
+        scale = self.held(self.scale(), scores)
+        return DirectionCost(info_nce_cost(self.weigh(scores), logit_scale=scale), {"batch_accuracy": hit})
 
 
 class SigmoidLoss(ScaledLoss):
@@ -195,7 +204,8 @@ class SigmoidLoss(ScaledLoss):
         """Compute the cost of each anchor with :func:`lightning_itm.functional.sigmoid_cost`."""
         with torch.no_grad():  # to be logged
             hit = hardest_negative(scores) < scores.positive
-        cost = sigmoid_cost(self.weigh(scores), logit_scale=self.scale(), logit_bias=self.logit_bias)
+        scale, bias = (self.held(value, scores) for value in (self.scale(), self.logit_bias))
+        cost = sigmoid_cost(self.weigh(scores), logit_scale=scale, logit_bias=bias)
         return DirectionCost(cost, {"batch_accuracy": hit})
 
     def balance(self, stored: DirectionScores) -> DirectionScores:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_itm import InfoNCELoss, SigmoidLoss
+from lightning_itm.embeddings import HardNegatives
 from lightning_itm.functional import DirectionScores
 from tests.helpers.pairs import make_pairs
 
@@ -33,6 +34,20 @@ def test_a_step_out_of_range_is_undone():
     outputs["loss"].backward()
     assert outputs["logit_scale"].item() == pytest.approx(100)
     assert loss.logit_scale.grad != 0, "the scale can come back"
+
+
+@pytest.mark.parametrize("make_loss", [InfoNCELoss, SigmoidLoss])
+def test_only_the_batch_trains_scale_and_bias(make_loss):
+    """What was mined as embeddings changes the gradients of the towers, and not those of scale and bias."""
+    vectors, pairs = make_pairs(4)
+    (_, mined), (_, positive) = make_pairs(4), make_pairs(4)
+    rows = mined.text_embeddings.detach(), mined.image_embeddings.detach()
+    hard = HardNegatives(*rows, torch.arange(4, 8), *rows[::-1], torch.arange(4, 8), positive=positive)
+    loss = make_loss().double()
+    inputs = [vectors, *loss.parameters()]
+    alone, beside = (torch.autograd.grad(loss(pairs, hard=part)["loss"], inputs) for part in (None, hard))
+    assert not torch.allclose(alone[0], beside[0])
+    assert all(torch.equal(one, two) and one != 0 for one, two in zip(alone[1:], beside[1:], strict=True))
 
 
 def test_a_start_out_of_range():

@@ -160,18 +160,22 @@ class TestLosses:
         added = TripletLoss(0.5)(pairs, memory=memory)["loss"]
         torch.testing.assert_close(added, outputs["loss"] + TripletLoss(0.5)(pairs)["loss"])
 
-    @pytest.mark.parametrize("make_loss", [lambda: TripletLoss(0.9), lambda: InfoNCELoss().double()])
+    @pytest.mark.parametrize(
+        "make_loss", [lambda: TripletLoss(0.9), lambda: InfoNCELoss().double(), lambda: SigmoidLoss().double()]
+    )
     def test_stored_pairs_have_gradient_through_the_anchor_alone(self, make_loss):
-        """The texts get none from the images' direction: neither as positives nor as negatives."""
+        """The texts get none from the images' direction: neither as positives nor as negatives. Nor do scale and bias."""
         pairs = make_pairs(8)
         pairs.image_embeddings.requires_grad_()
         pairs.text_embeddings.requires_grad_()
         memory = make_memory(pairs)
         i2t, _ = memory.directions(pairs)
-        cost = make_loss().memory_cost(DirectionCost(torch.zeros(8), {}), i2t, memory).cost.sum()
-        image, text = torch.autograd.grad(cost, (pairs.image_embeddings, pairs.text_embeddings), allow_unused=True)
+        loss = make_loss()
+        cost = loss.memory_cost(DirectionCost(torch.zeros(8), {}), i2t, memory).cost.sum()
+        inputs = pairs.image_embeddings, pairs.text_embeddings, *loss.parameters()
+        image, *others = torch.autograd.grad(cost, inputs, allow_unused=True)
         assert image.abs().max() > 0
-        assert text is None
+        assert others == [None] * len(others)
 
     @pytest.mark.parametrize("make_loss", [TripletLoss, QuintupletLoss, InfoNCELoss, SigmoidLoss])
     def test_a_bank_that_does_not_agree_is_observed_and_left_out(self, make_loss):
