@@ -43,8 +43,9 @@ class FalseNegativeElimination(Callback):
     :class:`~lightning_itm.memory_bank.Agreement`. The module itself gets no new weights or buffers.
 
     Args:
-        queue_size: The number of pairs in the bank, of all processes together. Usual: 1,024 to 65,536, at least one global
-            batch and below the size of the training set. A larger bank has more negatives, but older ones.
+        queue_size: The number of pairs in the bank, of all processes together. Usual: 512 to 65,536, at least one global batch
+            and below the size of the training set. A larger bank has more negatives, but older ones. Begin with the default:
+            on heads that train fast, 8,192 did harm.
         momentum: The fraction of its old weights that the slow copy keeps at an optimizer step. Usual: 0.99 for runs of some
             hundred steps, 0.999 for long ones. Lower it if the bank does not enter the loss.
         start_epoch: The epoch from which on the bank is in the loss, counted from 0. The agreement is then only logged. As
@@ -70,8 +71,8 @@ class FalseNegativeElimination(Callback):
 
     Example:
         >>> import lightning as L
-        >>> from lightning_itm import FalseNegativeElimination, FalseNegativeSampler
-        >>> fne = FalseNegativeElimination(4096, momentum=0.99, sampler=FalseNegativeSampler(weighting="drop"))
+        >>> from lightning_itm import FalseNegativeElimination
+        >>> fne = FalseNegativeElimination(4096, momentum=0.99)
         >>> trainer = L.Trainer(callbacks=[fne], max_epochs=5, accelerator="cpu", logger=False)
 
     References:
@@ -83,7 +84,7 @@ class FalseNegativeElimination(Callback):
 
     def __init__(
         self,
-        queue_size: int = 8192,
+        queue_size: int = 2048,
         momentum: float = 0.995,
         *,
         start_epoch: int | None = None,
