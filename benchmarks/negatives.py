@@ -6,11 +6,12 @@ Each run adds one line to a file. So runs may be spread over processes and eveni
     python benchmarks/negatives.py --setting icons --folder ICONS --methods InfoNCE "batches of 16" --seeds 0 1 2
     python benchmarks/negatives.py --setting icons --table                                  # of what was run so far
 
-The table has means over the seeds: rsum on the test set at the end of the run; its difference to InfoNCE after as many steps,
-with the 95 % interval of the paired differences; the same after as much time; the same where each run stops after the epoch
-that is best on the validation set; R@1; rsum with all pairs of the set as candidates; the time of a step and of the whole run
-beside InfoNCE's, in seconds of one processor, so that other work on the machine does not count. Equal time: "InfoNCE, 1.5 x"
-is InfoNCE for one and a half times as many epochs, and between such rows rsum is interpolated.
+The table has means over the seeds: rsum on the validation set, by which settings are chosen, and on the test set, both at the
+end of the run; the difference on the test set to InfoNCE after as many steps, with the 95 % interval of the paired
+differences; the same after as much time; the same where each run stops after the epoch that is best on the validation set;
+R@1; rsum with all pairs of the set as candidates; the time of a step and of the whole run beside InfoNCE's, in seconds of one
+processor, so that other work on the machine does not count. Equal time: "InfoNCE, 1.5 x" is InfoNCE for one and a half times
+as many epochs, and between such rows rsum is interpolated.
 """
 
 import argparse
@@ -55,6 +56,7 @@ def make_model(setting: Setting, name: str, seed: int, folder: Path | None, knob
 
 def run(setting: Setting, name: str, seed: int, folder: Path | None, knobs: Knobs, is_tuning: bool) -> dict[str, Any]:
     """Train with one method from one seed, and return what is to be kept."""
+    begun = time.process_time()
     method, data = methods_of(name), setting.data(folder, seed)
     model = make_model(setting, name, seed, folder, knobs)
     watch, epochs = Evaluate(is_tuning=is_tuning), round(knobs["epochs"] * method.epochs)
@@ -83,7 +85,7 @@ def run(setting: Setting, name: str, seed: int, folder: Path | None, knobs: Knob
         gallery = gallery_rsum(model, sets)
         row |= {"rsum": last["rsum"], "r1": (last["i2t_r1"] + last["t2i_r1"]) / 2, "gallery": gallery}
         row |= {"best": watch.test[best]["rsum"]}
-    row |= {"step": statistics.median(watch.steps), "seconds": seconds}
+    row |= {"step": statistics.median(watch.steps), "seconds": seconds, "total": time.process_time() - begun}
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
 
 

@@ -35,11 +35,9 @@ def mining(**options: Any) -> Callable[[int], list[Callback]]:
     return lambda seed: [OfflineHardNegativeMining(**{**defaults, **options}, seed=seed)]
 
 
-def bank(queue_size: int = 4096, **options: Any) -> Callable[[int], list[Callback]]:
-    """Return what makes a memory bank."""
-    return lambda seed: [
-        FalseNegativeElimination(queue_size, **options, sampler=FalseNegativeSampler(weighting="drop", seed=seed))
-    ]
+def bank(queue_size: int, **options: Any) -> Callable[[int], list[Callback]]:
+    """Return what makes a memory bank, and of options those of its sampler."""
+    return lambda seed: [FalseNegativeElimination(queue_size, sampler=FalseNegativeSampler(seed=seed, **options))]
 
 
 def both(*makers: Callable[[int], list[Callback]]) -> Callable[[int], list[Callback]]:
@@ -72,7 +70,7 @@ METHODS: dict[str, Method] = {
     "sigmoid": Method(SigmoidLoss),
     "hardest": Method(triplet()),
     "selective": Method(triplet(negatives="selective")),
-    "selective, FNE": Method(triplet(negatives="selective", memory="instead"), bank()),
+    "selective, FNE": Method(triplet(negatives="selective", memory="instead"), bank(4096, weighting="drop")),
     "AOQ": Method(quintuplet, mining(relative_margin=0.05)),
     "AOQ, embeddings": Method(quintuplet, mining(inject="embeddings", relative_margin=0.05)),
     "hardness 3": Method(hardness(3.0)),
@@ -82,18 +80,18 @@ METHODS: dict[str, Method] = {
     "batches of 16": Method(callbacks=batches(16)),
     "batches of 4, training": Method(callbacks=batches(encode="training")),
     "batches of 16, training": Method(callbacks=batches(16, encode="training")),
+    "bank": Method(callbacks=lambda _: [FalseNegativeElimination()]),
     "bank 512": Method(callbacks=bank(512)),
-    "bank 4096": Method(callbacks=bank()),
+    "bank 8192": Method(callbacks=bank(8192)),
+    "bank 512, drop": Method(callbacks=bank(512, weighting="drop")),
     "samples": Method(callbacks=mining(relative_margin=0.05)),
     "embeddings": Method(callbacks=mining(inject="embeddings", relative_margin=0.05)),
     "batches of 4, every 2nd epoch": Method(callbacks=batches(start_epoch=1, every_n_epochs=2)),
     "batches of 4, mined once": Method(callbacks=batches(every_n_epochs=None, batch_size=50)),
     "batches of 4, every 4th epoch": Method(callbacks=batches(every_n_epochs=4)),
     "batches of 4, hardness 9": Method(hardness(9.0), batches()),
-    "bank 4096, hardness 9": Method(hardness(9.0), bank()),
     "batches of 4, hardness 3": Method(hardness(3.0), batches()),
-    "bank 4096, hardness 3": Method(hardness(3.0), bank()),
-    "bank 4096, batches of 4": Method(callbacks=both(bank(), batches())),
+    "bank, batches of 4": Method(callbacks=both(bank(2048), batches())),
 }
 
 

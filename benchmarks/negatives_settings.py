@@ -127,17 +127,15 @@ def tower_model(loss: nn.Module, folder: Path | None, **knobs: Any) -> Any:
     return later("flickr8k", "Towers")(loss, **knobs)
 
 
-LONGER = ("InfoNCE, 1.5 x", "InfoNCE, 2 x")
-HARD = ("hardness 3", "hardness 9", "batches of 4", "batches of 16", "batches of 4, training", "bank 4096")
-PAIRS = ("batches of 4, hardness 3", "bank 4096, hardness 3", "bank 4096, batches of 4")
-TOWER_METHODS = ("InfoNCE", "hardness 3", "batches of 4, mined once", "bank 512", "hardness 9", "InfoNCE, 1.5 x")
-HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4", "batches of 4, every 4th epoch", "bank 512", "InfoNCE, 1.5 x")
-MINED = ("samples", "embeddings")
-HINGES = ("sigmoid", "hardest", "selective", "selective, FNE", "AOQ")
-ICON_METHODS = ("InfoNCE", *HARD, *LONGER, *PAIRS, *MINED, *HINGES)
-SMALL_METHODS = ("InfoNCE", *(name.replace("4096", "512") for name in HARD), *LONGER, "sigmoid", *MINED)
-GRID_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE", "InfoNCE, 2 x", "hardness 9", "batches of 4")
-GRID_START_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE", "AOQ", "batches of 4", "hardness 9")
+TOWER_METHODS = ("InfoNCE", "hardness 3", "batches of 4, mined once", "bank")
+HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4", "bank", "bank 512, drop", "InfoNCE, 1.5 x")
+SMALL_HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4, every 4th epoch", "bank", "InfoNCE, 1.5 x")
+ICON_METHODS = ("InfoNCE", "hardness 9", "batches of 4", "bank", "InfoNCE, 1.2 x", "InfoNCE, 2 x")
+MINED = ("batches of 4", "batches of 4, training", "samples", "embeddings")
+BANKS = ("bank", "bank 8192", "bank 512", "bank 512, drop", "bank, batches of 4")
+SMALL_METHODS = ("InfoNCE", "InfoNCE, 2 x", "InfoNCE, 3 x", "hardness 3", "hardness 9", *MINED, *BANKS, "sigmoid")
+GRID_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE")
+GRID_START_METHODS = (*GRID_METHODS, "AOQ", "batches of 4", "hardness 9")
 
 ICONS = {"learning_rate": 1e-2, "weight_decay": 0.3, "epochs": 6}
 ICON_SEARCH: dict[str, tuple[Any, ...]] = {
@@ -145,6 +143,7 @@ ICON_SEARCH: dict[str, tuple[Any, ...]] = {
     "temperature": (0.03, None, 0.15),
     "weight_decay": (0.01, 0.1, 0.3, 1.0),
 }
+LARGE_ICON_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (1e-2, 2e-2)}
 FURTHER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (1e-4, 3e-4, 1e-3), "temperature": (None, 0.07)}
 EMOJI = {"learning_rate": 3e-4, "weight_decay": 0.1, "epochs": 4}
 EMOJI_START: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.1}
@@ -193,7 +192,7 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting("flickr8k", tower_data, tower_model, TOWERS, TOWER_SEARCH, TOWER_METHODS, {}, trained_heads, None, 0.2),
         Setting("icons", icon_data(128), icon_model, ICONS, ICON_SEARCH, ICON_METHODS, clip=2.0),
-        Setting("icons-512", icon_data(512), icon_model, ICONS, ICON_SEARCH, ICON_METHODS, clip=2.0),
+        Setting("icons-512", icon_data(512), icon_model, ICONS, LARGE_ICON_SEARCH, ICON_METHODS, clip=2.0),
         Setting(
             "icons-converged",
             icon_data(128),
@@ -211,10 +210,10 @@ SETTINGS: dict[str, Setting] = {
                 head_model,
                 HEADS,
                 HEAD_SEARCH,
-                HEAD_METHODS,
+                methods,
                 fraction=fraction,
             )
-            for size, fraction in ((16, 0.25), (128, 1.0))
+            for size, methods, fraction in ((16, SMALL_HEAD_METHODS, 0.25), (128, HEAD_METHODS, 1.0))
         ),
         Setting("grid", grid_data, grid_model, GRID, GRID_SEARCH, GRID_METHODS, clip=2.0, fraction=GRID_FRACTION),
         Setting(

@@ -43,7 +43,10 @@ def print_table(rows: list[Row]) -> None:
     """Print one line per method: means over the seeds, and paired differences to InfoNCE."""
     plain = [row for row in rows if factor_of(row["method"]) is not None]
     base = {row["seed"]: row for row in rows if row["method"] == "InfoNCE"}
-    print(f"\n{'method':26}{'seeds':>6}{'rsum':>15}{'equal steps':>15}{'equal time':>15}{'best by val':>15}", end="")
+    print(
+        f"\n{'method':26}{'seeds':>6}{'val':>7}{'rsum':>15}{'equal steps':>15}{'equal time':>15}{'best by val':>15}",
+        end="",
+    )
     print(f"{'R@1':>7}{'gallery':>15}{'step':>8}{'time':>8}")
     for name in sorted({row["method"] for row in rows}, key=lambda name: (factor_of(name) or 9.0, name)):
         own = [row for row in rows if row["method"] == name]
@@ -61,8 +64,14 @@ def print_table(rows: list[Row]) -> None:
         gallery = interval([row["gallery"] - one["gallery"] for row, one in pairs])
         cells.append(f"{statistics.mean(row['gallery'] for row in own):.1f}" if name == "InfoNCE" else gallery)
         recall = f"{statistics.mean(row['r1'] for row in own):7.1f}"
-        print(f"{name:26}{len(own):6}" + "".join(f"{cell:>15}" for cell in cells[:4]), end="")
+        val = statistics.mean(row["val"] for row in own)
+        print(f"{name:26}{len(own):6}{val:7.1f}" + "".join(f"{cell:>15}" for cell in cells[:4]), end="")
         print(f"{recall}{cells[4]:>15}{step:6.2f} x{time:6.2f} x")
+    measured = [row["total"] for row in rows if "total" in row]
+    if measured:
+        print(
+            f"{len(measured)} of {len(rows)} runs, evaluation included: {sum(measured) / 3600:.2f} h of one processor."
+        )
 
 
 def print_tuning(rows: list[Row]) -> None:
