@@ -68,7 +68,7 @@ def make_callbacks(args: argparse.Namespace) -> list[L.Callback]:
             )
         )
     if args.memory:
-        sampler = FalseNegativeSampler(weighting="drop", seed=args.seed)
+        sampler = FalseNegativeSampler(seed=args.seed)
         memory = FalseNegativeElimination(args.memory, sampler=sampler)
         callbacks.append(memory)
     if args.monitor:

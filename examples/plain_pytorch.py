@@ -54,7 +54,7 @@ def train(model: Small, pairs: ImageTextDataset, epochs: int) -> list[float]:
     hard_pairs = HardNegativeDataset(pairs)
     loader = DataLoader(hard_pairs, BATCH, shuffle=True, drop_last=True, collate_fn=collate_pairs)
     slow, bank = MomentumEncoder(model, momentum=0.9), MemoryBank(QUEUE, DIM)
-    sampler, agreement = FalseNegativeSampler(weighting="drop"), Agreement()
+    sampler, agreement = FalseNegativeSampler(), Agreement()
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
     for epoch in range(epochs):
         mined, total = mine(model, pairs, relative_margin=0.05), 0.0
