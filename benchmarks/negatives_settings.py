@@ -128,7 +128,7 @@ def tower_model(loss: nn.Module, folder: Path | None, **knobs: Any) -> Any:
 
 
 TOWER_METHODS = ("InfoNCE", "hardness 3", "batches of 4, mined once", "bank")
-HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4", "bank", "bank 512, drop", "InfoNCE, 1.5 x")
+HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4", "bank", "InfoNCE, 1.5 x")
 SMALL_HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4, every 4th epoch", "bank", "InfoNCE, 1.5 x")
 ICON_METHODS = ("InfoNCE", "hardness 9", "batches of 4", "bank", "InfoNCE, 1.2 x", "InfoNCE, 2 x")
 MINED = ("batches of 4", "batches of 4, training", "samples", "embeddings")
