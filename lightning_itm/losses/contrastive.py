@@ -21,7 +21,8 @@ class ScaledLoss(PairLoss):
     """Own a learned scale that multiplies all similarities, and weigh negatives by how hard they are. Base of two losses.
 
     ``logit_scale`` is the logarithm of the scale, the negative logarithm of the temperature. It is a parameter of the loss and
-    is kept in [0, ln 100], as open_clip keeps it.
+    is kept in [0, ln 100], as open_clip keeps it. Only the comparison within the batch trains it. It is a constant for what a
+    memory bank or stored embeddings add. Not in the papers.
 
     Args:
         init_logit_scale: The logarithm to start from, such as 2.66 for a temperature of 0.07. Default: the scale of the
@@ -79,14 +80,6 @@ class ScaledLoss(PairLoss):
             self.logit_scale.clamp_(0, self.max_logit_scale)
         return self.logit_scale.exp()
 
-    def held(self, value: Tensor, scores: DirectionScores) -> Tensor:
-        """Return the scale, or a bias, as a constant for stored scores, so that only the batch trains it.
-
-        A memory bank has many more negatives than a batch, and would sharpen the scale until the towers fit the training set
-        alone. Not in the papers.
-        """
-        return value.detach() if scores.is_stored else value
-
     def reduce(self, i2t: DirectionCost, t2i: DirectionCost, *, num_anchors: int) -> dict[str, Tensor]:
         """Average, or sum, the costs, and log the factor ``logit_scale``."""
         outputs = super().reduce(i2t, t2i, num_anchors=num_anchors)
@@ -141,7 +134,7 @@ class InfoNCELoss(ScaledLoss):
         """Compute the cross-entropy of each anchor with :func:`lightning_itm.functional.info_nce_cost`."""
         with torch.no_grad():  # to be logged
             hit = hardest_negative(scores) < scores.positive
-        scale = self.held(self.scale(), scores)
+        scale = _as_constant_if_stored(self.scale(), scores)
         return DirectionCost(info_nce_cost(self.weigh(scores), logit_scale=scale), {"batch_accuracy": hit})
 
 
@@ -204,7 +197,7 @@ class SigmoidLoss(ScaledLoss):
         """Compute the cost of each anchor with :func:`lightning_itm.functional.sigmoid_cost`."""
         with torch.no_grad():  # to be logged
             hit = hardest_negative(scores) < scores.positive
-        scale, bias = (self.held(value, scores) for value in (self.scale(), self.logit_bias))
+        scale, bias = (_as_constant_if_stored(value, scores) for value in (self.scale(), self.logit_bias))
         cost = sigmoid_cost(self.weigh(scores), logit_scale=scale, logit_bias=bias)
         return DirectionCost(cost, {"batch_accuracy": hit})
 
@@ -219,3 +212,8 @@ class SigmoidLoss(ScaledLoss):
         log_ratio = math.log(batch_size) - num_negatives.to(stored.similarity.dtype).log()
         log_weight = log_ratio if stored.log_weight is None else stored.log_weight + log_ratio
         return stored._replace(log_weight=log_weight.expand_as(stored.similarity))
+
+
+def _as_constant_if_stored(value: Tensor, scores: DirectionScores) -> Tensor:
+    # A bank has many more negatives than a batch. It would sharpen the scale until the towers fit the training set alone.
+    return value.detach() if scores.is_stored else value
