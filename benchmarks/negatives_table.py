@@ -43,6 +43,9 @@ def print_table(rows: list[Row]) -> None:
     """Print one line per method: means over the seeds, and paired differences to InfoNCE."""
     plain = [row for row in rows if factor_of(row["method"]) is not None]
     base = {row["seed"]: row for row in rows if row["method"] == "InfoNCE"}
+    if missing := sorted({row["seed"] for row in rows} - base.keys()):
+        print(f"No table: InfoNCE was not run from seed {missing}, and the others are compared with it.")
+        return
     print(
         f"\n{'method':26}{'seeds':>6}{'val':>7}{'rsum':>15}{'equal steps':>15}{'equal time':>15}{'best by val':>15}",
         end="",
