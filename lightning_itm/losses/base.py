@@ -91,9 +91,7 @@ class PairLoss(nn.Module, ABC):
         """
         scores = direction.scores()
         weights, diagnostics = memory.sampler.weights(scores, margin=None)
-        scores = scores._replace(
-            negative_mask=scores.negative_mask & (weights > 0), log_weight=weights.log(), is_stored=True
-        )
+        scores = scores._replace(negative_mask=scores.negative_mask & (weights > 0), log_weight=weights.log())
         stored = self.direction_cost(self.balance(scores), None).cost
         return self.with_memory(batch, stored, memory, diagnostics)
 

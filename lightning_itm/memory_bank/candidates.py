@@ -95,7 +95,8 @@ class MemoryDirection(NamedTuple):
 
     def scores(self) -> DirectionScores:
         """Compare the anchors with their stored positives and all candidates."""
-        return DirectionScores(self.similarity(), self.positive_similarity(), self.negative_mask())
+        parts = self.similarity(), self.positive_similarity(), self.negative_mask()
+        return DirectionScores(*parts, is_stored=True)
 
     def _has_positive(self) -> Tensor:
         return self.positive.isfinite().all(dim=1)
