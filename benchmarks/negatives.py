@@ -56,7 +56,7 @@ def make_model(setting: Setting, name: str, seed: int, folder: Path | None, knob
 
 def run(setting: Setting, name: str, seed: int, folder: Path | None, knobs: Knobs, is_tuning: bool) -> dict[str, Any]:
     """Train with one method from one seed, and return what is to be kept."""
-    begun = time.process_time()
+    called = time.process_time()
     method, data = methods_of(name), setting.data(folder, seed)
     model = make_model(setting, name, seed, folder, knobs)
     watch, epochs = Evaluate(is_tuning=is_tuning), round(knobs["epochs"] * method.epochs)
@@ -85,7 +85,7 @@ def run(setting: Setting, name: str, seed: int, folder: Path | None, knobs: Knob
         gallery = gallery_rsum(model, sets)
         row |= {"rsum": last["rsum"], "r1": (last["i2t_r1"] + last["t2i_r1"]) / 2, "gallery": gallery}
         row |= {"best": watch.test[best]["rsum"]}
-    row |= {"step": statistics.median(watch.steps), "seconds": seconds, "total": time.process_time() - begun}
+    row |= {"step": statistics.median(watch.steps), "seconds": seconds, "total": time.process_time() - called}
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
 
 

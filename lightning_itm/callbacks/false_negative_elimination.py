@@ -44,8 +44,8 @@ class FalseNegativeElimination(Callback):
 
     Args:
         queue_size: The number of pairs in the bank, of all processes together. Usual: 512 to 65,536, at least one global batch
-            and below the size of the training set. A larger bank has more negatives, but older ones. Begin with the default:
-            on heads that train fast, 8,192 did harm.
+            and below the size of the training set. A larger bank has more negatives, but older ones. Begin with the default.
+            Where the model changes fast, a larger bank can do harm.
         momentum: The fraction of its old weights that the slow copy keeps at an optimizer step. Usual: 0.99 for runs of some
             hundred steps, 0.999 for long ones. Lower it if the bank does not enter the loss.
         start_epoch: The epoch from which on the bank is in the loss, counted from 0. The agreement is then only logged. As
