@@ -5,7 +5,8 @@
 #   benchmarks/cuda.sh pytest search    # the parts that are named
 #   QUICK=1 benchmarks/cuda.sh step     # see that it runs: small, no result
 #
-# Parts: pytest, search, step, mining, precision. Those that are timed (search, step, mining) want the device for themselves.
+# Parts: pytest, search, step, mining, precision, and negatives, which is not among all: it takes as long as it is let, and wants
+# the folders of negatives.sh. Those that are timed (search, step, mining) want the device for themselves.
 # A part that fails or takes too long stops no other; the exit status says whether one did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -34,7 +35,9 @@ for name in "${parts[@]}"; do
         step) part step 6 "$python" benchmarks/step_cuda.py "${options[@]}" --out "$out/step.txt" ;;
         mining) part mining 5 "$python" benchmarks/mining_cuda.py "${options[@]}" --out "$out/mining.txt" ;;
         precision) part precision 7 "$python" benchmarks/precision_cuda.py --jobs 8 "${options[@]}" --out "$out/precision.txt" ;;
-        *) echo "Unknown part '$name'. There are: pytest, search, step, mining, precision." >&2; exit 2 ;;
+        negatives) DEVICE=cuda JOBS=${JOBS:-8} RESULTS="$out/negatives.jsonl" PYTHON="$python" \
+            part negatives 9 benchmarks/negatives.sh icons icons-512 flickr8k ;;
+        *) echo "Unknown part '$name'. There are: pytest, search, step, mining, precision, negatives." >&2; exit 2 ;;
     esac
 done
 exit "$failed"

@@ -6,26 +6,25 @@ Each run adds one line to a file. So runs may be spread over processes and eveni
     python benchmarks/negatives.py --setting icons --folder ICONS --methods InfoNCE "batches of 16" --seeds 0 1 2
     python benchmarks/negatives.py --setting icons --table                                  # of what was run so far
 
-The table has means over the seeds: rsum on the validation set, by which settings are chosen, and on the test set, both at the
-end of the run; the difference on the test set to InfoNCE after as many steps, with the 95 % interval of the paired
+The table has means over the seeds: rsum on the validation set, by which settings are chosen, and on the test set, both at
+the end of the run; the difference on the test set to InfoNCE after as many steps, with the 95 % interval of the paired
 differences; the same after as much time; the same where each run stops after the epoch that is best on the validation set;
-R@1; rsum with all pairs of the set as candidates; the time of a step and of the whole run beside InfoNCE's, in seconds of one
-processor, so that other work on the machine does not count. Equal time: "InfoNCE, 1.5 x" is InfoNCE for one and a half times
-as many epochs, and between such rows rsum is interpolated.
+R@1; rsum with all pairs of the set as candidates; the time of a step and of the whole run beside InfoNCE's, in seconds of
+one processor, so that other work on the machine does not count (with --device cuda, seconds of the clock). Equal time:
+"InfoNCE, 1.5 x" is InfoNCE for one and a half times as many epochs, and between such rows rsum is interpolated.
 """
 
 import argparse
 import json
 import logging
 import statistics
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from negatives_evaluation import Evaluate, gallery_rsum
+from negatives_evaluation import Evaluate, gallery_rsum, seconds
 from negatives_methods import METHODS, methods_of
 from negatives_settings import SETTINGS, Setting
 from negatives_table import print_table, print_tuning
@@ -54,16 +53,19 @@ def make_model(setting: Setting, name: str, seed: int, folder: Path | None, knob
     return model
 
 
-def run(setting: Setting, name: str, seed: int, folder: Path | None, knobs: Knobs, is_tuning: bool) -> dict[str, Any]:
-    """Train with one method from one seed, and return what is to be kept."""
-    called = time.process_time()
+def run(setting: Setting, folder: Path | None, key: dict[str, Any]) -> dict[str, Any]:
+    """Train with one method from one seed, and return what is to be kept, with ``key`` before it."""
+    name, seed, knobs, is_tuning = (key[word] for word in ("method", "seed", "knobs", "is_tuning"))
+    device = torch.device(key["device"])
+    called = seconds(device)
     method, data = methods_of(name), setting.data(folder, seed)
     model = make_model(setting, name, seed, folder, knobs)
     watch, epochs = Evaluate(is_tuning=is_tuning), round(knobs["epochs"] * method.epochs)
-    began = time.process_time()
+    began = seconds(device)
     trainer = L.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
+        accelerator=key["device"],
+        devices=1,
         gradient_clip_val=setting.clip,
         limit_train_batches=setting.fraction,
         callbacks=[*method.callbacks(seed), watch],
@@ -74,18 +76,17 @@ def run(setting: Setting, name: str, seed: int, folder: Path | None, knobs: Knob
         enable_model_summary=False,
     )
     trainer.fit(model, datamodule=data)
-    seconds = time.process_time() - began - watch.evaluation  # of training and mining
+    training = seconds(device) - began - watch.evaluation  # of training and mining
     val = [value["rsum"] for value in watch.val]
     best = max(range(epochs), key=lambda epoch: val[epoch])
-    row = {"setting": setting.name, "method": name, "seed": seed, "is_tuning": is_tuning, "knobs": knobs}
-    row |= {"val": round(val[-1], 2), "best_val": round(val[best], 2), "best_epoch": best + 1}
+    row = key | {"val": round(val[-1], 2), "best_val": round(val[best], 2), "best_epoch": best + 1}
     if not is_tuning:
         last = watch.test[-1]
         sets = [data.train_dataset, data.val_dataset, data.test_dataset]
         gallery = gallery_rsum(model, sets)
         row |= {"rsum": last["rsum"], "r1": (last["i2t_r1"] + last["t2i_r1"]) / 2, "gallery": gallery}
         row |= {"best": watch.test[best]["rsum"]}
-    row |= {"step": statistics.median(watch.steps), "seconds": seconds, "total": time.process_time() - called}
+    row |= {"step": statistics.median(watch.steps), "seconds": training, "total": seconds(device) - called}
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
 
 
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, help="where the set is: icons.npz, or the photographs and their JSON")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     parser.add_argument(
         "--tune", nargs="*", metavar="KNOB", help="try the values of these knobs, or of all, and judge on val"
@@ -122,13 +124,15 @@ def main() -> None:
     for seed in [] if args.table else args.seeds:
         for name, knobs in plan:
             key = {"setting": setting.name, "method": name, "seed": seed, "is_tuning": is_tuning, "knobs": knobs}
+            key["device"] = args.device
             if any(key.items() <= row.items() for row in read(args.results)):
                 continue
-            row = run(setting, name, seed, args.folder, knobs, is_tuning)
+            row = run(setting, args.folder, key)
             with open(args.results, "a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-    rows = [row for row in read(args.results) if row["setting"] == setting.name and row["is_tuning"] == is_tuning]
+    chosen = {"setting": setting.name, "is_tuning": is_tuning, "device": args.device}
+    rows = [row for row in read(args.results) if chosen.items() <= row.items()]
     if is_tuning:
         print_tuning(rows)
     else:
@@ -137,7 +141,8 @@ def main() -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Read what was run so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{"device": "cpu"} | json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":

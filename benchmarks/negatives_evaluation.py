@@ -18,6 +18,14 @@ from lightning_itm.functional.similarity import unit_norm
 ENCODED_AT_ONCE = 50
 
 
+def seconds(device: torch.device) -> float:
+    """Return the time of this process. On a GPU, which works beside it, the time of day once all work is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Evaluate(Callback):
     """Compute rsum on both held-out sets after each epoch, and measure the time of steps and of evaluation."""
 
@@ -28,23 +36,23 @@ class Evaluate(Callback):
         self.steps: list[float] = []
         self.start, self.evaluation = 0.0, 0.0
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, _: L.Trainer, pl_module: L.LightningModule, *__: Any) -> None:
         """Start the clock."""
-        self.start = time.process_time()
+        self.start = seconds(pl_module.device)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, _: L.Trainer, pl_module: L.LightningModule, *__: Any) -> None:
         """Stop it."""
-        self.steps.append(time.process_time() - self.start)
+        self.steps.append(seconds(pl_module.device) - self.start)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        start = time.process_time()
+        start = seconds(pl_module.device)
         self.val.append(retrieve(pl_module, data.val_dataset))
         if not self.is_tuning:
             self.test.append(retrieve(pl_module, data.test_dataset))
         pl_module.train()
-        self.evaluation += time.process_time() - start
+        self.evaluation += seconds(pl_module.device) - start
 
 
 @torch.no_grad()
@@ -57,7 +65,12 @@ def embed_set(model: Any, pairs: ImageTextDataset) -> EmbeddingPairs:
         length = torch.tensor([len(text) for text in pairs.texts] if kind == "text" else [0] * len(items))
         order = length.argsort(stable=True)
         loader = DataLoader(Subset(items, order.tolist()), ENCODED_AT_ONCE, collate_fn=collate_pairs)
-        found = torch.cat([unit_norm(getattr(model, f"encode_{kind}")(batch[kind])).float() for batch in loader])
+        found = torch.cat(
+            [
+                unit_norm(getattr(model, f"encode_{kind}")(batch[kind].to(model.device))).float().cpu()
+                for batch in loader
+            ]
+        )
         rows[kind] = torch.empty_like(found).index_copy_(0, order, found)
     owner = pairs.text_image_id
     return EmbeddingPairs(rows["image"][owner], rows["text"], owner, torch.arange(len(owner)))
