@@ -65,12 +65,12 @@ def train(example: Any, args: argparse.Namespace, stage: str, loss: str, start: 
     steps = Steps()
     plain: Any = L.Trainer
 
-    def watched(callbacks: list[L.Callback], **options: Any) -> L.Trainer:
-        quiet = [one for one in callbacks if not isinstance(one, example.TQDMProgressBar)]
-        trainer: L.Trainer = plain(callbacks=[steps, *quiet], enable_progress_bar=False, **options)
-        return trainer
+    class Watched(plain):  # type: ignore[misc]  # a class, as the library asks whether a Trainer is one
+        def __init__(self, callbacks: list[L.Callback], **options: Any) -> None:
+            quiet = [one for one in callbacks if not isinstance(one, example.TQDMProgressBar)]
+            super().__init__(callbacks=[steps, *quiet], enable_progress_bar=False, **options)
 
-    example.L.Trainer = watched
+    example.L.Trainer = Watched
     try:
         row = example.train_row(args, stage, loss, start)
     finally:
