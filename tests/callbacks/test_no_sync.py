@@ -32,6 +32,7 @@ LOSSES = {
     "mean": lambda: TripletLoss(negatives="mean"),
     "quintuplet": QuintupletLoss,
     "info_nce": InfoNCELoss,
+    "hardness": lambda: InfoNCELoss(hardness=9),
     "sigmoid": SigmoidLoss,
 }
 CALLBACKS = {
