@@ -15,12 +15,13 @@ mkdir -p "$(dirname "$results")"
 export OMP_NUM_THREADS=1
 failed=0
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(emoji-32 emoji-128 heads-128 heads-16 icons icons-512 flickr8k grid grid-converged)
+[ ${#parts[@]} -gt 0 ] || parts=(emoji-32 emoji-128 emoji-towers heads-128 heads-16 icons icons-512 flickr8k grid grid-converged)
 methods=()
 [ -z "${METHODS:-}" ] || { IFS=';' read -ra methods <<< "$METHODS"; methods=(--methods "${methods[@]}"); }
 
 for part in "${parts[@]}"; do
     case $part in
+        emoji-towers) seeds="0 1 2" folder=() ;;
         emoji-*) seeds="0 1 2 3 4" folder=() ;;
         icons) seeds="0 1 2 3 4" folder=(--folder "${ICONS:?where icons.npz is}") ;;
         icons-*) seeds="0 1 2" folder=(--folder "${ICONS:?where icons.npz is}") ;;

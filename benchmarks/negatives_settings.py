@@ -10,13 +10,43 @@ from typing import Any
 
 import lightning as L
 from icons import IconEncoder, load_icons
+from negatives_knobs import (
+    EMOJI,
+    EMOJI_SEARCH,
+    EMOJI_START,
+    EMOJI_TOWER_METHODS,
+    EMOJI_TOWER_SEARCH,
+    EMOJI_TOWERS,
+    FURTHER_SEARCH,
+    GRID,
+    GRID_EPOCHS,
+    GRID_FRACTION,
+    GRID_KNOBS,
+    GRID_METHODS,
+    GRID_SEARCH,
+    GRID_START_METHODS,
+    HEAD_METHODS,
+    HEAD_SEARCH,
+    HEADS,
+    ICON_METHODS,
+    ICON_SEARCH,
+    ICONS,
+    LARGE_ICON_METHODS,
+    LARGE_ICON_SEARCH,
+    LARGE_ICONS,
+    SMALL_HEAD_METHODS,
+    SMALL_METHODS,
+    TOWER_METHODS,
+    TOWER_SEARCH,
+    TOWERS,
+)
 from torch import nn
 
 from lightning_itm import ImageTextDataModule, InfoNCELoss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from emoji_data import small_pictures
-from train_on_emoji import Small
+from train_on_emoji import Small, files
 
 State = dict[str, Any]
 Data = Callable[[Path | None, int], ImageTextDataModule]
@@ -90,6 +120,21 @@ def emoji_model(loss: nn.Module, folder: Path | None, *, learning_rate: float, w
     return model
 
 
+@functools.cache
+def _emoji_files() -> Any:
+    return files()
+
+
+def emoji_tower_data(_: Path | None, seed: int) -> ImageTextDataModule:
+    """Return the emoji as pretrained towers take them."""
+    return ImageTextDataModule(*_emoji_files(), batch_size=64, num_workers=0, seed=seed)
+
+
+def emoji_tower_model(loss: nn.Module, folder: Path | None, **knobs: Any) -> Any:
+    """Make the pretrained towers, for pictures of 72 pixels."""
+    return later("pretrained_towers", "Towers")(loss, 72, **knobs)
+
+
 def converged(
     data: Data, model: Callable[..., Any], epochs: int, clip: float | None = None, fraction: float = 1.0, **knobs: Any
 ) -> Callable[[Path | None, int], State]:
@@ -127,48 +172,6 @@ def tower_model(loss: nn.Module, folder: Path | None, **knobs: Any) -> Any:
     return later("flickr8k", "Towers")(loss, **knobs)
 
 
-TOWER_METHODS = ("InfoNCE", "hardness 3", "batches of 4, mined once", "bank")
-HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4", "bank", "InfoNCE, 1.5 x")
-SMALL_HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4, every 4th epoch", "bank", "InfoNCE, 1.5 x")
-ICON_METHODS = ("InfoNCE", "hardness 9", "batches of 4", "bank", "InfoNCE, 1.2 x", "InfoNCE, 2 x")
-MINED = ("batches of 4", "batches of 4, training", "samples", "embeddings")
-BANKS = ("bank", "bank 8192", "bank 512", "bank 512, drop", "bank, batches of 4")
-SMALL_METHODS = ("InfoNCE", "InfoNCE, 2 x", "InfoNCE, 3 x", "hardness 3", "hardness 9", *MINED, *BANKS, "sigmoid")
-GRID_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE")
-GRID_START_METHODS = (*GRID_METHODS, "AOQ", "batches of 4", "hardness 9")
-
-ICONS = {"learning_rate": 1e-2, "weight_decay": 0.3, "epochs": 6}
-ICON_SEARCH: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 4e-2),
-    "temperature": (0.03, None, 0.15),
-    "weight_decay": (0.01, 0.1, 0.3, 1.0),
-}
-LARGE_ICON_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (1e-2, 2e-2)}
-FURTHER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (1e-4, 3e-4, 1e-3), "temperature": (None, 0.07)}
-EMOJI = {"learning_rate": 3e-4, "weight_decay": 0.1, "epochs": 4}
-EMOJI_START: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.1}
-EMOJI_SEARCH: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (1e-3, 3e-3, 1e-2),
-    "weight_decay": (0.1, 0.3, 1.0, 3.0),
-    "epochs": (12, 18, 36),
-}
-TOWERS = {"learning_rate": 4e-4, "weight_decay": 0.05, "epochs": 3}
-TOWER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (1e-4, 2e-4, 4e-4, 8e-4), "temperature": (None, 0.07)}
-HEADS = {"learning_rate": 1e-3, "weight_decay": 0.05, "dropout": 0.5, "hidden": 0, "temperature": 0.03, "epochs": 16}
-HEAD_SEARCH: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (3e-4, 1e-3, 3e-3, 1e-2),
-    "dropout": (0.0, 0.2, 0.5, 0.7),
-    "hidden": (0, 512),
-    "epochs": (4, 8, 16),
-    "temperature": (0.015, 0.03, None),
-    "weight_decay": (0.05, 0.5),
-}
-GRID_KNOBS: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1}
-GRID_EPOCHS = 8
-GRID = {**GRID_KNOBS, "epochs": GRID_EPOCHS}
-GRID_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (5e-4, 1e-3, 2e-3)}
-GRID_FRACTION = 0.4  # of the pairs, per epoch: 94 steps
-
 tower_data = later("flickr8k", "tower_data")
 grid_data, grid_model, head_model, trained_heads = (
     later("flickr8k_features", name) for name in ("grid_data", "grid_model", "head_model", "trained_heads")
@@ -190,9 +193,18 @@ SETTINGS: dict[str, Setting] = {
             )
             for batch_size in (32, 128)
         ),
+        Setting(
+            "emoji-towers",
+            emoji_tower_data,
+            emoji_tower_model,
+            EMOJI_TOWERS,
+            EMOJI_TOWER_SEARCH,
+            EMOJI_TOWER_METHODS,
+            start=converged(emoji_tower_data, emoji_tower_model, 4, learning_rate=3e-4, weight_decay=0.05),
+        ),
         Setting("flickr8k", tower_data, tower_model, TOWERS, TOWER_SEARCH, TOWER_METHODS, {}, trained_heads, None, 0.2),
         Setting("icons", icon_data(128), icon_model, ICONS, ICON_SEARCH, ICON_METHODS, clip=2.0),
-        Setting("icons-512", icon_data(512), icon_model, ICONS, LARGE_ICON_SEARCH, ICON_METHODS, clip=2.0),
+        Setting("icons-512", icon_data(512), icon_model, LARGE_ICONS, LARGE_ICON_SEARCH, LARGE_ICON_METHODS, clip=2.0),
         Setting(
             "icons-converged",
             icon_data(128),
