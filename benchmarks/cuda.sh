@@ -5,8 +5,8 @@
 #   benchmarks/cuda.sh pytest search    # the parts that are named
 #   QUICK=1 benchmarks/cuda.sh step     # see that it runs: small, no result
 #
-# Parts: pytest, search, step, mining, precision, and negatives, which is not among all: it takes as long as it is let, and wants
-# the folders of negatives.sh. Those that are timed (search, step, mining) want the device for themselves.
+# Parts: pytest, search, step, mining, precision. A sixth, negatives, runs only where it is named: it is cut off after nine minutes,
+# and needs the folders that negatives.sh names. Those that are timed (search, step, mining) want the device for themselves.
 # A part that fails or takes too long stops no other; the exit status says whether one did.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -15,7 +15,7 @@ mkdir -p "$(dirname "$results")"
 export OMP_NUM_THREADS=1
 failed=0
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(emoji-32 emoji-128 emoji-towers heads-128 heads-16 icons icons-512 flickr8k grid grid-converged)
+[ ${#parts[@]} -gt 0 ] || parts=(emoji-32 emoji-128 emoji-towers heads-128 heads-16 icons icons-512 flickr8k grid-converged)
 methods=()
 [ -z "${METHODS:-}" ] || { IFS=';' read -ra methods <<< "$METHODS"; methods=(--methods "${methods[@]}"); }
 

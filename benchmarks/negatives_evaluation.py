@@ -19,7 +19,7 @@ ENCODED_AT_ONCE = 50
 
 
 def seconds(device: torch.device) -> float:
-    """Return the time of this process. On a GPU, which works beside it, the time of day once all work is done."""
+    """Return the processor time of this process. For a GPU, wait until it has finished, and return the wall clock."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)

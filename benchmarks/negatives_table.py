@@ -6,8 +6,8 @@ from typing import Any
 
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 """Student's t for a 95 % interval, by degrees of freedom."""
-OFF = 0.15
-"""So far may the time of "InfoNCE, 2 x" be from twice that of InfoNCE."""
+MAX_TIME_ERROR = 0.15
+"""The time of "InfoNCE, 2 x" may differ by this fraction from twice the time of InfoNCE."""
 Row = dict[str, Any]
 
 
@@ -73,12 +73,10 @@ def print_table(rows: list[Row]) -> None:
         val = statistics.mean(row["val"] for row in own)
         print(f"{name:26}{len(own):6}{val:7.1f}" + "".join(f"{cell:>15}" for cell in cells[:4]), end="")
         print(f"{recall}{cells[4]:>15}{step:6.2f} x{time:6.2f} x")
-        if abs(time / (factor_of(name) or time) - 1) > OFF:
+        if abs(time / (factor_of(name) or time) - 1) > MAX_TIME_ERROR:
             uneven.append(f"{name} took {time:.2f} times as long")
     if uneven:
-        print(
-            f"The times are of unlike machines or versions, and so is what is called equal time: {', '.join(uneven)}."
-        )
+        print(f"These rows were not timed side by side, so do not trust equal time: {', '.join(uneven)}.")
     measured = [row["total"] for row in rows if "total" in row]
     if measured:
         print(
