@@ -1,19 +1,22 @@
 """What a training step costs on a GPU with each callback: ViT-B-32, batch 512, bf16-mixed, from random weights.
 
-The bare module; with `GradientNormMonitor`; with offline negatives as embeddings; with `FalseNegativeElimination` and a queue
-of 65,536; and the floor of the last: the bare module with one more forward pass, by a copy without gradient, and the update of
-its weights. Batches are on the device already, so that it is the step that is timed and no loader. The ways take turns; ratios
-are to the bare module in the same turn.
+The bare module; with `GradientNormMonitor`; with hardness weights; with offline negatives as embeddings; with
+`FalseNegativeElimination` and a queue of 65,536; and the floor of the last: the bare module with one more forward pass, by a
+copy without gradient, and the update of its weights. Hard batches have no row: they differ in which pairs they hold, and after
+a pass before the epoch their callback does nothing in a step. Batches are on the device already, so that it is the step that
+is timed and no loader. One model goes through all ways, which take turns. Ratios are to the bare module in the same turn.
 
     python benchmarks/step_cuda.py
     python benchmarks/step_cuda.py --device cpu --quick    # see that it runs
 """
 
 import argparse
+import functools
 import logging
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -97,10 +100,9 @@ def make_batches(model: OpenCLIPDualEncoder, number: int, args: argparse.Namespa
     return [dict(batches[place % 2]) for place in range(number)]
 
 
-def run(callbacks: list[L.Callback], loss: nn.Module, args: argparse.Namespace) -> float:
+def run(model: OpenCLIPDualEncoder, callbacks: list[L.Callback], loss: nn.Module, args: argparse.Namespace) -> float:
     """Return the seconds of a step."""
-    L.seed_everything(0, verbose=False)
-    model = OpenCLIPDualEncoder(args.model, loss=loss, learning_rate=1e-5, warmup_steps=0).to(args.device)
+    model.loss = loss.to(args.device)
     clock = Clock(args.device, args.warmup)
     trainer = L.Trainer(
         max_epochs=1,
@@ -118,6 +120,21 @@ def run(callbacks: list[L.Callback], loss: nn.Module, args: argparse.Namespace) 
     return clock.seconds / int(args.steps)
 
 
+def ways_of(queue: int, drawn: Drawn) -> dict[str, tuple[Callable[[], nn.Module], list[L.Callback]]]:
+    """Return a loss and callbacks for each row."""
+    hard = functools.partial(InfoNCELoss, hardness=9)
+    return {
+        "bare": (TripletLoss, []),
+        "bare + a momentum forward": (TripletLoss, [Slow()]),
+        "bare, InfoNCE": (InfoNCELoss, []),
+        "GradientNormMonitor": (TripletLoss, [GradientNormMonitor()]),
+        "FNE": (TripletLoss, [FalseNegativeElimination(queue, start_epoch=0)]),
+        "hardness weights, InfoNCE": (hard, []),
+        "offline negatives, InfoNCE": (InfoNCELoss, [drawn]),
+        "FNE, InfoNCE": (InfoNCELoss, [FalseNegativeElimination(queue, start_epoch=0)]),
+    }
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,6 +143,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=5.0, help="start no further turn after as many")
     parser.add_argument("--quick", action="store_true", help="batch 4, two steps, a queue of 64: see that it runs")
     parser.add_argument("--out", help="a file that the table is written to as well")
     args = parser.parse_args()
@@ -135,31 +153,24 @@ def main() -> None:
     args.warmup, queue, num_images = WARMUP, QUEUE, 113_287
     if args.quick:
         args.batch_size, args.steps, args.runs, args.warmup, queue, num_images = 4, 2, 1, 1, 64, 100
+    began = time.perf_counter()
+    L.seed_everything(0, verbose=False)
+    model = OpenCLIPDualEncoder(args.model, loss=InfoNCELoss(), learning_rate=1e-5, warmup_steps=0)
     drawn = Drawn(num_images, 512, args.device)
-    hinge, softmax = TripletLoss, InfoNCELoss
-    ways: dict[str, tuple[Any, Any]] = {
-        "bare": (hinge, lambda: []),
-        "GradientNormMonitor": (hinge, lambda: [GradientNormMonitor()]),
-        "bare + a momentum forward": (hinge, lambda: [Slow()]),
-        "FNE": (hinge, lambda: [FalseNegativeElimination(queue, start_epoch=0)]),
-        "bare, InfoNCE": (softmax, lambda: []),
-        "offline negatives, InfoNCE": (softmax, lambda: [drawn]),
-        "FNE, InfoNCE": (softmax, lambda: [FalseNegativeElimination(queue, start_epoch=0)]),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(args.runs):
-        for name, (loss, callbacks) in ways.items():
-            seconds[name].append(run(callbacks(), loss(), args))
+    seconds: dict[str, list[float]] = {}
+    turns = 0
+    while turns < args.runs and (turns == 0 or time.perf_counter() - began < 60 * args.minutes):
+        for name, (loss, callbacks) in ways_of(queue, drawn).items():
+            seconds.setdefault(name, []).append(run(model, callbacks, loss(), args))
             # A run that breaks off leaves these lines.
-            print(f"turn {number}: {name}, {1000 * seconds[name][-1]:.1f} ms per step", flush=True)
+            print(f"turn {turns}: {name}, {1000 * seconds[name][-1]:.1f} ms per step", flush=True)
+        turns += 1
     report = Report(args.device, args.out, ("step", 32), ("ms", 9), ("to bare", 9), ("to momentum", 13))
     for name, times in seconds.items():
         floors = seconds["bare, InfoNCE" if name.endswith("InfoNCE") else "bare"], seconds["bare + a momentum forward"]
         ratios = [statistics.median(a / b for a, b in zip(times, floor, strict=True)) for floor in floors]
         report.row(name, 1000 * statistics.median(times), *ratios)
-    report.close(
-        f"{args.model}, batch {args.batch_size}, queue {queue}, median of {args.runs} runs of {args.steps} steps"
-    )
+    report.close(f"{args.model}, batch {args.batch_size}, queue {queue}, median of {turns} runs of {args.steps} steps")
 
 
 if __name__ == "__main__":
