@@ -28,7 +28,7 @@ import torch
 from negatives_evaluation import Evaluate, gallery_rsum, seconds
 from negatives_methods import METHODS, methods_of
 from negatives_settings import SETTINGS, Setting
-from negatives_table import print_table, print_tuning
+from negatives_table import print_table, print_tuning, read
 
 from lightning_itm import InfoNCELoss
 
@@ -132,18 +132,11 @@ def main() -> None:
             with open(args.results, "a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-    chosen = {"setting": setting.name, "is_tuning": is_tuning, "device": args.device}
-    rows = [row for row in read(args.results) if chosen.items() <= row.items()]
+    rows = read(args.results, setting=setting.name, is_tuning=is_tuning, device=args.device)
     if is_tuning:
         print_tuning(rows)
     else:
         print_table(rows)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read what was run so far."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [{"device": "cpu"} | json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":

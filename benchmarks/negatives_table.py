@@ -1,7 +1,9 @@
 """The tables of negatives.py."""
 
 import itertools
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -9,6 +11,13 @@ T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31,
 MAX_TIME_ERROR = 0.15
 """The time of "InfoNCE, 2 x" may differ by this fraction from twice the time of InfoNCE."""
 Row = dict[str, Any]
+
+
+def read(path: Path, **chosen: Any) -> list[Row]:
+    """Read what was run so far: the rows with these values."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [{"device": "cpu"} | json.loads(line) for line in lines]
+    return [row for row in rows if chosen.items() <= row.items()]
 
 
 def interval(differences: list[float]) -> str:

@@ -1,0 +1,66 @@
+"""The figures of the pages are those that their commands print from the rows that are kept."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLE = re.compile(r"python (benchmarks/negatives\.py --setting .*--table.*)$", re.MULTILINE)
+FIGURE = re.compile(r"[+-]?\d+\.\d+(?: ± \d+\.\d+)?(?: x)?|(?<=\| )\d(?= \|)")
+SEEDS = re.compile(r"(?<=\s)\d(?=\s)")
+GAIN = re.compile(r"[+-]\d+\.\d+ ± \d+\.\d+")
+BLOCK = re.compile(r"((?:^\|.*\n)+)|```bash\n((?:.*\n)*?)```", re.MULTILINE)
+
+
+def plain(text):
+    """Write signs as a terminal does."""
+    return text.replace("−", "-").replace("×", "x").replace("**", "").replace("| 1 x |", "| 1.00 x |")
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """Return what prints the table of a command, and returns the figures of each of its lines."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import negatives_table
+
+    def run(command):
+        words = shlex.split(command)
+        path = ROOT / (words[words.index("--results") + 1] if "--results" in words else "benchmarks/negatives.jsonl")
+        setting = words[words.index("--setting") + 1]
+        negatives_table.print_table(negatives_table.read(path, setting=setting, is_tuning=False, device="cpu"))
+        text = re.sub(r"(?<=±) +", " ", capsys.readouterr().out)
+        lines = [FIGURE.findall(line) + SEEDS.findall(line) for line in text.splitlines() if " x" in line]
+        assert lines, text
+        return [set(line) | {figure.split(" ± ")[0] for figure in line} for line in lines]
+
+    return run
+
+
+def tables_of_results():
+    """Return each table of the page with the first command after it that prints its rows."""
+    rows, found = [], []
+    for table, commands in BLOCK.findall((ROOT / "docs" / "results.md").read_text()):
+        if table:
+            rows = [FIGURE.findall(plain(line)) for line in table.splitlines()[2:]]
+        elif rows and (match := [one for one in TABLE.findall(commands) if "--tune" not in one]):
+            found.append(pytest.param(match[0], rows, id=shlex.split(match[0])[2]))
+            rows = []
+    return found
+
+
+@pytest.mark.parametrize(("command", "rows"), tables_of_results())
+def test_each_row_of_the_results_is_a_row_of_its_command(command, rows, printed):
+    lines = printed(command)
+    for row in rows:
+        assert any(set(row) <= line for line in lines), f"{row} is in no line of {command}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choose.md"])
+def test_each_gain_that_a_page_names_is_one_of_its_tables(page, printed):
+    text = (ROOT / page).read_text()
+    known = {figure for command in TABLE.findall(text) for line in printed(command) for figure in line}
+    gains = GAIN.findall(plain(text))
+    assert gains
+    assert set(gains) <= known
