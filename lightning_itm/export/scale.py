@@ -9,7 +9,7 @@ SCALE_NAMES = ("logit_scale", "logit_bias")
 
 
 @torch.no_grad()
-def take_scale(loss: nn.Module, model: Any) -> None:
+def take_scale(loss: Any, model: Any) -> None:
     """Copy the scale and the bias of a pretrained model into a loss that was given none.
 
     Args:
@@ -23,6 +23,7 @@ def take_scale(loss: nn.Module, model: Any) -> None:
     if len(theirs) == len(names):  # a scale without its bias would be of another loss
         for name, parameter in zip(names, theirs, strict=True):
             getattr(loss, name).copy_(parameter.reshape(()))
+        loss.takes_pretrained_scale = False  # from here on it is trained: another model must not overwrite it
 
 
 @torch.no_grad()

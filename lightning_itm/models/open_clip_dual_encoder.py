@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_itm.export.open_clip_folder import create_described_model
 from lightning_itm.export.open_clip_module import ExportsToOpenCLIP, shapes_of
-from lightning_itm.export.scale import return_scale, take_scale
+from lightning_itm.export.scale import return_scale
 from lightning_itm.models.optimization import check_layer_decay
 from lightning_itm.models.pretrained.open_clip_config import (
     describe_forced_model,
@@ -36,9 +36,9 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, PretrainedDualEncoder):
     - *Speed*: ``compile=True``, if the run is long enough to pay for some minutes of compilation.
 
     The loss owns ``logit_scale`` and ``logit_bias``. With pretrained weights, the model's values are copied into the loss
-    unless the loss was given its own. The model's own parameters of these names are frozen. They get the trained values of
-    the loss when the mode is set (``eval()``) and in ``state_dict()``. The captioner of CoCa is frozen, too, because DDP stops
-    at parameters that are trained and not used.
+    unless the loss was given its own. So they are when a loss is set later, ``model.loss = InfoNCELoss()``. The model's own
+    parameters of these names are frozen. They get the trained values of the loss when the mode is set (``eval()``) and in
+    ``state_dict()``. The captioner of CoCa is frozen, too, because DDP stops at parameters that are trained and not used.
 
     ``load_from_checkpoint(path)`` reads neither ``pretrained`` nor the hub: a checkpoint says how the model is built. The
     exceptions are models with a text tower or a tokenizer of Hugging Face, which are looked up where they came from, and
@@ -144,7 +144,7 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, PretrainedDualEncoder):
             transforms.append(open_clip.get_tokenizer(name, context_length=force_context_length, cache_dir=cache_dir))
             config = describe_forced_model(name, self.model, forced, cache_dir) | {"model_name": model_name}
             if has_weights:
-                take_scale(self.loss, self.model)
+                self.take_scale()
         else:
             self.model, *transforms = create_described_model(config, augmentation)
         self.transforms = dict(zip(("transform", "eval_transform", "tokenizer"), transforms, strict=True))

@@ -85,7 +85,37 @@ class TestScale:
         assert OpenCLIPDualEncoder("tiny-vit", path, InfoNCELoss(2.0)).loss.logit_scale.item() == 2.0
 
     def test_is_the_losss_own_without_weights(self):
-        assert OpenCLIPDualEncoder("tiny-vit").loss.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+        model = OpenCLIPDualEncoder("tiny-vit")
+        assert model.loss.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+        with torch.no_grad():
+            model.model.logit_scale.fill_(3.5)
+        model.loss = InfoNCELoss()
+        assert model.loss.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+    def test_comes_with_a_loss_that_is_set_later(self, weights):
+        _, path = weights("tiny-vit")
+        model = OpenCLIPDualEncoder("tiny-vit", path, TripletLoss())
+        model.loss = InfoNCELoss(hardness=9)
+        assert model.loss.logit_scale.item() == 3.5
+        model.loss = InfoNCELoss(2.0)
+        assert model.loss.logit_scale.item() == 2.0
+
+    def test_that_was_trained_elsewhere_is_kept(self, weights):
+        _, path = weights("tiny-vit")
+        loss = OpenCLIPDualEncoder("tiny-vit", path).loss
+        with torch.no_grad():
+            loss.logit_scale.fill_(3.0)
+        assert OpenCLIPDualEncoder("tiny-vit", path, loss).loss.logit_scale.item() == 3.0
+
+    def test_of_a_checkpoint_comes_with_a_loss_that_is_set_later(self, weights, tmp_path):
+        _, path = weights("tiny-vit")
+        model = OpenCLIPDualEncoder("tiny-vit", path, learning_rate=1e-2, warmup_steps=0)
+        fit = trainer()
+        fit.fit(model, datamodule=data_for(model))
+        fit.save_checkpoint(tmp_path / "last.ckpt")
+        again = OpenCLIPDualEncoder.load_from_checkpoint(tmp_path / "last.ckpt")
+        again.loss = InfoNCELoss(hardness=9)
+        assert again.loss.logit_scale.item() == model.loss.logit_scale.item() != 3.5
 
     def test_comes_with_its_bias_or_not_at_all(self, weights):
         _, path = weights("tiny-bias")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_itm.encoder_output import vectors_of
 from lightning_itm.export.exportable import whole_folder
-from lightning_itm.export.scale import take_scale
 from lightning_itm.models.hugging_face.architecture import (
     build_model,
     compute_activations_twice,
@@ -41,7 +40,8 @@ class HFDualEncoder(PretrainedDualEncoder):
     Other models of ``transformers`` work if they have ``get_image_features`` and ``get_text_features``.
 
     The loss owns ``logit_scale`` and ``logit_bias``. With pretrained weights, the model's values are copied into the loss
-    unless the loss was given its own. The model's own parameters of these names are frozen.
+    unless the loss was given its own. So they are when a loss is set later. The model's own parameters of these names are
+    frozen.
 
     Texts are padded to the context length of the model, and longer ones are cut, with a warning at the first. SigLIP and
     SigLIP 2 get no attention mask, because they were trained without one.
@@ -146,7 +146,7 @@ class HFDualEncoder(PretrainedDualEncoder):
         )
         self._transforms: dict[str, Any] | None = None
         if reads_weights:
-            take_scale(self.loss, self.model)
+            self.take_scale()
         self._prepare(gradient_checkpointing, compile)
         self.train(self.training)  # `from_pretrained` returns models in eval mode
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_itm.export.scale import return_scale
+from lightning_itm.export.scale import return_scale, take_scale
 from lightning_itm.models.dual_encoder import DualEncoder
 from lightning_itm.models.optimization import split_towers_by_depth
 from lightning_itm.models.pretrained.locked import keep_batch_statistics
@@ -19,11 +19,25 @@ if TYPE_CHECKING:
 class PretrainedDualEncoder(DualEncoder):
     """Train a model that others have pretrained. Base of :class:`OpenCLIPDualEncoder` and :class:`HFDualEncoder`.
 
-    A subclass has the model as ``self.model``, saves its options with ``save_settings``, and then calls :meth:`adapt`.
+    A subclass has the model as ``self.model``, saves its options with ``save_settings``, and then calls :meth:`adapt`. A loss
+    that is set later, ``model.loss = InfoNCELoss()``, begins with the temperature of the model, as one that is passed does.
     """
 
     model: Any  # a module, whose own methods the subclasses call
     layer_decay: float | None = None
+    has_trained_scale = False
+    """Whether the temperature of ``model`` was learned, and is no random start."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let a new loss begin with the temperature of the model, unless it was given its own."""
+        super().__setattr__(name, value)
+        if name == "loss" and self.has_trained_scale:
+            take_scale(value, self.model)
+
+    def take_scale(self) -> None:
+        """Let the loss, and each that is set later, begin with the temperature of the model, whose weights were read."""
+        self.has_trained_scale = True
+        take_scale(self.loss, self.model)
 
     def check_lora(self, lora: Any, *, saves_adapters_only: bool, has_weights: bool, is_compiled: bool) -> None:
         """Raise a ValueError if the options of adapters do not fit the others.
@@ -88,6 +102,11 @@ class PretrainedDualEncoder(DualEncoder):
             frozen = self._frozen_names()
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in weights.items() if name not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember that the temperature of the model is that of the checkpoint, which follows."""
+        super().on_load_checkpoint(checkpoint)
+        self.has_trained_scale = True
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights. With ``save_adapters_only``, frozen ones that are not among them stay as they are."""

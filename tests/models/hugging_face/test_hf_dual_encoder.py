@@ -101,6 +101,12 @@ class TestScale:
         assert HFDualEncoder(path).loss.logit_scale.item() == 3.5
         assert HFDualEncoder(path, pretrained=False).loss.logit_scale.item() != 3.5
 
+    def test_comes_with_a_loss_that_is_set_later(self, folder):
+        _, path = folder("siglip", logit_scale=3.5, logit_bias=-7.0)
+        model = HFDualEncoder(path)
+        model.loss = SigmoidLoss()
+        assert (model.loss.logit_scale.item(), model.loss.logit_bias.item()) == (3.5, -7.0)
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_goes_back_to_transformers_with_what_it_learned(family, tmp_path):
