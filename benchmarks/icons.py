@@ -1,7 +1,7 @@
 """Icons of many open-source sets and their names: small pictures, and a set that is large beside a batch.
 
 A folder with ``icons.npz``: ``x`` uint8 `(icons, 32, 32)`, ``t`` the name of each as words, ``p`` its set. An icon of the same
-name in another set is a known false negative. Used by false_negatives.py.
+name in another set is a known false negative. icons_make.py makes it. Used by negatives.py and false_negatives.py.
 """
 
 import random

@@ -80,7 +80,7 @@ class Setting:
 @functools.cache
 def _icons(folder: Path | None) -> Any:
     if folder is None:
-        raise ValueError("Expected `--folder`, where icons.npz is, got none.")
+        raise ValueError("Expected `--folder`, where icons.npz is, got none. icons_make.py makes it.")
     return load_icons(folder)
 
 
