@@ -6,11 +6,11 @@ Each run adds one line to a file. So runs may be spread over processes and eveni
     python benchmarks/negatives.py --setting icons --folder ICONS --methods InfoNCE "batches of 16" --seeds 0 1 2
     python benchmarks/negatives.py --setting icons --table                                  # of what was run so far
 
-The table has means over the seeds: rsum on the validation set, by which settings are chosen, and on the test set, both at
-the end of the run; the difference on the test set to InfoNCE after as many steps, with the 95 % interval of the paired
-differences; the same after as much time; the same where each run stops after the epoch that is best on the validation set;
-R@1; rsum with all pairs of the set as candidates; the time of a step (without what callbacks do before it) and of the whole
-run beside InfoNCE's, in seconds of one processor, so that other work on the machine does not count (with --device cuda,
+The table has means over the seeds: rsum on the validation set, by which settings are chosen, and on the test set, both at the
+end of the run; the gain on the test set beside InfoNCE after as many steps, with the 95 % interval of the paired differences;
+the same after as much time; the same where each run stops after the epoch that is best on the validation set; R@1; the gain
+with the whole set as candidates, for InfoNCE rsum itself; the time of a step (without what callbacks do before it) and of the
+whole run beside InfoNCE's, in seconds of one processor, so that other work on the machine does not count (with --device cuda,
 seconds of the clock). Equal time: "InfoNCE, 1.5 x" is InfoNCE for one and a half times as many epochs, and between such rows
 rsum is interpolated.
 """

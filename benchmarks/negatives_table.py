@@ -58,10 +58,10 @@ def print_table(rows: list[Row]) -> None:
         print(f"No table: InfoNCE was not run from seed {missing}, and the others are compared with it.")
         return
     print(
-        f"\n{'method':26}{'seeds':>6}{'val':>7}{'rsum':>15}{'equal steps':>15}{'equal time':>15}{'best by val':>15}",
+        f"\n{'method':26}{'seeds':>6}{'val':>7}{'rsum':>15}{'gain':>15}{'at equal time':>15}{'best by val':>15}",
         end="",
     )
-    print(f"{'R@1':>7}{'gallery':>15}{'step':>8}{'time':>8}")
+    print(f"{'R@1':>7}{'whole set':>15}{'step':>8}{'time':>8}")
     uneven: list[str] = []
     for name in sorted({row["method"] for row in rows}, key=lambda name: (factor_of(name) or 9.0, name)):
         own = [row for row in rows if row["method"] == name]

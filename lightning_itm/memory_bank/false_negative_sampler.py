@@ -28,7 +28,7 @@ DEFAULT_THRESHOLD: dict[Posterior, float] = {"histogram": 0.5, "published": 1e-3
 
 
 class FalseNegativeSampler(nn.Module):
-    r"""Choose negatives from a memory bank, and rarely those that probably match (FNE).
+    r"""Choose negatives from a memory bank, and let those that probably match weigh less (FNE).
 
     Args:
         posterior: How to tell what probably matches. ``"histogram"`` compares the similarity of matching pairs with that of
