@@ -21,11 +21,10 @@ methods=()
 
 for part in "${parts[@]}"; do
     case $part in
-        emoji-towers) seeds="0 1 2" folder=() ;;
         emoji-*) seeds="0 1 2 3 4" folder=() ;;
         icons) seeds="0 1 2 3 4" folder=(--folder "${ICONS:?where icons.npz is, which icons_make.py makes}") ;;
         icons-*) seeds="0 1 2" folder=(--folder "${ICONS:?where icons.npz is, which icons_make.py makes}") ;;
-        heads-128) seeds="0 1 2 3 4" folder=(--folder "${FLICKR8K:?where images and captions are}") ;;
+        heads-*) seeds="0 1 2 3 4" folder=(--folder "${FLICKR8K:?where images and captions are}") ;;
         *) seeds="0 1 2" folder=(--folder "${FLICKR8K:?where images and captions are}") ;;
     esac
     start=$SECONDS

@@ -9,7 +9,7 @@ SMALL_HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4, every 4th epoch", 
 ICON_METHODS = ("InfoNCE", "hardness 9", "batches of 4", "bank", "InfoNCE, 1.5 x", "InfoNCE, 2 x")
 LARGE_ICON_METHODS = ("InfoNCE", "hardness 9", "batches of 4", "bank", "InfoNCE, 1.5 x")
 MINED = ("batches of 4", "batches of 4, training", "samples", "embeddings")
-BANKS = ("bank", "bank 8192", "bank 512", "bank 512, drop", "bank, batches of 4")
+BANKS = ("bank", "bank 8192", "bank 512", "bank, batches of 4")
 SMALL_METHODS = ("InfoNCE", "InfoNCE, 2 x", "InfoNCE, 3 x", "hardness 3", "hardness 9", *MINED, *BANKS, "sigmoid")
 GRID_METHODS = ("InfoNCE", "hardest", "selective", "selective, FNE")
 GRID_START_METHODS = (*GRID_METHODS, "AOQ", "batches of 4", "hardness 9")
@@ -25,8 +25,18 @@ LARGE_ICON_SEARCH: dict[str, tuple[Any, ...]] = {
     "learning_rate": (1e-2, 2e-2, 3e-2, 4e-2, 8e-2, 1.6e-1),
     "weight_decay": (0.1, 0.3, 1.0),
 }
-FURTHER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (1e-4, 3e-4, 1e-3), "temperature": (None, 0.07)}
-EMOJI = {"learning_rate": 3e-4, "weight_decay": 0.1, "epochs": 4}
+FURTHER_SEARCH: dict[str, tuple[Any, ...]] = {"learning_rate": (3e-5, 1e-4, 3e-4, 1e-3), "temperature": (None, 0.07)}
+EMOJI = {"learning_rate": 1e-4, "weight_decay": 0.1, "epochs": 4}
+EMOJI_RATES = {  # of other methods, where the validation set chose others than for InfoNCE, by the size of the batches
+    32: {
+        **dict.fromkeys(("hardness 3", "batches of 4", "batches of 4, training", "samples"), 3e-4),
+        **dict.fromkeys(("bank", "bank 512", "bank 8192", "bank, batches of 4", "sigmoid"), 1e-3),
+    },
+    128: {
+        "batches of 4": 3e-4,
+        **dict.fromkeys(("bank", "bank 512", "bank 8192", "hardness 3", "batches of 4, training", "sigmoid"), 1e-3),
+    },
+}
 EMOJI_START: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.1}
 EMOJI_SEARCH: dict[str, tuple[Any, ...]] = {
     "learning_rate": (1e-3, 3e-3, 1e-2),

@@ -12,6 +12,7 @@ import lightning as L
 from icons import IconEncoder, load_icons
 from negatives_knobs import (
     EMOJI,
+    EMOJI_RATES,
     EMOJI_SEARCH,
     EMOJI_START,
     EMOJI_TOWER_METHODS,
@@ -189,7 +190,8 @@ SETTINGS: dict[str, Setting] = {
                 EMOJI,
                 FURTHER_SEARCH,
                 SMALL_METHODS,
-                start=converged(emoji_data(64), emoji_model, 18, **EMOJI_START),
+                {method: {"learning_rate": rate} for method, rate in EMOJI_RATES[batch_size].items()},
+                converged(emoji_data(64), emoji_model, 18, **EMOJI_START),
             )
             for batch_size in (32, 128)
         ),

@@ -50,6 +50,19 @@ def rsum_after(rows: list[Row], seed: int, factor: float) -> float | None:
     return None
 
 
+def knobs_beside(rows: list[Row], base: str) -> list[str]:
+    """Name the methods whose knobs differ from those of ``base``, with what differs."""
+    knobs = {row["method"]: row["knobs"] for row in rows}
+    changed = {
+        name: {knob: value for knob, value in one.items() if value != knobs[base][knob]} for name, one in knobs.items()
+    }
+    return [
+        f"{name} ({', '.join(f'{knob} {value:g}' for knob, value in some.items())})"
+        for name, some in changed.items()
+        if some
+    ]
+
+
 def print_table(rows: list[Row]) -> None:
     """Print one line per method: means over the seeds, and paired differences to InfoNCE."""
     plain = [row for row in rows if factor_of(row["method"]) is not None]
@@ -84,6 +97,8 @@ def print_table(rows: list[Row]) -> None:
         print(f"{recall}{cells[4]:>15}{step:6.2f} x{time:6.2f} x")
         if abs(time / (factor_of(name) or time) - 1) > MAX_TIME_ERROR:
             uneven.append(f"{name} took {time:.2f} times as long")
+    if own_knobs := knobs_beside(rows, "InfoNCE"):
+        print(f"Chosen for themselves on the validation set: {', '.join(own_knobs)}.")
     if uneven:
         print(f"These rows were not timed side by side, so do not trust equal time: {', '.join(uneven)}.")
     measured = [row["total"] for row in rows if "total" in row]
