@@ -11,6 +11,8 @@ TABLE = re.compile(r"python (benchmarks/negatives\.py --setting .*--table.*)$", 
 FIGURE = re.compile(r"[+-]?\d+\.\d+(?: ± \d+\.\d+)?(?: x)?|(?<=\| )\d(?= \|)")
 SEEDS = re.compile(r"(?<=\s)\d(?=\s)")
 GAIN = re.compile(r"[+-]\d+\.\d+ ± \d+\.\d+")
+TABLES = re.compile(r"^\|.*$", re.MULTILINE)
+CELL = re.compile(r"(?P<bold>\*\*)?\+(?P<gain>\d+\.\d) ± (?P<half>\d+\.\d)(?:\*\*)?")
 BLOCK = re.compile(r"((?:^\|.*\n)+)|```bash\n((?:.*\n)*?)```", re.MULTILINE)
 
 
@@ -55,6 +57,16 @@ def test_each_row_of_the_results_is_a_row_of_its_command(command, rows, printed)
     lines = printed(command)
     for row in rows:
         assert any(set(row) <= line for line in lines), f"{row} is in no line of {command}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_bold_gains_are_those_whose_interval_lies_above_0(page):
+    cells = [cell.strip() for line in TABLES.findall((ROOT / page).read_text()) for cell in line.split("|")]
+    gains = [match for cell in cells if (match := CELL.fullmatch(cell))]
+    assert len(gains) > 10
+    for match in gains:
+        is_above = float(match["gain"]) > float(match["half"])
+        assert bool(match["bold"]) == is_above, match.string
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choose.md"])
