@@ -19,7 +19,7 @@ def take_scale(loss: Any, model: Any) -> None:
     if not getattr(loss, "takes_pretrained_scale", False):
         return
     names = [name for name in SCALE_NAMES if hasattr(loss, name)]
-    theirs = [parameter for name in names if (parameter := getattr(model, name, None)) is not None]
+    theirs = [parameter for name in names if _is_whole(parameter := getattr(model, name, None))]
     if len(theirs) == len(names):  # a scale without its bias would be of another loss
         for name, parameter in zip(names, theirs, strict=True):
             getattr(loss, name).copy_(parameter.reshape(()))

@@ -36,8 +36,8 @@ class OpenCLIPDualEncoder(ExportsToOpenCLIP, PretrainedDualEncoder):
     - *Speed*: ``compile=True``, if the run is long enough to pay for some minutes of compilation.
 
     The loss owns ``logit_scale`` and ``logit_bias``. With pretrained weights, the model's values are copied into the loss
-    unless the loss was given its own. So they are when a loss is set later, ``model.loss = InfoNCELoss()``. The model's own
-    parameters of these names are frozen. They get the trained values of the loss when the mode is set (``eval()``) and in
+    unless the loss was given its own. A loss that is set later, ``model.loss = InfoNCELoss()``, gets them, too. The model's
+    own parameters of these names are frozen. They get the trained values of the loss when the mode is set (``eval()``) and in
     ``state_dict()``. The captioner of CoCa is frozen, too, because DDP stops at parameters that are trained and not used.
 
     ``load_from_checkpoint(path)`` reads neither ``pretrained`` nor the hub: a checkpoint says how the model is built. The

@@ -116,6 +116,21 @@ class TestScale:
         again = OpenCLIPDualEncoder.load_from_checkpoint(tmp_path / "last.ckpt")
         again.loss = InfoNCELoss(hardness=9)
         assert again.loss.logit_scale.item() == model.loss.logit_scale.item() != 3.5
+        trained = OpenCLIPDualEncoder(
+            "tiny-vit", path, OpenCLIPDualEncoder.load_from_checkpoint(tmp_path / "last.ckpt").loss
+        )
+        assert trained.loss.logit_scale.item() == model.loss.logit_scale.item()
+
+    def test_comes_with_a_loss_that_a_checkpoint_does_not_have(self, weights, tmp_path):
+        _, path = weights("tiny-vit")
+        model = OpenCLIPDualEncoder("tiny-vit", path, TripletLoss())
+        fit = trainer()
+        fit.fit(model, datamodule=data_for(model))
+        fit.save_checkpoint(tmp_path / "last.ckpt")
+        options = {"loss": InfoNCELoss(), "strict": False}
+        assert (
+            OpenCLIPDualEncoder.load_from_checkpoint(tmp_path / "last.ckpt", **options).loss.logit_scale.item() == 3.5
+        )
 
     def test_comes_with_its_bias_or_not_at_all(self, weights):
         _, path = weights("tiny-bias")

@@ -40,8 +40,8 @@ class HFDualEncoder(PretrainedDualEncoder):
     Other models of ``transformers`` work if they have ``get_image_features`` and ``get_text_features``.
 
     The loss owns ``logit_scale`` and ``logit_bias``. With pretrained weights, the model's values are copied into the loss
-    unless the loss was given its own. So they are when a loss is set later. The model's own parameters of these names are
-    frozen.
+    unless the loss was given its own. A loss that is set later gets them, too. The model's own parameters of these names
+    are frozen.
 
     Texts are padded to the context length of the model, and longer ones are cut, with a warning at the first. SigLIP and
     SigLIP 2 get no attention mask, because they were trained without one.

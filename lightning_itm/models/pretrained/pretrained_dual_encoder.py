@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_itm.export.scale import return_scale, take_scale
+from lightning_itm.export.scale import return_scale, take_scale, trained_scale
 from lightning_itm.models.dual_encoder import DualEncoder
 from lightning_itm.models.optimization import split_towers_by_depth
 from lightning_itm.models.pretrained.locked import keep_batch_statistics
@@ -29,9 +29,12 @@ class PretrainedDualEncoder(DualEncoder):
     """Whether the temperature of ``model`` was learned, and is no random start."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Let a new loss begin with the temperature of the model, unless it was given its own."""
+        """Let a new loss go on with the temperature of the one before, or of the model, unless it was given its own."""
+        goes_on = name == "loss" and self.has_trained_scale
+        if goes_on and not getattr(self.loss, "takes_pretrained_scale", True):
+            return_scale(self.loss, self.model)  # what was learned so far
         super().__setattr__(name, value)
-        if name == "loss" and self.has_trained_scale:
+        if goes_on:
             take_scale(value, self.model)
 
     def take_scale(self) -> None:
@@ -98,22 +101,29 @@ class PretrainedDualEncoder(DualEncoder):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out of a checkpoint with ``save_adapters_only``."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["has_trained_scale"] = self.has_trained_scale or bool(trained_scale(self.loss))
         if self.hparams["save_adapters_only"]:
             frozen = self._frozen_names()
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in weights.items() if name not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember that the temperature of the model is that of the checkpoint, which follows."""
+        """Remember whether the temperature that follows was learned."""
         super().on_load_checkpoint(checkpoint)
-        self.has_trained_scale = True
+        self.has_trained_scale = checkpoint.get("has_trained_scale", True)  # older checkpoints do not say
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights. With ``save_adapters_only``, frozen ones that are not among them stay as they are."""
         if self.hparams["save_adapters_only"]:
             frozen = self._frozen_names()
             state_dict = {name: value for name, value in self.state_dict().items() if name in frozen} | dict(state_dict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        loss: Any = self.loss
+        if "loss.logit_scale" in state_dict:
+            loss.takes_pretrained_scale = False  # it has been trained
+        elif self.has_trained_scale:
+            take_scale(loss, self.model)
+        return result
 
     def _frozen_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}

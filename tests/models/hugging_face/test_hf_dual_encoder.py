@@ -1,3 +1,4 @@
+import math
 import shutil
 import sys
 
@@ -106,6 +107,32 @@ class TestScale:
         model = HFDualEncoder(path)
         model.loss = SigmoidLoss()
         assert (model.loss.logit_scale.item(), model.loss.logit_bias.item()) == (3.5, -7.0)
+        with torch.no_grad():
+            model.loss.logit_scale.fill_(3.0)  # as training does
+        model.loss = SigmoidLoss(hardness=3)
+        assert (model.loss.logit_scale.item(), model.loss.logit_bias.item()) == (3.0, -7.0)
+
+    @pytest.mark.parametrize("pretrained", [True, False])
+    def test_of_a_checkpoint_comes_with_a_loss_that_is_set_later(self, folder, tmp_path, pretrained):
+        _, path = folder("siglip", logit_scale=3.5, logit_bias=-7.0)
+        model = HFDualEncoder(path, SigmoidLoss(), pretrained=pretrained, learning_rate=1e-2, warmup_steps=0)
+        fit = trainer(max_epochs=-1, max_steps=2)
+        fit.fit(model, datamodule=data_for(model))
+        fit.save_checkpoint(tmp_path / "last.ckpt")
+        again = HFDualEncoder.load_from_checkpoint(tmp_path / "last.ckpt")
+        again.loss = SigmoidLoss(hardness=3)
+        learned = model.loss.logit_scale.item(), model.loss.logit_bias.item()
+        assert (again.loss.logit_scale.item(), again.loss.logit_bias.item()) == learned != (3.5, -7.0)
+
+    def test_of_a_checkpoint_that_learned_none_is_the_losss_own(self, folder, tmp_path):
+        _, path = folder("siglip")
+        model = HFDualEncoder(path, TripletLoss(), pretrained=False)
+        fit = trainer(max_epochs=-1, max_steps=1)
+        fit.fit(model, datamodule=data_for(model))
+        fit.save_checkpoint(tmp_path / "last.ckpt")
+        again = HFDualEncoder.load_from_checkpoint(tmp_path / "last.ckpt")
+        again.loss = SigmoidLoss()
+        assert (again.loss.logit_scale.item(), again.loss.logit_bias.item()) == (pytest.approx(math.log(10)), -10.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
