@@ -3,7 +3,7 @@
 Each run adds one line to a file. So runs may be spread over processes and evenings, and a stopped table goes on where it was.
 
     python benchmarks/negatives.py --setting icons --folder ICONS --tune                    # InfoNCE alone, judged on val
-    python benchmarks/negatives.py --setting icons --folder ICONS --methods InfoNCE "batches of 16" --seeds 0 1 2
+    python benchmarks/negatives.py --setting icons --folder ICONS --methods InfoNCE "batches of 4" --seeds 0 1 2
     python benchmarks/negatives.py --setting icons --table                                  # of what was run so far
 
 The table has means over the seeds: rsum on the validation set, by which settings are chosen, and on the test set, both at the

@@ -3,9 +3,16 @@
 from typing import Any
 
 TOWER_METHODS = ("InfoNCE", "hardness 3", "batches of 4, mined once", "bank")
-EMOJI_TOWER_METHODS = ("InfoNCE", "hardness 9", "batches of 4", "bank", "InfoNCE, 2 x")
+EMOJI_TOWER_METHODS = ("InfoNCE", "hardness 9", "batches of 4", "bank", "InfoNCE, 1.5 x", "InfoNCE, 2 x")
 HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4", "bank", "InfoNCE, 1.5 x")
-SMALL_HEAD_METHODS = ("InfoNCE", "hardness 3", "batches of 4, every 4th epoch", "bank", "InfoNCE, 1.5 x")
+SMALL_HEAD_METHODS = (
+    "InfoNCE",
+    "hardness 3",
+    "batches of 4, every 4th epoch",
+    "bank",
+    "InfoNCE, 1.5 x",
+    "InfoNCE, 3 x",
+)
 ICON_METHODS = ("InfoNCE", "hardness 9", "batches of 4", "bank", "InfoNCE, 1.5 x", "InfoNCE, 2 x")
 LARGE_ICON_METHODS = ("InfoNCE", "hardness 9", "batches of 4", "bank", "InfoNCE, 1.5 x")
 MINED = ("batches of 4", "batches of 4, training", "samples", "embeddings")

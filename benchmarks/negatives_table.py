@@ -57,18 +57,28 @@ def knobs_beside(rows: list[Row], base: str) -> list[str]:
         name: {knob: value for knob, value in one.items() if value != knobs[base][knob]} for name, one in knobs.items()
     }
     return [
-        f"{name} ({', '.join(f'{knob} {value:g}' for knob, value in some.items())})"
+        f"{name} ({', '.join(f'{knob} {value}' for knob, value in some.items())})"
         for name, some in changed.items()
         if some
     ]
+
+
+def why_no_table(rows: list[Row], seeds: set[int]) -> str | None:
+    """Say why the rows can't be compared, None if they can. ``seeds`` are those of InfoNCE."""
+    if missing := sorted({row["seed"] for row in rows} - seeds):
+        return f"InfoNCE was not run from seed {missing}, and the others are compared with it."
+    settings = {(row["method"], json.dumps(row["knobs"], sort_keys=True)) for row in rows}
+    if len(settings) > len({row["method"] for row in rows}):
+        return "some method has rows with several settings. Keep those of one, or begin another file (`--results`)."
+    return None
 
 
 def print_table(rows: list[Row]) -> None:
     """Print one line per method: means over the seeds, and paired differences to InfoNCE."""
     plain = [row for row in rows if factor_of(row["method"]) is not None]
     base = {row["seed"]: row for row in rows if row["method"] == "InfoNCE"}
-    if missing := sorted({row["seed"] for row in rows} - base.keys()):
-        print(f"No table: InfoNCE was not run from seed {missing}, and the others are compared with it.")
+    if problem := why_no_table(rows, set(base)):
+        print(f"No table: {problem}")
         return
     print(
         f"\n{'method':26}{'seeds':>6}{'val':>7}{'rsum':>15}{'gain':>15}{'at equal time':>15}{'best by val':>15}",

@@ -283,7 +283,7 @@ def main() -> None:
         "--start-epochs", type=int, help=f"of the start ({SMALL.start_epochs}, pretrained: {PRETRAINED.start_epochs})"
     )
     parser.add_argument("--epochs", type=int, help=f"of each row ({SMALL.epochs}, pretrained: {PRETRAINED.epochs})")
-    parser.add_argument("--rate", type=float, help="learning rate of all rows (each has its own)")
+    parser.add_argument("--rate", type=float, help="learning rate of all rows (default: that of each)")
     parser.add_argument("--quick", action="store_true", help="one seed, fewer rows: a minute")
     parser.add_argument("--out", type=Path, help="where table and pictures go (runs/emoji)")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = re.compile(r"python (benchmarks/negatives\.py --setting .*--table.*)$", re.MULTILINE)
 FIGURE = re.compile(r"[+-]?\d+\.\d+(?: ± \d+\.\d+)?(?: x)?|(?<=\| )\d(?= \|)")
 SEEDS = re.compile(r"(?<=\s)\d(?=\s)")
+NAMES = 26  # characters: numbers in the names of methods are no seeds
 GAIN = re.compile(r"[+-]\d+\.\d+ ± \d+\.\d+")
 TABLES = re.compile(r"^\|.*$", re.MULTILINE)
 CELL = re.compile(r"(?P<bold>\*\*)?\+(?P<gain>\d+\.\d) ± (?P<half>\d+\.\d)(?:\*\*)?")
@@ -33,7 +34,7 @@ def printed(monkeypatch, capsys):
         setting = words[words.index("--setting") + 1]
         negatives_table.print_table(negatives_table.read(path, setting=setting, is_tuning=False, device="cpu"))
         text = re.sub(r"(?<=±) +", " ", capsys.readouterr().out)
-        lines = [FIGURE.findall(line) + SEEDS.findall(line) for line in text.splitlines() if " x" in line]
+        lines = [FIGURE.findall(line) + SEEDS.findall(line[NAMES:]) for line in text.splitlines() if " x" in line]
         assert lines, text
         return [set(line) | {figure.split(" ± ")[0] for figure in line} for line in lines]
 
@@ -50,6 +51,12 @@ def tables_of_results():
             found.append(pytest.param(match[0], rows, id=shlex.split(match[0])[2]))
             rows = []
     return found
+
+
+def test_all_settings_have_a_table():
+    settings = {case.id for case in tables_of_results()}
+    emoji, icons, heads = {"emoji-32", "emoji-128", "emoji-towers"}, {"icons", "icons-512"}, {"heads-16", "heads-128"}
+    assert settings == emoji | icons | heads | {"flickr8k", "grid-converged"}
 
 
 @pytest.mark.parametrize(("command", "rows"), tables_of_results())
